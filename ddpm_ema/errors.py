@@ -1,0 +1,26 @@
+"""What a person can cause, and the exit code it ends with. One message: what, where, what to do."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: "start me again", which is how Slurm and Kubernetes files here read it
+
+
+class UserError(Exception):
+    """Bad input or settings, an unusable file or folder, a peer that is gone: ends with exit code 2 and no traceback."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is not finite: ends with exit code 3, before the optimizer and the averages move."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class StoppedError(UserError):
+    """A signal (or a launcher that is gone) ended the work after it was saved: exit code 75, start me again."""
+
+    exit_code = EXIT_STOPPED
