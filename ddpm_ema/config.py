@@ -323,7 +323,12 @@ def _disagreements(config: Config) -> Iterable[str]:
             name, _, step = name.partition("@")
             if step and not step.isdigit():
                 yield f"evaluation.weights: {text!r}: the part after @ must be a step"
-            if NAME.fullmatch(name) and name not in known and not RECONSTRUCTED.fullmatch(name) and not Path(name).is_dir():
+            if (
+                NAME.fullmatch(name)
+                and name not in known
+                and not RECONSTRUCTED.fullmatch(name)
+                and not Path(name).is_dir()
+            ):
                 yield f"evaluation.weights: {name!r} is neither raw nor under averages{_nearest(name, known)}"
 
 
@@ -342,7 +347,9 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     seen: set[str] = set()
     for key, _ in node.value:
         if key.value in seen:
-            raise UserError(f"{key.start_mark.name}, line {key.start_mark.line + 1}: {key.value!r} stands there twice; keep one")
+            raise UserError(
+                f"{key.start_mark.name}, line {key.start_mark.line + 1}: {key.value!r} stands there twice; keep one"
+            )
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -353,7 +360,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 def _parse(text: Any, where: str) -> Any:
     """YAML (an open file or a string) -> plain objects; `where` names it in the message."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
@@ -407,7 +414,9 @@ def validate(tree: Mapping[str, Any], where: str = "settings") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _explain(problem)]
-        raise UserError("\n".join([f"{where}: {len(lines)} bad setting{'s' if len(lines) > 1 else ''}", *lines])) from None
+        raise UserError(
+            "\n".join([f"{where}: {len(lines)} bad setting{'s' if len(lines) > 1 else ''}", *lines])
+        ) from None
 
 
 def _explain(problem: Any) -> list[str]:

@@ -1,0 +1,295 @@
+"""The processes of one run: ranks and device through accelerate, a control plane between ranks, signals, a launcher that is gone.
+
+Gradients travel over DDP's own group (NCCL on CUDA). Everything else, agreement to stop, small objects, tensors to save or load,
+travels between CPUs over a gloo group of its own, so that it neither waits for a device nor dies with NCCL's watchdog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddpm_ema.errors import StoppedError, UserError
+
+T = TypeVar("T")
+ROLL_CALL_SECONDS = 5.0
+
+
+class Processes:
+    """This process among its peers. Works alone, without torch.distributed, when there is one.
+
+    Attributes: `rank`, `world_size`, `local_rank`, `device`, `is_main`, and accelerate's `accelerator` (DDP and trackers).
+    """
+
+    def __init__(self, accelerator: Any, timeout: float) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.local_rank: int = accelerator.local_process_index
+        self.device: torch.device = accelerator.device
+        self.is_main = self.rank == 0
+        self.timeout = timeout
+        self.control: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    @classmethod
+    def start(
+        cls,
+        device: str = "auto",
+        *,
+        timeout: float = 600.0,
+        expected: int | None = None,
+        trackers: Sequence[str] = (),
+        project_dir: Path | None = None,
+    ) -> Processes:
+        """Joins the launch this process is part of. Raises UserError for a device or a number of processes that is not there."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("training.device: cuda was asked for, and there is no CUDA device here; use auto or cpu")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if expected is not None and launched != expected:
+            raise UserError(
+                f"training.world_size: {expected} processes were asked for, the launch gives {launched}. Two CPU processes are "
+                "`torchrun --nproc_per_node 2 scripts/train.py ...`; `accelerate launch --cpu --num_processes 2` gives one"
+            )
+        return cls(_accelerator(device, timeout, trackers, project_dir), timeout)
+
+    def gather(self, value: T) -> list[T]:
+        """A small picklable value from every rank, in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self.naming_lost_ranks("gathering"):
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's small picklable value on every rank."""
+        if self.control is None:
+            return value
+        box = [value]
+        with self.naming_lost_ranks("broadcasting"):
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's CPU tensors by name on every rank, one at a time: only rank 0 needs to see the files they came from."""
+        if self.control is None:
+            return tensors or {}
+        shapes = self.broadcast(
+            {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()} if self.is_main else None
+        )
+        assert shapes is not None
+        received: dict[str, Tensor] = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = (
+                tensors[name].contiguous() if tensors is not None and self.is_main else torch.empty(shape, dtype=dtype)
+            )
+            with self.naming_lost_ranks(f"broadcasting {name}"):
+                dist.broadcast(_as_bytes(tensor), src=0, group=self.control)
+            received[name] = tensor
+        return received
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds a CPU tensor up over ranks, in place; the same bits on every rank."""
+        if self.control is not None:
+            with self.naming_lost_ranks("summing"):
+                dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def barrier(self, what: str) -> None:
+        """Waits for every rank."""
+        if self.control is not None:
+            with self.naming_lost_ranks(what):
+                dist.barrier(group=self.control)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0, and on the others once it is done there, so that they find what it left (a cache).
+
+        A UserError on any rank is raised on all of them.
+        """
+        result: list[T] = []
+        for turn in (True, False):
+            error = None
+            if self.is_main == turn:
+                try:
+                    result.append(work())
+                except UserError as caught:
+                    error = caught
+            self.raise_together(error)
+        return result[0]
+
+    def raise_together(self, error: UserError | None) -> None:
+        """Raises on every rank the first error that any rank brings; a collective."""
+        errors = [e for e in self.gather(error) if e is not None]
+        if errors:
+            raise errors[0]
+
+    @contextlib.contextmanager
+    def naming_lost_ranks(self, what: str) -> Iterator[None]:
+        """Turns a failed collective into one message that names the rank that is gone."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.control is None or not _is_communication(error):
+                raise
+            lost = _roll_call(self.rank, self.world_size)
+            raise StoppedError(
+                f"rank {self.rank} on {socket.gethostname()}: {lost} while {what}. This process ends; start all of them again "
+                f"and the run goes on from its last checkpoint ({_first_line(error)})"
+            ) from None
+
+    def close(self) -> None:
+        """Leaves the group. Call it on every rank once all is done."""
+        self.accelerator.end_training()
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopFlag:
+    """Whether this run should save and end: SIGTERM, SIGINT, or a launcher that is gone. A context manager.
+
+    A signal only sets a flag, so it cannot interrupt a save, and a second one changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._parent = os.getppid() if _has_launcher() else None
+        self._pending: tuple[Any, Tensor] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            os.write(2, f"\n{self.reason}: saving, then ending; it is enough to ask once\n".encode())
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        if self.reason is None and self._parent is not None and os.getppid() != self._parent:
+            self.reason = "the launcher is gone"
+        return self.reason is not None
+
+    def agreed(self, processes: Processes) -> bool:
+        """Whether any rank was asked to stop, the same answer on every rank. A collective, called once a step.
+
+        The answer is one call old: it travels while the step computes, and no step waits for it.
+        """
+        if processes.control is None:
+            return self.requested
+        answer = self.drain(processes)
+        flag = torch.tensor([int(self.requested)])
+        with processes.naming_lost_ranks("agreeing to go on"):
+            self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=processes.control, async_op=True), flag)
+        return answer
+
+    def drain(self, processes: Processes) -> bool:
+        """Takes in the answer that is on its way, if there is one."""
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        self._pending = None
+        with processes.naming_lost_ranks("agreeing to go on"):
+            work.wait()
+        if flag.item() and self.reason is None:
+            self.reason = "another rank was asked to stop"
+        return bool(flag.item())
+
+
+def _accelerator(device: str, timeout: float, trackers: Sequence[str], project_dir: Path | None) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    handlers = [
+        # NCCL's watchdog kills the process without a message, so the control plane gets to speak first.
+        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60)),
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # the trainer casts by itself: averages must know which fp16 steps were skipped
+        log_with=list(trackers) or None,
+        project_dir=str(project_dir) if project_dir else None,
+        kwargs_handlers=handlers,
+    )
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """gloo knows few dtypes; a broadcast moves bytes."""
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def _has_launcher() -> bool:
+    """Whether a launcher started this process, so that the launcher's end is this run's end, too (a shell's is not)."""
+    return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+
+
+def _is_communication(error: Exception) -> bool:
+    text = str(error).lower()
+    words = ("gloo", "connection", "timed out", "timeout", "socket", "peer", "nccl", "store")
+    return isinstance(error, dist.DistError) or any(word in text for word in words)
+
+
+def _roll_call(rank: int, world_size: int) -> str:
+    """Which ranks still answer, asked through the rendezvous store, whose host may itself be what is gone."""
+    missing: list[int] = []
+
+    def call() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"ddpm_ema/present/{rank}", b"1")
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
+        while time.monotonic() < deadline:
+            gone = [r for r in range(world_size) if not store.check([f"ddpm_ema/present/{r}"])]
+            if not gone:
+                break
+            time.sleep(0.2)
+        missing.extend([-1, *gone])
+
+    thread = threading.Thread(target=_quietly, args=(call,), daemon=True)
+    thread.start()
+    thread.join(2 * ROLL_CALL_SECONDS)  # a store behind a dead link answers nothing, not even an error
+    if not missing:
+        return "rank 0, which keeps the rendezvous, does not answer"
+    ranks = missing[1:]
+    if not ranks:
+        return "the connection between ranks broke, though all still answer"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} no longer answer{'' if len(ranks) > 1 else 's'}"
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):
+        work()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def say(message: str) -> None:
+    """A line for a person, on stderr, clear of progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
