@@ -1,0 +1,157 @@
+"""What a run says of itself: sums over the steps since the last row, rows of metrics.jsonl, trackers, and a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm_ema.processes import Processes, say
+from ddpm_ema.rundir import RunDir
+
+QUARTERS = 4
+# One float64 vector: loss summed by timestep quarter, images by quarter, gradient norm, steps.
+_LOSS, _COUNT, _NORM, _STEPS = slice(0, QUARTERS), slice(QUARTERS, 2 * QUARTERS), 2 * QUARTERS, 2 * QUARTERS + 1
+
+
+class Window:
+    """Sums since the last logged row, on the device, so that no step waits for them.
+
+    Checkpoints carry them (one vector a rank), so that the row after a resume is the row that would have been.
+    """
+
+    def __init__(self, device: torch.device, num_train_timesteps: int) -> None:
+        self.sums = torch.zeros(2 * QUARTERS + 2, dtype=torch.float64, device=device)
+        self.num_train_timesteps = num_train_timesteps
+
+    def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
+        """losses: fp32 [n], one an image; timesteps: int64 [n]."""
+        quarter = timesteps * QUARTERS // self.num_train_timesteps
+        self.sums[_LOSS].index_add_(0, quarter, losses.detach().double())
+        self.sums[_COUNT].index_add_(0, quarter, torch.ones_like(losses, dtype=torch.float64))
+
+    def add_step(self, grad_norm: Tensor) -> None:
+        self.sums[_NORM] += grad_norm.detach().double()
+        self.sums[_STEPS] += 1
+
+    def take(self, processes: Processes) -> dict[str, float | None]:
+        """Means over the window and over all processes; starts a new window. A collective."""
+        sums = processes.sum_(self.sums.cpu())
+        self.sums.zero_()
+        norm, steps = sums[_NORM] / processes.world_size, sums[_STEPS] / processes.world_size
+        row: dict[str, float | None] = {"loss": (sums[_LOSS].sum() / sums[_COUNT].sum()).item()}
+        for quarter in range(QUARTERS):
+            count = sums[_COUNT][quarter].item()
+            row[f"loss_q{quarter}"] = sums[_LOSS][quarter].item() / count if count else None
+        row["grad_norm"] = (norm / steps).item()
+        return row
+
+    def state(self, processes: Processes) -> list[list[float]]:
+        """One vector a rank. A collective."""
+        return processes.gather(self.sums.tolist())
+
+    def load(self, state: list[list[float]], processes: Processes) -> None:
+        """Takes back this rank's vector; on another number of processes rank 0 takes the sum."""
+        rows = torch.tensor(state, dtype=torch.float64)
+        if len(rows) == processes.world_size:
+            self.sums.copy_(rows[processes.rank])
+        elif processes.is_main:
+            # Every rank counts steps and norms of the whole step, so the sum is brought to what one rank would hold.
+            total = rows.sum(0)
+            self.sums.copy_(total)
+            self.sums[_NORM:] *= processes.world_size / len(rows)
+
+
+class Logbook:
+    """Writes rows: metrics.jsonl always, trackers while they work, the bar for a person. Only rank 0 writes."""
+
+    def __init__(self, rundir: RunDir, processes: Processes, total: int, batch_size: int) -> None:
+        self.rundir, self.processes, self.batch_size = rundir, processes, batch_size
+        self.seconds: dict[str, float] = {"data_wait": 0.0, "save_seconds": 0.0}
+        self.bar = tqdm(total=total, unit="step", disable=not processes.is_main, dynamic_ncols=True, mininterval=1.0)
+        self._tracking = True
+        self._since, self._steps = time.perf_counter(), 0
+        self._paused = 0.0
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the time spent inside to one entry of the next row."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Sampling and scoring inside do not count against images/s."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def start_trackers(self, names: tuple[str, ...], settings: Mapping[str, Any]) -> None:
+        if names:
+            flat = {f"{s}/{k}": str(v) for s, e in settings.items() if isinstance(e, dict) for k, v in e.items()}
+            self._track(lambda: self.processes.accelerator.init_trackers("ddpm_ema", config=flat))
+
+    def start(self, step: int) -> None:
+        """Called when the first step begins, so that set-up does not count."""
+        self.bar.update(step - self.bar.n)
+        self.bar.unpause()
+        self._since, self._steps = time.perf_counter(), 0
+
+    def tick(self) -> None:
+        self._steps += 1
+        self.bar.update(1)
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """One row; adds what concerns time and memory."""
+        elapsed = time.perf_counter() - self._since - self._paused
+        whole = {
+            "step": step,
+            **row,
+            "images_per_second": self._steps * self.batch_size / elapsed if elapsed > 0 else None,
+            "seconds": elapsed,
+            **self.seconds,
+            "peak_memory": peak_memory(self.processes.device),
+        }
+        self._since, self._steps, self._paused = time.perf_counter(), 0, 0.0
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        if self.processes.is_main:
+            self.rundir.append_metrics(whole)
+            numbers = {k: v for k, v in whole.items() if isinstance(v, int | float)}
+            self._track(lambda: self.processes.accelerator.log(numbers, step=step))
+        self.bar.set_postfix({"loss": f"{row['loss']:.4f}", "img/s": f"{whole['images_per_second'] or 0:.1f}"})
+
+    def write_scores(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """A row of quick scores."""
+        if self.processes.is_main:
+            self.rundir.append_metrics({"step": step, "scores": rows})
+            numbers = {f"{row['metric']}/{row['weights']}": row["frechet_distance"] for row in rows}
+            self._track(lambda: self.processes.accelerator.log(numbers, step=step))
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _track(self, call: Any) -> None:
+        """Trackers talk to disks and servers that may be gone; training is worth more than its plots."""
+        if not self._tracking:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._tracking = False
+            say(
+                f"warning: a tracker failed and is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
+            )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on CUDA, the largest resident size of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

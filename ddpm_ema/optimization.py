@@ -1,0 +1,85 @@
+"""The optimizer, its learning rate as a function of the step, and its state as tensors with names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ema.config import TrainingSettings
+from ddpm_ema.errors import UserError
+
+
+def learning_rate(step: int, settings: TrainingSettings) -> float:
+    """Learning rate of the optimizer step that follows `step` completed ones: a pure function, so there is nothing to resume.
+
+    Linear warm-up (Goyal et al. 2017), then constant, linear or cosine decay (Loshchilov & Hutter 2017) that reaches
+    `learning_rate_end` at the last step, or the saw-tooth cycles of SWA (Izmailov et al. 2018, eq. 2).
+    """
+    peak, end = settings.learning_rate, settings.learning_rate_end
+    if step < settings.warmup_steps:
+        return peak * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - 1 - settings.warmup_steps)
+    match settings.learning_rate_schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak + (end - peak) * min(1.0, done)
+        case "cosine":
+            return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        case "cyclical":
+            phase = (step - settings.warmup_steps) % settings.cycle_steps / max(1, settings.cycle_steps - 1)
+            return peak + (end - peak) * phase
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Fused Adam or AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
+    betas, epsilon = settings.adam_betas, settings.adam_epsilon
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, settings.learning_rate, betas, epsilon, weight_decay=settings.weight_decay, fused=True
+        )
+    return torch.optim.Adam(parameters, settings.learning_rate, betas, epsilon, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as `<entry>/<parameter name>` -> tensor (the live ones, not copies)."""
+    return {
+        f"{entry}/{name}": value
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts back what `named_state` gave. Raises UserError that names a tensor that is missing, extra or misshaped."""
+    left = set(tensors)
+    for name, parameter in parameters.items():
+        state: dict[str, Tensor] = {}
+        for entry in ("step", "exp_avg", "exp_avg_sq"):
+            key = f"{entry}/{name}"
+            if key not in tensors:
+                raise UserError(f"optimizer.safetensors: {key!r} is missing")
+            left.discard(key)
+            state[entry] = _like(parameter, tensors[key], key) if entry != "step" else tensors[key].to(parameter.device)
+        optimizer.state[parameter] = state
+    if left:
+        raise UserError(f"optimizer.safetensors: {sorted(left)[0]!r} belongs to no parameter of this model")
+
+
+def _like(parameter: Tensor, value: Tensor, key: str) -> Tensor:
+    """Files are contiguous; fused kernels want moments in the parameter's own memory order."""
+    if value.shape != parameter.shape:
+        raise UserError(
+            f"optimizer.safetensors: {key!r} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+        )
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
