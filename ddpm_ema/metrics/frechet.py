@@ -1,0 +1,74 @@
+"""The Fréchet distance between two Gaussians, once through torch-fidelity and once fast against a fixed reference.
+
+|mu_1 − mu_2|² + tr(Σ_1 + Σ_2 − 2 (Σ_1 Σ_2)^½): Dowson & Landau 1982; as a metric of generated images, Heusel et al. 2017.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ddpm_ema.errors import UserError
+from ddpm_ema.metrics.moments import Statistics
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """By torch-fidelity's own function, for comparison with published figures. 2 to 10 seconds at 2048 dimensions.
+
+    Raises UserError where a statistic is not finite or the dimensions differ; torch-fidelity would raise an empty
+    AssertionError or a LinAlgError.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    check_statistics(first, "the images")
+    check_statistics(second, "the reference")
+    if first.mu.shape != second.mu.shape:
+        raise UserError(
+            f"statistics of {len(first.mu)} and {len(second.mu)} dimensions cannot be compared: "
+            "they come from different extractors"
+        )
+    first_arrays = {"mu": first.mu.double().numpy(), "sigma": first.sigma.double().numpy()}
+    second_arrays = {"mu": second.mu.double().numpy(), "sigma": second.sigma.double().numpy()}
+    return float(fid_statistics_to_metric(first_arrays, second_arrays, verbose=False)[KEY_METRIC_FID])
+
+
+def check_statistics(statistics: Statistics, name: str) -> None:
+    """Raises UserError where a mean or covariance is NaN or infinite."""
+    for part, tensor in (("mean", statistics.mu), ("covariance", statistics.sigma)):
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"the {part} of {name}'s features is not finite: the images or the features are broken")
+
+
+class FrechetReference:
+    """One side of the distance held fixed, so that many others are compared with it at the price of one `eigvalsh` each.
+
+    (Σ Σ_ref)^½ has the trace of (R Σ R)^½ with R = Σ_ref^½, which is symmetric: its eigenvalues are real, and found
+    several times faster than those of the product. Agrees with `frechet_distance` to rounding.
+    """
+
+    def __init__(self, statistics: Statistics, device: torch.device | str = "cpu") -> None:
+        check_statistics(statistics, "the reference")
+        self.statistics = statistics
+        self.device = torch.device(device)
+        self.mu = statistics.mu.double().to(self.device)
+        self.trace = float(statistics.sigma.double().trace())
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Σ_ref^½, symmetric float64 [d, d]."""
+        values, vectors = torch.linalg.eigh(self.statistics.sigma.double().to(self.device))
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def distance(self, mu: Tensor, sigma: Tensor) -> float:
+        """To a Gaussian of mean `mu` [d] and covariance `sigma` [d, d]."""
+        sigma = sigma.double().to(self.device)
+        offset = mu.double().to(self.device) - self.mu
+        return self.of_parts(float(offset @ offset), float(sigma.trace()), self.root @ sigma @ self.root)
+
+    def of_parts(self, squared_offset: float, trace: float, whitened: Tensor) -> float:
+        """From |mu − mu_ref|², tr Σ and any symmetric matrix with the nonzero eigenvalues of R Σ R."""
+        # Rounding leaves eigenvalues of a singular product a little below zero.
+        root_trace = float(torch.linalg.eigvalsh(whitened).clamp(min=0).sqrt().sum())
+        return squared_offset + trace + self.trace - 2 * root_trace

@@ -1,0 +1,206 @@
+"""What samples are compared with: statistics of a whole data set, cached by content, or a published file of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddpm_ema.errors import UserError
+from ddpm_ema.metrics.frechet import check_statistics
+from ddpm_ema.metrics.moments import Statistics, statistics_of
+from ddpm_ema.metrics.scores import NEIGHBOURS, neighbour_radii
+from ddpm_ema.rundir import atomic_save
+
+SCHEMA = 1
+
+
+class FeatureExtractor(Protocol):
+    """What this module asks of `features.Extractor`."""
+
+    name: str
+    sha256: str
+    feature_layer: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Mapping[str, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`statistics` of the reference, the `features` fp32 [n, d] they were made of and their `radii` [n] (both None where a
+    file holds statistics only: no KID, precision or recall then), and `origin`: what it is, for results.json."""
+
+    statistics: Statistics
+    origin: Mapping[str, Any]
+    features: Tensor | None = None
+    radii: Tensor | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+
+def content_key(*, fingerprint: str, split: str, resize: str, extractor: FeatureExtractor) -> dict[str, Any]:
+    """All that reference statistics depend on. A cache entry is used only where every entry is equal.
+
+    `fingerprint`: of the data set, content and preprocessing; `resize`: how images were brought to size.
+    """
+    return {
+        "schema": SCHEMA,
+        "data": fingerprint,
+        "split": split,
+        "resize": resize,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "feature_layer": extractor.feature_layer,
+        "versions": {name: _version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def reference_statistics(
+    batches: Iterable[Tensor],
+    extractor: FeatureExtractor,
+    *,
+    key: Mapping[str, Any],
+    cache_dir: Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Reference:
+    """Of every image of a set, once each, unflipped: `batches` of uint8 [n, c, h, w] in any order.
+
+    `key` from `content_key`; with a `cache_dir` the result is read from there where an entry of that key exists, and kept
+    there otherwise. `progress(n)` is called after each batch. Raises UserError for fewer than 2 images.
+    """
+    cached = load_cached(cache_dir, key)
+    if cached is not None:
+        return cached
+    parts = []
+    for images in batches:
+        features = extractor(images)["features"]
+        assert features is not None
+        parts.append(features.cpu())
+        if progress is not None:
+            progress(len(images))
+    features = torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
+    return keep(reference_of(features, key), cache_dir)
+
+
+def reference_of(features: Tensor, key: Mapping[str, Any]) -> Reference:
+    """From features fp32 [n, d] gathered elsewhere, such as over several processes."""
+    notes = ()
+    if len(features) <= features.shape[1]:
+        notes = (f"the reference has {len(features)} images for {features.shape[1]} feature dimensions",)
+    radii = neighbour_radii(features) if len(features) > NEIGHBOURS else None
+    statistics = statistics_of(features, copy="the reference")
+    return Reference(statistics, dict(key), features.contiguous(), radii, notes)
+
+
+def cache_path(cache_dir: Path, key: Mapping[str, Any]) -> Path:
+    """Named by content."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
+
+
+def load_cached(cache_dir: Path | None, key: Mapping[str, Any]) -> Reference | None:
+    """The entry of exactly this key, or None. A damaged or foreign entry counts as none: it is made anew."""
+    if cache_dir is None:
+        return None
+    path = cache_path(cache_dir, key)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if json.loads(metadata["key"]) != dict(key) or metadata["sha256"] != _digest(tensors):
+            raise ValueError("its content is not what its name says")
+        statistics = Statistics(tensors["mu"], tensors["sigma"], int(metadata["count"]))
+        check_statistics(statistics, "the cached reference")
+        notes = tuple(json.loads(metadata["warnings"]))
+        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError, KeyError, UserError) as error:
+        warnings.warn(f"{path}: not used, made anew: {error}", stacklevel=2)
+        return None
+
+
+def keep(reference: Reference, cache_dir: Path | None) -> Reference:
+    """Writes a cache entry and returns `reference`. Where it cannot be written: one warning, and scoring goes on."""
+    if cache_dir is None:
+        return reference
+    path = cache_path(cache_dir, reference.origin)
+    tensors = {"mu": reference.statistics.mu, "sigma": reference.statistics.sigma}
+    tensors |= {name: tensor for name in ("features", "radii") if (tensor := getattr(reference, name)) is not None}
+    metadata = {
+        "key": json.dumps(dict(reference.origin), sort_keys=True),
+        "count": str(reference.statistics.count),
+        "warnings": json.dumps(list(reference.warnings)),
+        "sha256": _digest(tensors),
+    }
+    try:
+        atomic_save(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"reference statistics are not cached and will be computed again next time: {path.parent}: "
+            f"{getattr(error, 'strerror', None) or error} (--data.cache-dir takes another folder)",
+            stacklevel=2,
+        )
+    return reference
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def read_published(path: Path, dim: int) -> Reference:
+    """Statistics from an .npz as EDM or torch-fidelity (mu, sigma) or ADM (mu, sigma and samples' mu_s, sigma_s) writes them.
+
+    Its origin (layout, sha256, file name) is recorded. Such files do not say which extractor or resize made them: only the
+    dimension can be checked. Raises UserError for another layout or dimension, or values that are not finite.
+    """
+    try:
+        with open(path, "rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            arrays = {name: file[name] for name in ("mu", "sigma") if name in names}
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or "no .npz of plain arrays (pickled ones are not opened)"
+        raise UserError(f"evaluation.reference: {path}: {reason}") from None
+    except Exception as error:  # zipfile and zlib have errors of their own for damaged archives
+        raise UserError(f"evaluation.reference: {path}: damaged .npz: {error}") from None
+    if len(arrays) < 2:
+        raise UserError(
+            f"evaluation.reference: {path} holds {sorted(names)}; wanted mu and sigma (EDM, ADM and torch-fidelity layouts)"
+        )
+    mu, sigma = torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise UserError(
+            f"evaluation.reference: {path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, "
+            f"but the extractor gives {dim} features"
+        )
+    layout = "ADM" if {"mu_s", "sigma_s"} & names else "EDM or torch-fidelity"
+    origin = {"file": path.name, "layout": layout, "sha256": sha256, "bytes": os.path.getsize(path)}
+    statistics = Statistics(mu, (sigma + sigma.T) / 2, 0)
+    check_statistics(statistics, f"{path}")
+    note = f"reference statistics from {path.name}: no KID, precision or recall, and its extractor cannot be checked"
+    return Reference(statistics, origin, warnings=(note,))
