@@ -1,0 +1,249 @@
+"""What the page draws: differences, profiles, curves over training, the sweep. Each function is one figure or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ddpm_ema.report.drawing import INK, LINE, MUTED, PAPER, QUARTERS, Drawing, Look, canvas, to_svg
+from ddpm_ema.report.record import Row, Scoring, number
+from ddpm_ema.report.verdict import with_error
+
+Looks = Mapping[str, Look]
+Rows = Sequence[Mapping[str, Any]]
+
+
+def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
+    """Every copy's paired difference from raw with its 95% interval, the best on top."""
+    rows = [row for row in scoring.rows if row.versus_raw is not None]
+    if not rows:
+        return None
+    figure, axes = canvas(0.75 + 0.3 * len(rows))
+    axes.axvline(0, color=INK, linewidth=1.0)
+    for y, row in enumerate(rows):
+        look, gap = looks[row.name], row.versus_raw
+        assert gap is not None
+        axes.plot([gap.low, gap.high], [y, y], color=look.colour, linewidth=2.4)
+        face = look.colour if gap.real else PAPER
+        axes.plot(gap.delta, y, look.marker, color=look.colour, markerfacecolor=face, markersize=7, markeredgewidth=1.6)
+    axes.set_yticks(range(len(rows)), [row.weights for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"{scoring.metric} minus raw\u2019s  (left is better)")
+    spoken = "; ".join(
+        f"{row.weights} {with_error(row.versus_raw.delta, row.versus_raw.stderr, signed=True)}"
+        for row in rows
+        if row.versus_raw
+    )
+    caption = "Paired over the same noise, with 95% intervals. A hollow mark is a difference that is not real."
+    svg = to_svg(figure, "differences", f"Difference from raw: {spoken}")
+    return Drawing(svg, "Difference of each copy from raw", caption)
+
+
+def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
+    """Where in training each copy's weights come from, one row a copy, each on its own scale."""
+    curves = {
+        name: np.asarray(values, dtype=np.float64)
+        for name, values in weightings.items()
+        if isinstance(values, list) and len(values) > 1 and all(number(value) is not None for value in values)
+    }
+    curves = {name: curve for name, curve in curves.items() if name in looks and curve.max() > 0}
+    if not curves:
+        return None
+    figure, axes = canvas(0.6 + 0.42 * len(curves))
+    for row, (name, curve) in enumerate(curves.items()):
+        base, look = len(curves) - 1 - row, looks[name]
+        times = (np.arange(len(curve)) + 0.5) / len(curve)
+        height = base + 0.86 * curve / curve.max()
+        axes.fill_between(times, base, height, color=look.colour, alpha=0.28, linewidth=0)
+        axes.plot(times, height, color=look.colour, linestyle=look.dash)
+        axes.axhline(base, color=LINE, linewidth=0.7)
+        axes.plot((curve @ times) / curve.sum(), base, look.marker, color=look.colour, markersize=5, clip_on=False)
+    axes.set_yticks([len(curves) - 1 - row + 0.3 for row in range(len(curves))], list(curves))
+    axes.set_ylim(-0.12, len(curves))
+    axes.set_xlim(0, 1)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.set_xlabel("share of training")
+    caption = "Weight that each copy gives to the parameters of every moment of training; each row has its own height, its mark is the centre."
+    return Drawing(
+        to_svg(figure, "profiles", "Weighting profiles of " + ", ".join(curves)), "What each copy averages", caption
+    )
+
+
+def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: Looks, prefix: str) -> Drawing | None:
+    """Distance of each copy over training, with standard errors, from scorings that can be compared with each other."""
+    points: dict[str, dict[int, Row]] = {}
+    for step, rows in series:
+        for row in rows:
+            name, _, at = row.weights.partition("@")
+            points.setdefault(name, {})[int(at) if at.isdigit() else step] = row
+    lines = {name: points[name] for name in looks if len(points.get(name, ())) > 1}
+    if not lines:
+        return None
+    figure, axes = canvas(2.9)
+    for name, at in lines.items():
+        steps, look = sorted(at), looks[name]
+        axes.errorbar(
+            steps,
+            [at[step].ranked_by for step in steps],
+            [at[step].stderr or 0.0 for step in steps],
+            color=look.colour,
+            linestyle=look.dash,
+            marker=look.marker,
+            markersize=5,
+            elinewidth=1.2,
+        )
+    _step_axis(axes)
+    axes.set_ylabel(label)
+    values = [row.ranked_by for at in lines.values() for row in at.values()]
+    _log_if_wide(axes, values)
+    svg = to_svg(figure, prefix, f"{label} over training step of {', '.join(lines)}")
+    caption = "Bars are one standard error. The same noise at every step and for every copy."
+    return Drawing(svg, f"{label} over training", caption, tuple((name, looks[name]) for name in lines))
+
+
+def sweep(rows: Sequence[Row], key: str, label: str, look: Look) -> list[Drawing]:
+    """Distance, then precision and recall, over the width of reconstructed averages. `key` is `std` or `decay`."""
+    points = sorted((row for row in rows if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
+    if len(points) < 2:
+        return []
+    drawings = [_sweep_distance(points, key, label, look)]
+    shares = [(row.get(key), row.get("precision"), row.get("recall")) for row in points]
+    if sum(None not in share for share in shares) > 1:
+        drawings.append(_sweep_shares(points, key, look))
+    return drawings
+
+
+def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look) -> Drawing:
+    x = np.array([row.get(key) for row in points], dtype=np.float64)
+    y = np.array([row.ranked_by for row in points])
+    error = np.array([row.stderr or 0.0 for row in points])
+    best = int(y.argmin())
+    figure, axes = canvas(2.9)
+    axes.fill_between(x, y - 2 * error, y + 2 * error, color=look.colour, alpha=0.14, linewidth=0)
+    axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.22, linewidth=0)
+    axes.plot(x, y, color=look.colour, marker="o", markersize=4)
+    axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
+    name = f"{x[best]:.4g}"
+    offset = (0, 14) if y[best] < (y.min() + y.max()) / 2 else (0, -18)
+    axes.annotate(
+        f"best: {name}", (x[best], y[best] + 2 * error[best]), offset, textcoords="offset points", ha="center"
+    )
+    axes.margins(y=0.16)
+    _width_axis(axes, key)
+    axes.set_ylabel(label)
+    svg = to_svg(figure, f"sweep-{key}", f"{label} over the width of the average; best at {name}")
+    caption = f"Averages reconstructed after training. Bands are one and two standard errors; the ring marks the lowest, {name}."
+    return Drawing(svg, f"{label} over {WIDTHS[key]}", caption)
+
+
+def _sweep_shares(points: Sequence[Row], key: str, look: Look) -> Drawing:
+    figure, axes = canvas(2.5)
+    for share, dash, marker in (("precision", "-", "o"), ("recall", (0, (4, 1.6)), "s")):
+        known = [
+            (row.get(key), row.get(share), row.get(f"{share}_stderr") or 0.0)
+            for row in points
+            if row.get(share) is not None
+        ]
+        x, y, error = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+        if error.any():
+            axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.18, linewidth=0)
+        axes.plot(x, y, color=look.colour, linestyle=dash, marker=marker, markersize=4)
+        axes.annotate(share, (x[-1], y[-1]), (-2, 6), textcoords="offset points", ha="right")
+    axes.margins(y=0.16)
+    _width_axis(axes, key)
+    axes.set_ylabel("share of images")
+    svg = to_svg(figure, f"shares-{key}", "Precision and recall over the width of the average")
+    caption = "Precision (solid, circles): samples that lie among real images. Recall (dashed, squares): real images that samples reach."
+    return Drawing(svg, f"Precision and recall over {WIDTHS[key]}", caption)
+
+
+WIDTHS = {"std": "the width of the average", "decay": "the decay"}
+
+
+def _width_axis(axes: Axes, key: str) -> None:
+    if key == "std":
+        axes.set_xlabel("width of the average, \u03c3_rel")
+        return
+    axes.set_xscale("function", functions=(lambda d: -np.log10(np.maximum(1 - d, 1e-9)), lambda v: 1 - 10.0 ** (-v)))
+    low, high = axes.get_xlim()
+    nines = [0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99995, 0.99999, 0.999999]
+    axes.set_xticks([d for d in nines if low <= d <= high], [f"{d:g}" for d in nines if low <= d <= high])
+    axes.minorticks_off()
+    axes.set_xlabel("constant decay")
+
+
+def curve(rows: Rows, key: str, title: str, label: str, caption: str) -> Drawing | None:
+    """One figure of metrics.jsonl over the step."""
+    steps, values = _column(rows, key)
+    if len(steps) < 2:
+        return None
+    figure, axes = canvas(2.1)
+    axes.plot(steps, values, color=INK, linewidth=1.4)
+    _step_axis(axes)
+    axes.set_ylabel(label)
+    _log_if_wide(axes, values)
+    prefix = "curve-" + key.replace("/", "-").replace("_", "-")
+    return Drawing(to_svg(figure, prefix, f"{title}: from {values[0]:.4g} to {values[-1]:.4g}"), title, caption)
+
+
+def quarters(rows: Rows, num_timesteps: int) -> Drawing | None:
+    """The loss of each quarter of the noise levels."""
+    columns = [_column(rows, f"loss_q{quarter}") for quarter in range(4)]
+    if any(len(steps) < 2 for steps, _ in columns):
+        return None
+    figure, axes = canvas(2.5)
+    bounds = [-(-num_timesteps * quarter // 4) for quarter in range(5)]
+    legend = []
+    for quarter, (steps, values) in enumerate(columns):
+        axes.plot(steps, values, color=QUARTERS[quarter], linewidth=1.5)
+        legend.append((f"t = {bounds[quarter]}\u2013{bounds[quarter + 1] - 1}", Look(QUARTERS[quarter], "o", "-")))
+    _step_axis(axes)
+    axes.set_ylabel("loss")
+    _log_if_wide(axes, [value for _, values in columns for value in values])
+    svg = to_svg(figure, "quarters", "Loss by quarter of the timesteps")
+    caption = "t is the noise level: little noise at 0, hardest to predict; almost only noise at the last."
+    return Drawing(svg, "Loss by quarter of the timesteps", caption, tuple(legend))
+
+
+def distances(rows: Rows, looks: Looks) -> Drawing | None:
+    """How far each average lies from the raw weights."""
+    columns = {name: _column(rows, f"distance/{name}") for name in looks}
+    columns = {name: column for name, column in columns.items() if len(column[0]) > 1}
+    if not columns:
+        return None
+    figure, axes = canvas(2.5)
+    for name, (steps, values) in columns.items():
+        axes.plot(steps, values, color=looks[name].colour, linestyle=looks[name].dash, linewidth=1.5)
+    _step_axis(axes)
+    axes.set_ylabel("relative distance")
+    _log_if_wide(axes, [value for _, values in columns.values() for value in values])
+    svg = to_svg(figure, "distances", "Distance of each copy from the raw weights, over training")
+    caption = "\u2016copy \u2212 raw\u2016 / \u2016raw\u2016 over all weights."
+    return Drawing(svg, "Distance of each copy from raw", caption, tuple((name, looks[name]) for name in columns))
+
+
+def _column(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+    pairs = [(int(row["step"]), value) for row in rows if (value := number(row.get(key))) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _step_axis(axes: Axes) -> None:
+    axes.set_xlabel("step", color=MUTED)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where values span more than a factor of 20 and none is negative or zero."""
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        axes.grid(visible=False, which="minor")

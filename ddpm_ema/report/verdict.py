@@ -1,0 +1,146 @@
+"""The answer in one plain sentence: which weights to ship, and which differences are real."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ddpm_ema.report.record import Interval, Row, Scoring
+
+MINUS = "\u2212"
+
+
+def decimals(error: float | None) -> int:
+    """Digits after the point that show an error of this size to one or two figures, at least one."""
+    if error is None or error <= 0:
+        return 2
+    return min(8, max(1, math.ceil(-math.log10(error))))
+
+
+def figure(value: float | None, places: int = 2, signed: bool = False) -> str:
+    """A number for people: a true minus sign, an en dash for what is missing, +0.0 never."""
+    if value is None:
+        return "\u2013"
+    text = f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
+    if float(text) == 0:
+        text = f"{0:.{places}f}"
+    return text.replace("-", MINUS)
+
+
+def with_error(value: float | None, error: float | None, signed: bool = False) -> str:
+    """`12.2 ± 0.9`, digits given by the error."""
+    if error is None or value is None:
+        return figure(value, signed=signed)
+    places = decimals(error)
+    return f"{figure(value, places, signed)} ± {error:.{places}f}"
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to ship, in a sentence, and what a reader should know beside it."""
+
+    sentence: str
+    notes: tuple[str, ...] = ()
+    best: str | None = None
+
+
+def judge(scoring: Scoring) -> Verdict:
+    """The verdict on one scoring. `real` means: the paired 95% interval leaves out zero."""
+    if not scoring.rows:
+        return Verdict("No copy has been scored yet, so there is nothing to choose between.")
+    best, others = scoring.rows[0], scoring.rows[1:]
+    if not others:
+        sentence = (
+            f"Only {best.weights} was scored, so there is nothing to compare it with: {_distance(scoring, best)}."
+        )
+        return Verdict(sentence, best=best.weights)
+    if scoring.raw is None:
+        return Verdict(
+            f"Ship {best.weights}: {_distance(scoring, best)}{_runner_up(scoring, best)}.", best=best.weights
+        )
+    if best.weights == "raw":
+        return _raw_is_best(scoring, best)
+    return _average_is_best(scoring, best)
+
+
+def _distance(scoring: Scoring, row: Row) -> str:
+    return f"its {scoring.metric} is {with_error(row.ranked_by, row.stderr)}, the lowest of those scored"
+
+
+def _average_is_best(scoring: Scoring, best: Row) -> Verdict:
+    gain = best.versus_raw
+    if gain is None:
+        lead = f"Ship {best.weights}: {_distance(scoring, best)}"
+        note = "No paired difference from raw was computed, so whether it is real is not known."
+        return Verdict(f"{lead}{_runner_up(scoring, best)}.", (note,), best.weights)
+    size = with_error(abs(gain.delta), gain.stderr)
+    if not gain.real:
+        sentence = (
+            f"No average is shown to be better than raw: the best, {best.weights}, is {size} below it, "
+            "which is not real. Score more images, or train longer."
+        )
+        return Verdict(sentence, _ties(scoring, best), best.weights)
+    sentence = f"Ship {best.weights}: its distance is {size} below raw\u2019s{_runner_up(scoring, best)}."
+    return Verdict(sentence, _ties(scoring, best), best.weights)
+
+
+def _raw_is_best(scoring: Scoring, raw: Row) -> Verdict:
+    nearest = scoring.rows[1]
+    difference = nearest.versus_raw
+    if difference is None or difference.real:
+        size = (
+            ""
+            if difference is None
+            else f": the nearest, {nearest.weights}, is {with_error(*_size(difference))} above it"
+        )
+        return Verdict(f"Ship raw: no average is better{size}. Try narrower averages, or train longer.", best="raw")
+    sentence = (
+        f"Ship raw or {nearest.weights}: the difference between them ({with_error(*_size(difference))}) is not real, "
+        "and no average is shown to be better."
+    )
+    return Verdict(sentence, _ties(scoring, raw), "raw")
+
+
+def _size(difference: Interval) -> tuple[float, float]:
+    return abs(difference.delta), difference.stderr
+
+
+def _runner_up(scoring: Scoring, best: Row) -> str:
+    """`; the difference from ema_0_999 (0.4 ± 0.6) is not real`, for the nearest copy that is not raw."""
+    rivals = [row for row in scoring.rows if row.weights not in (best.weights, "raw")]
+    if not rivals:
+        return ""
+    rival = rivals[0]
+    difference = scoring.pairs.get((rival.weights, best.weights))
+    if difference is None:
+        size = figure(rival.ranked_by - best.ranked_by, decimals(best.stderr))
+        return f"; {rival.weights} comes {size} behind, no paired error of that was computed"
+    is_real = "is real" if difference.real else "is not real"
+    return f"; the difference from {rival.weights} ({with_error(*_size(difference))}) {is_real}"
+
+
+def _ties(scoring: Scoring, best: Row) -> tuple[str, ...]:
+    """Names every copy that the scoring cannot tell from the best."""
+    tied = [
+        row.weights
+        for row in scoring.rows
+        if (pair := scoring.pairs.get((row.weights, best.weights))) is not None and not pair.real
+    ]
+    if not tied:
+        return ()
+    verb = "is" if len(tied) == 1 else "are"
+    return (f"Within what these images can tell, {listed(tied)} {verb} as good as {best.weights}.",)
+
+
+def reality(scoring: Scoring, row: Row) -> str:
+    """What the table says of a copy's difference from raw: better, worse, not real, or nothing."""
+    if row.versus_raw is None:
+        return ""
+    if not row.versus_raw.real:
+        return "not real"
+    return "better" if row.versus_raw.delta < 0 else "worse"
