@@ -1,0 +1,61 @@
+# Everything a person or a machine runs. `make demo` and `make test` set up by themselves on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/digits.yaml
+RUN ?= runs/digits
+
+.PHONY: help demo install test test-all test-gpu test-cluster check format bench image docs-check clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,score,hub,dev,bench]'
+	@touch $@
+
+install: $(VENV)/.installed  ## .venv with pinned versions, the package editable, every extra
+
+demo: install    ## train, score and report on handwritten digits: about six minutes on two cores
+	$(BIN)/python scripts/train_features.py --config $(CONFIG)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/train.py --config $(CONFIG)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/sample_and_score.py --config $(CONFIG)
+	$(BIN)/python scripts/report.py $(RUN)
+
+test: install    ## the tests, in at most eight minutes on two cores
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+
+test-all: install  ## also the slow ones
+	$(BIN)/python -m pytest -m "not gpu and not cluster" --timeout=1800
+
+test-gpu: install  ## those that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+test-cluster: install  ## image and several nodes for real (as root; says what it skipped and why)
+	$(BIN)/python -m pytest -m cluster -rs tests/cluster --timeout=3600
+
+check: install   ## lint, format, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_floors.py tests/test_deploy.py
+
+format: install  ## rewrite what `check` would complain of
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install   ## every benchmark; ratios from interleaved runs, as JSON under benchmarks/results
+	for script in averaging conformance train_step sampling; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+docs-check: install  ## run the code blocks of the documentation
+	$(BIN)/python -m pytest tests -k "docs"
+
+image:           ## the container image
+	tests/cluster/build_image.sh
+
+clean:           ## remove what the tools cached (runs stay)
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
