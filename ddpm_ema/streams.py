@@ -42,6 +42,7 @@ class Stream(IntEnum):
     FEATURES = 9  # training of the feature classifier
     SUBSET = 10  # choice of subsets when scoring (KID, groups of a jackknife)
     EXTRA = 11  # for callers' own use
+    INIT = 12  # seed of the network's first weights
 
 
 _MASK = 0xFFFFFFFF

@@ -1,0 +1,193 @@
+"""The training objective over a diffusers scheduler.
+
+Ho et al. 2020 (DDPM, https://arxiv.org/abs/2006.11239), with the learned variance of Nichol & Dhariwal 2021
+(https://arxiv.org/abs/2102.09672), v-prediction of Salimans & Ho 2022 (https://arxiv.org/abs/2202.00512) and the
+min-SNR weighting of Hang et al. 2023 (https://arxiv.org/abs/2303.09556). Timestep t counts from 0, as diffusers has it:
+x_t at t = 0 already carries the first portion of noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ddpm_ema import streams
+from ddpm_ema.config import DiffusionSettings
+
+Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""`predict(x_t, timesteps, labels)`: fp32 `[n, C, H, W]`, int64 `[n]`, int64 `[n]` or None -> `[n, C or 2C, H, W]`."""
+
+_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+_VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+_VLB_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
+
+
+def noise_scheduler(settings: DiffusionSettings) -> DDPMScheduler:
+    """The scheduler that training, sampling and export share: the only place where settings become betas."""
+    return DDPMScheduler(
+        num_train_timesteps=settings.num_train_timesteps,
+        beta_schedule=_SCHEDULES[settings.schedule],
+        beta_start=settings.beta_start,
+        beta_end=settings.beta_end,
+        prediction_type=settings.prediction,
+        variance_type=_VARIANCES[settings.variance],
+        timestep_spacing="trailing",
+    )
+
+
+class Objective:
+    """What is minimised: noised images in, one loss an image out. Noising and loss are fp32, also inside autocast."""
+
+    def __init__(self, settings: DiffusionSettings) -> None:
+        self.settings = settings
+        self.num_train_timesteps = settings.num_train_timesteps
+        scheduler: Any = noise_scheduler(settings)
+        # Derived in float64 from the scheduler's own fp32 tables, rounded once: training and sampling agree on x_t.
+        alphas_cumprod, betas = scheduler.alphas_cumprod.double(), scheduler.betas.double()
+        self._signal = alphas_cumprod.sqrt().float()
+        self._sigma = (1 - alphas_cumprod).sqrt().float()
+        self._weight = _loss_weight(alphas_cumprod, settings).float()
+        self._posterior = _Posterior(alphas_cumprod, betas) if settings.variance == "learned" else None
+
+    def to(self, device: torch.device | str) -> Objective:
+        """Move the tables to `device`, in place; returns self."""
+        self._signal, self._sigma = self._signal.to(device), self._sigma.to(device)
+        self._weight = self._weight.to(device)
+        if self._posterior is not None:
+            self._posterior.to(device)
+        return self
+
+    def timesteps(self, seed: int, step: int, positions: Tensor) -> Tensor:
+        """A timestep in [0, T) for every position (int64 `[n]`) of the global batch: int64 `[n]`."""
+        return streams.integers(seed, streams.Stream.TIMESTEP, step, positions, self.num_train_timesteps)
+
+    def drop_labels(self, labels: Tensor, no_label: int, seed: int, step: int, positions: Tensor) -> Tensor:
+        """`labels` (int64 `[n]`), each replaced by `no_label` with probability `diffusion.label_dropout`."""
+        drawn = streams.uniform(seed, streams.Stream.LABEL_DROPOUT, step, positions)
+        return torch.where((drawn < self.settings.label_dropout).to(labels.device), no_label, labels)
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, fp32 (Ho et al. 2020, eq. 4)."""
+        signal, sigma = _per_image(self._signal, timesteps), _per_image(self._sigma, timesteps)
+        return signal * x_0.float() + sigma * noise.float()
+
+    def loss(
+        self, predict: Predict, x_0: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Loss of every image, fp32 `[n]`, a mean over C, H, W.
+
+        `x_0` `[n, C, H, W]` in [-1, 1] and `noise` of the same shape, `timesteps` int64 `[n]`, on one device.
+        With learned variance the hybrid loss of Nichol & Dhariwal 2021, eq. 16: the simple loss, plus 0.001 times the
+        variational bound in bits a dimension, in which the mean's gradient is stopped.
+        """
+        x_0, noise = x_0.float(), noise.float()
+        x_t = self.add_noise(x_0, noise, timesteps)
+        output = predict(x_t, timesteps, labels)
+        with torch.autocast(x_t.device.type, enabled=False):
+            output = output.float()
+            prediction = output
+            if self._posterior is not None:
+                prediction, variance = output.chunk(2, dim=1)
+            error = prediction - self._target(x_0, noise, timesteps)
+            loss = self._weight[timesteps] * error.square().flatten(1).mean(dim=1)
+            if self._posterior is not None:
+                mean_x_0 = self.predicted_x_0(prediction.detach(), x_t, timesteps)
+                bound = self._posterior.bits_per_dimension(x_0, x_t, mean_x_0, variance, timesteps)
+                loss = loss + _VLB_WEIGHT * self.num_train_timesteps * bound
+            return loss
+
+    def _target(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect network would say."""
+        if self.settings.prediction == "epsilon":
+            return noise
+        if self.settings.prediction == "sample":
+            return x_0
+        signal, sigma = _per_image(self._signal, timesteps), _per_image(self._sigma, timesteps)
+        return signal * noise - sigma * x_0  # Salimans & Ho 2022, appendix D
+
+    def predicted_x_0(self, prediction: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """The x_0 that a prediction amounts to, not clipped."""
+        if self.settings.prediction == "sample":
+            return prediction
+        signal, sigma = _per_image(self._signal, timesteps), _per_image(self._sigma, timesteps)
+        if self.settings.prediction == "epsilon":
+            return (x_t - sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
+
+
+def _per_image(table: Tensor, timesteps: Tensor) -> Tensor:
+    return table[timesteps][:, None, None, None]  # [n, 1, 1, 1]
+
+
+def _loss_weight(alphas_cumprod: Tensor, settings: DiffusionSettings) -> Tensor:
+    """Weight of each timestep's squared error (Hang et al. 2023, section 3.4): min(SNR, gamma) in units of x_0's error."""
+    if settings.min_snr_gamma is None:
+        return torch.ones_like(alphas_cumprod)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    clamped = snr.clamp(max=settings.min_snr_gamma)
+    units = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}
+    return clamped / units[settings.prediction]
+
+
+class _Posterior:
+    """q(x_{t-1} | x_t, x_0) of Ho et al. 2020, eq. 7, and the bound on it that trains a learned variance."""
+
+    def __init__(self, alphas_cumprod: Tensor, betas: Tensor) -> None:
+        previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+        self._from_x_0 = (betas * previous.sqrt() / (1 - alphas_cumprod)).float()
+        self._from_x_t = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float()
+        variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        variance[0] = variance[1]  # the last denoising step has none; its logarithm must be finite
+        self._log_small, self._log_large = variance.log().float(), betas.log().float()
+
+    def to(self, device: torch.device | str) -> None:
+        for name, table in vars(self).items():
+            setattr(self, name, table.to(device))
+
+    def bits_per_dimension(
+        self, x_0: Tensor, x_t: Tensor, predicted_x_0: Tensor, variance: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """L_t of every image in bits a dimension, fp32 `[n]`: KL(q || p) for t > 0, -log p(x_0 | x_1) for t = 0.
+
+        `variance` in [-1, 1] goes from the posterior's to beta_t in the logarithm (Nichol & Dhariwal 2021, eq. 15).
+        """
+        log_small, log_large = _per_image(self._log_small, timesteps), _per_image(self._log_large, timesteps)
+        fraction = (variance + 1) / 2
+        log_variance = fraction * log_large + (1 - fraction) * log_small
+        mean = self._mean(predicted_x_0, x_t, timesteps)
+        divergence = _gaussian_divergence(self._mean(x_0, x_t, timesteps), log_small, mean, log_variance)
+        decoder = -_discretized_gaussian_log_likelihood(x_0, mean, log_variance / 2)
+        nats = torch.where((timesteps == 0)[:, None, None, None], decoder, divergence)
+        return nats.flatten(1).mean(dim=1) / math.log(2)
+
+    def _mean(self, x_0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        return _per_image(self._from_x_0, timesteps) * x_0 + _per_image(self._from_x_t, timesteps) * x_t
+
+
+def _gaussian_divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
+    """KL divergence of two Gaussians, elementwise, in nats."""
+    difference = log_variance_q - log_variance_p
+    return 0.5 * (difference.exp() - 1 - difference + (mean_q - mean_p).square() * (-log_variance_p).exp())
+
+
+def _discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability of each 8-bit level's bin under a Gaussian; the end bins are open (Ho et al. 2020, eq. 13).
+
+    `x_0` is k / 127.5 - 1. A bin is measured from the mean towards x_0 and integrated as a difference of upper tails,
+    in logarithms, so that a far bin keeps its value and its gradient instead of underflowing.
+    """
+    inverse_std = (-log_std).exp()
+    distance = (x_0 - mean).abs() * inverse_std
+    half_width = inverse_std / 255
+    # An end bin is open on the side away from the other levels: outwards if x_0 lies beyond the mean, else inwards.
+    end = x_0.abs() > 0.999
+    beyond = torch.where(x_0 < 0, x_0 <= mean, x_0 >= mean)
+    near = torch.special.log_ndtr(-torch.where(end & ~beyond, -torch.inf, distance - half_width))
+    far = torch.special.log_ndtr(-torch.where(end & beyond, torch.inf, distance + half_width))
+    inside: Tensor = -(far - near).expm1()
+    return near + inside.log()

@@ -1,0 +1,96 @@
+"""Settings to a diffusers `UNet2DModel`: the U-Net of Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_ema import streams
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+
+
+def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
+    """The untrained network, fp32 on the CPU; its weights are a function of the settings and `config.seed` alone.
+
+    Takes x_t `[n, C, H, W]`, timesteps int64 `[n]` and, where `model.class_conditional`, labels int64 `[n]`, in which
+    `num_classes` itself means "no label". Gives `[n, C, H, W]`, or `[n, 2C, H, W]` where the variance is learned.
+    The default settings at 3 channels are the network of google/ddpm-cifar10-32 (35,746,307 parameters).
+
+    Raises UserError with every setting that does not fit the others.
+    """
+    problems = _problems(config, num_classes)
+    if problems:
+        raise UserError("\n".join(["the network cannot be built:", *(f"  {problem}" for problem in problems)]))
+    model, channels = config.model, config.data.channels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(streams.seed_for(config.seed, streams.Stream.INIT, 0))
+        return UNet2DModel(
+            sample_size=config.data.image_size,
+            in_channels=channels,
+            out_channels=2 * channels if config.diffusion.variance == "learned" else channels,
+            block_out_channels=model.block_out_channels,
+            down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in model.attention),
+            up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(model.attention)),
+            layers_per_block=model.layers_per_block,
+            attention_head_dim=model.attention_head_dim,
+            norm_num_groups=model.norm_num_groups,
+            dropout=model.dropout,
+            num_class_embeds=num_classes + 1 if model.class_conditional and num_classes is not None else None,
+            # What google/ddpm-cifar10-32 has and diffusers does not default to: the paper's own layout.
+            norm_eps=1e-6,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            downsample_padding=0,
+        )
+
+
+def no_label(model: UNet2DModel) -> int | None:
+    """The class that means "no label" to a class-conditional network; None for an unconditional one."""
+    num_class_embeds: int | None = dict(model.config)["num_class_embeds"]
+    return None if num_class_embeds is None else num_class_embeds - 1
+
+
+def _problems(config: Config, num_classes: int | None) -> list[str]:
+    """What in the settings contradicts something else: one line a setting, with what to do."""
+    model, size = config.model, config.data.image_size
+    problems = []
+    if not model.block_out_channels:
+        return ["model.block_out_channels: name the channels of at least one resolution"]
+    levels = len(model.block_out_channels)
+    if len(model.attention) != levels:
+        problems.append(
+            f"model.attention has {len(model.attention)} entries and model.block_out_channels {levels}: give as many"
+        )
+    uneven = [channels for channels in model.block_out_channels if channels % model.norm_num_groups]
+    if uneven:
+        problems.append(
+            f"model.norm_num_groups: {model.norm_num_groups} does not divide {_listed(uneven)} of "
+            "model.block_out_channels: lower it, or make the channels its multiples"
+        )
+    # The middle block, at the coarsest resolution, always has attention.
+    attending = {channels for channels, here in zip(model.block_out_channels, model.attention, strict=False) if here}
+    attending.add(model.block_out_channels[-1])
+    head = model.attention_head_dim
+    uneven = sorted(channels for channels in attending if head is not None and channels % head)
+    if uneven:
+        problems.append(
+            f"model.attention_head_dim: {head} does not divide {_listed(uneven)} channels, which have attention"
+        )
+    if model.block_out_channels[0] % 2:
+        problems.append(
+            f"model.block_out_channels: the first, {model.block_out_channels[0]}, must be even for the time embedding"
+        )
+    stride = 2 ** (levels - 1)
+    if size % stride:
+        problems.append(
+            f"data.image_size: {size} is not a multiple of {stride}, by which {levels} resolutions scale it down: "
+            f"take {-(-size // stride) * stride}, or fewer model.block_out_channels"
+        )
+    if model.class_conditional and num_classes is None:
+        problems.append("model.class_conditional: this data set has no labels: set it to false, or take labelled data")
+    return problems
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
