@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from ddpm_ema.report.drawing import INK, LINE, MUTED, PAPER, QUARTERS, Drawing, Look, canvas, to_svg
 from ddpm_ema.report.record import Row, Scoring, number
@@ -72,7 +72,7 @@ def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set_xlabel("share of training")
-    caption = "Weight that each copy gives to the parameters of every moment of training; each row has its own height, its mark is the centre."
+    caption = "Weight given to the parameters of every moment of training. Each row has its own height; its mark is the centre."
     return Drawing(
         to_svg(figure, "profiles", "Weighting profiles of " + ", ".join(curves)), "What each copy averages", caption
     )
@@ -162,7 +162,7 @@ def _sweep_shares(points: Sequence[Row], key: str, look: Look) -> Drawing:
     _width_axis(axes, key)
     axes.set_ylabel("share of images")
     svg = to_svg(figure, f"shares-{key}", "Precision and recall over the width of the average")
-    caption = "Precision (solid, circles): samples that lie among real images. Recall (dashed, squares): real images that samples reach."
+    caption = "Precision (solid): samples that lie among real images. Recall (dashed): real images that samples reach."
     return Drawing(svg, f"Precision and recall over {WIDTHS[key]}", caption)
 
 
@@ -238,12 +238,16 @@ def _column(rows: Rows, key: str) -> tuple[list[int], list[float]]:
 
 def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("step", color=MUTED)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where values span more than a factor of 20 and none is negative or zero."""
-    if min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        axes.grid(visible=False, which="minor")
+def _log_if_wide(axes: Axes, values: Sequence[float], factor: float = 8.0) -> None:
+    """A logarithmic axis with plain numbers where values span more than `factor` and none is negative or zero."""
+    if not (min(values) > 0 and max(values) > factor * min(values)):
+        return
+    axes.set_yscale("log")
+    many = max(values) > 300 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()

@@ -58,7 +58,7 @@ def _content(record: Record, look: Mapping[str, Look]) -> dict[str, Any]:
         "differences": figures.differences(scoring, look) if scoring else None,
         "profiles": figures.profiles(record.manifest.get("weightings") or {}, look),
         "over_steps": _over_steps(record, scoring, look),
-        "sweeps": _sweeps(record, scoring),
+        "sweep": _sweep(record, scoring),
         "pictures": _pictures(record, scoring),
         "curves": _curves(record, look),
         "made": _how_made(record, scoring),
@@ -93,7 +93,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _network(record: Record) -> str:
-    parameters = number(record.manifest.get("parameters") or record.manifest.get("num_parameters"))
+    parameters = record.num_parameters
     channels = (record.settings.get("model") or {}).get("block_out_channels")
     parts = [f"U-Net of {_si(parameters)} parameters" if parameters else "U-Net" if channels else ""]
     if channels:
@@ -178,20 +178,27 @@ def _quick_label(record: Record) -> str:
     return f"{name} while training ({images:,} images)" if isinstance(images, int) else f"{name} while training"
 
 
-def _sweeps(record: Record, scoring: Scoring | None) -> list[Drawing]:
-    """Of the newest scoring that has a sweep."""
+@dataclass(frozen=True)
+class Sweep:
+    """The plots of the newest scoring that has a sweep, and what its rows warn of."""
+
+    drawings: tuple[Drawing, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _sweep(record: Record, scoring: Scoring | None) -> Sweep:
     sources = [scoring] if scoring else []
     sources += sorted((s for s in record.scorings if s is not scoring), key=lambda s: -s.step)
     for source in sources:
         rows = sweep_rows(source)
-        look = Look(_SWEEP_COLOUR, "o", "-")
-        drawings = [d for key in ("std", "decay") for d in figures.sweep(rows, key, source.metric, look)]
+        drawings = [d for key in ("std", "decay") for d in figures.sweep(rows, key, source.metric, _SWEEP_LOOK)]
         if drawings:
-            return drawings
-    return []
+            texts = [f"{row.weights}: {text}" for row in rows for text in _listed_warnings(row.source)]
+            return Sweep(tuple(drawings), tuple(texts))
+    return Sweep()
 
 
-_SWEEP_COLOUR = looks(["raw", "sweep"])["sweep"].colour
+_SWEEP_LOOK = looks(["sweep"])["sweep"]
 
 
 def sweep_rows(scoring: Scoring) -> tuple[Row, ...]:
@@ -295,7 +302,7 @@ def warnings(record: Record, scoring: Scoring | None) -> list[str]:
     found = list(record.problems)
     if scoring is not None:
         found += _listed_warnings(scoring.source)
-        for row in (*scoring.rows, *sweep_rows(scoring)):
+        for row in scoring.rows:
             found += [f"{row.weights}: {text}" for text in _listed_warnings(row.source)]
         if record.last_step is not None and scoring.step < record.last_step:
             found.append(

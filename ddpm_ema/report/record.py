@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from ddpm_ema.errors import UserError
 
@@ -127,6 +128,20 @@ class Record:
         kept = [*(self.settings.get("averages") or {}), *(self.manifest.get("profiles") or {})]
         scored = [row.name for scoring in self.scorings for row in scoring.rows]
         return list(dict.fromkeys(["raw", *kept, *scored]))
+
+    @cached_property
+    def num_parameters(self) -> int | None:
+        """Parameters of the network, from the shapes in the newest checkpoint's raw weights; None without them."""
+        step = number(self.manifest.get("step"))
+        if step is None:
+            return None
+        try:
+            with safe_open(
+                self.path / "checkpoints" / f"step-{int(step):08d}" / "raw.safetensors", framework="np"
+            ) as file:
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
 
     @property
     def last_step(self) -> int | None:
