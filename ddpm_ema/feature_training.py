@@ -1,0 +1,67 @@
+"""Trains the feature classifier on the configured data set: where data and features meet."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ddpm_ema import data
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+from ddpm_ema.features import read_metadata, save_classifier, train_classifier
+
+
+def train_features(config: Config) -> Path:
+    """`<output_dir>/features.safetensors`, trained on the data set's labels. Done already: says so and redoes nothing.
+
+    Raises UserError where the data set has no labels.
+    """
+    path = config.output_dir / "features.safetensors"
+    dataset = data.load(config.data, cache_dir=config.data.cache_dir)
+    if dataset.labels is None:
+        raise UserError(
+            f"{dataset.name} has no labels and a feature classifier needs them: put images into one folder a class, or score with "
+            "--evaluation.extractor inception-v3-compat"
+        )
+    fingerprint = hashlib.sha256(f"{dataset.fingerprint} {dataset.labels.tolist()}".encode()).hexdigest()
+    if _is_done(path, fingerprint, config.seed):
+        return path
+    images = dataset.batch(torch.arange(len(dataset))).cpu()
+    device = "cuda" if config.training.device != "cpu" and torch.cuda.is_available() else "cpu"
+    with tqdm(desc="feature classifier", unit="step", dynamic_ncols=True) as bar:
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            bar.total = steps
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(1)
+
+        trained = train_classifier(
+            images,
+            dataset.labels.cpu(),
+            seed=config.seed,
+            num_classes=dataset.num_classes,
+            device=device,
+            progress=progress,
+        )
+    save_classifier(path, trained, fingerprint=fingerprint, seed=config.seed)
+    print(f"{path}: feature classifier of {dataset.name}, accuracy {trained.accuracy:.1%} on images it never saw")
+    return path
+
+
+def _is_done(path: Path, fingerprint: str, seed: int) -> bool:
+    """Whether `path` is a classifier of this data set and seed. Says so either way where there is a file."""
+    if not path.exists():
+        return False
+    try:
+        metadata = read_metadata(path)
+    except UserError as error:
+        print(f"{error}; training it anew")
+        return False
+    if metadata.get("fingerprint") != fingerprint or metadata.get("seed") != str(seed):
+        print(f"{path}: made from other data or another seed; training it anew")
+        return False
+    print(f"{path}: already complete (accuracy {float(metadata['accuracy']):.1%}); nothing to do")
+    return True

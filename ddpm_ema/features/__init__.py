@@ -1,0 +1,32 @@
+"""Images → features, by torch-fidelity's extractors or by a classifier trained on the data set itself.
+
+`extractor` (the object scoring uses), `weights` (published files, their sha256 checked before they are opened), `classifier`
+(our own network and its training), `fidelity` (the classifier registered with torch-fidelity; not imported here, because that
+takes a second).
+"""
+
+from __future__ import annotations
+
+from ddpm_ema.features.classifier import (
+    Architecture,
+    Classifier,
+    Trained,
+    load_classifier,
+    read_metadata,
+    save_classifier,
+    train_classifier,
+)
+from ddpm_ema.features.extractor import CLASSIFIER, Extractor, open_extractor
+
+__all__ = [
+    "CLASSIFIER",
+    "Architecture",
+    "Classifier",
+    "Extractor",
+    "Trained",
+    "load_classifier",
+    "open_extractor",
+    "read_metadata",
+    "save_classifier",
+    "train_classifier",
+]

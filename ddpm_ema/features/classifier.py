@@ -1,0 +1,208 @@
+"""A small classifier trained on the data set itself: features for images that ImageNet's do not suit, and with no download."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ddpm_ema.errors import UserError
+from ddpm_ema.rundir import atomic_save
+
+FORMAT = "ddpm_ema feature classifier 1"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the network looks like; kept in the weights file."""
+
+    channels: int
+    image_size: int
+    num_classes: int
+    width: int = 24
+    dim: int = 64
+
+
+class Classifier(nn.Module):
+    """Convolutions at 16×16 pixels or fewer and at half of that, a linear layer to `dim` features, one more to logits.
+
+    Features have zero mean and unit variance over the training set, whatever the data: the scale at which the cubic kernel of the
+    kernel distance is meant to work, and at which distances of two data sets can be read alike.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        width = architecture.width
+        self.stem = _stem(architecture)
+        self.stages = nn.ModuleList([_stage(width, 2 * width), _stage(2 * width, 4 * width)])
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.features = nn.Linear(4 * width * 4, architecture.dim)
+        self.standardize = nn.BatchNorm1d(architecture.dim, affine=False)
+        self.logits = nn.Linear(architecture.dim, architecture.num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes].
+
+        Colour images given to a network for grey ones count as the mean of their channels, and the reverse is repeated.
+        """
+        x = images.to(self.logits.weight.dtype)
+        if x.shape[1] != self.architecture.channels:
+            x = x.mean(dim=1, keepdim=True).expand(-1, self.architecture.channels, -1, -1)
+        x = self.stem(x / 127.5 - 1)  #                                                       [n, width, ≤16, ≤16]
+        for stage in self.stages:
+            x = F.max_pool2d(stage(x), 2)  #                                                  [n, 2·width, ≤8, ≤8], ...
+        features = self.standardize(self.features(self.pool(x).flatten(1)))  #                [n, dim]
+        return features, self.logits(F.relu(features))
+
+
+def _stem(architecture: Architecture) -> nn.Sequential:
+    """To `width` channels of at most 16×16 pixels: the cost of an image does not grow with its size beyond that."""
+    layers: list[nn.Module] = []
+    channels, size = architecture.channels, architecture.image_size
+    while size > 16:
+        layers += [nn.Conv2d(channels, architecture.width, 3, stride=2, padding=1), nn.ReLU()]
+        channels, size = architecture.width, (size + 1) // 2
+    return nn.Sequential(*layers, nn.Conv2d(channels, architecture.width, 3, padding=1))
+
+
+def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(channels_in),
+        nn.ReLU(),
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(),
+        nn.Conv2d(channels_out, channels_out, 3, padding=1),
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network (eval mode, CPU) and its accuracy on the tenth of the images it never saw."""
+
+    network: Classifier
+    accuracy: float
+
+
+def epochs_for(num_images: int) -> int:
+    """Passes over the set: some 32,000 images in all for a small set, 3 passes for a large one."""
+    return max(3, min(40, round(32_000 / num_images)))
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    num_classes: int | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Any = None,
+) -> Trained:
+    """Cross-entropy on nine tenths of `images` uint8 [n, c, h, w] with `labels` int64 [n]; seeded, global generators untouched.
+
+    AdamW under a one-cycle rate, shifts by up to a tenth of the size as augmentation (no flips: a mirrored 2 is no digit).
+    `progress(step, steps, loss)` is called after each step. Raises UserError for fewer than 20 images or 2 classes.
+    """
+    classes = int(num_classes or int(labels.max()) + 1)
+    if len(images) < 20 or classes < 2:
+        raise UserError(
+            f"a feature classifier needs 20 images and 2 classes at least: {len(images)} and {classes} here"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    held_out, kept = order[: len(images) // 10], order[len(images) // 10 :]
+    architecture = Architecture(images.shape[1], images.shape[2], classes, dim=64 if images.shape[2] <= 16 else 128)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(architecture).to(device, memory_format=torch.channels_last)
+    epochs = epochs_for(len(kept))
+    steps = epochs * (len(kept) // min(batch_size, len(kept)))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.2)
+    network.train()
+    for step, batch in enumerate(_batches(kept, epochs, min(batch_size, len(kept)), generator), start=1):
+        shifted = _shift(images[batch], generator).to(device)
+        loss = F.cross_entropy(network(shifted)[1], labels[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, steps, float(loss.detach()))
+    network.eval()
+    with torch.inference_mode():
+        parts = [
+            network(images[part].to(device))[1].argmax(dim=1).cpu() == labels[part] for part in held_out.split(512)
+        ]
+    return Trained(network.cpu().requires_grad_(False), float(torch.cat(parts).double().mean()))
+
+
+def _batches(kept: Tensor, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Whole batches of a fresh order each epoch."""
+    for _ in range(epochs):
+        order = kept[torch.randperm(len(kept), generator=generator)]
+        yield from (batch for batch in order.split(batch_size) if len(batch) == batch_size)
+
+
+def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch moved by one random offset of up to a tenth of its size, edges repeated."""
+    size = images.shape[-1]
+    most = max(1, size // 10)
+    padded = F.pad(images.float(), (most,) * 4, mode="replicate")
+    top, left = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
+    return padded[..., top : top + images.shape[-2], left : left + size]
+
+
+def save_classifier(path: Path, trained: Trained, *, fingerprint: str, seed: int) -> None:
+    """Atomically, as safetensors; the metadata says what it is and what it was trained on."""
+    metadata = {
+        "format": FORMAT,
+        "architecture": json.dumps(asdict(trained.network.architecture)),
+        "fingerprint": fingerprint,
+        "seed": str(seed),
+        "accuracy": repr(trained.accuracy),
+    }
+    atomic_save(path, trained.network.state_dict(), metadata)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Of a classifier's file. Raises UserError where it is missing or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(
+            f"the feature classifier is not at {path}: make it with scripts/train_features.py --config ..., "
+            "or name another file with --evaluation.extractor-path"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is no whole safetensors file ({error}); delete it and run scripts/train_features.py"
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is no feature classifier of this program: make one with scripts/train_features.py")
+    return metadata
+
+
+def load_classifier(path: Path) -> tuple[Classifier, str]:
+    """A classifier (eval mode, CPU) and the sha256 of its file. Raises UserError that says what is wrong with the file."""
+    from safetensors.torch import load
+
+    metadata = read_metadata(path)
+    content = path.read_bytes()
+    try:
+        network = Classifier(Architecture(**json.loads(metadata["architecture"])))
+        network.load_state_dict(load(content))
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run scripts/train_features.py") from None
+    return network.eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
