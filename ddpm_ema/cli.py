@@ -49,7 +49,8 @@ def split(arguments: Sequence[str]) -> tuple[str | None, dict[str, list[str]]]:
     for argument in arguments:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
-            key, switched_off = _positive(key.replace("-", "_"))
+            name = key if key.startswith("averages.") else key.replace("-", "_")
+            key, switched_off = _positive(name)
             current = overrides[key] = ["false"] if switched_off else [value] if equals else []
         elif current is None:
             stray.append(argument)
@@ -74,7 +75,12 @@ def _positive(key: str) -> tuple[str, bool]:
 def _print_help(config: settings.Config, description: str) -> None:
     """tyro lists every setting with its meaning and the value the file gives it."""
     import tyro
+    from pydantic import create_model
 
-    program = os.path.basename(sys.argv[0])
+    # tyro needs one type an option; an average is shown as the profile it is.
+    shown = create_model("Config", __base__=settings.Config, averages=(dict[str, str], {}))
+    profiles = {name: str(profile) for name, profile in config.averages.items()}
+    default = shown.model_construct(**{**dict(config), "averages": profiles})
     text = f"{description}\n\n--config FILE names the settings; the options below override it."
-    tyro.cli(settings.Config, default=config, args=["--help"], prog=program, description=text)
+    program = os.path.basename(sys.argv[0])
+    tyro.cli(shown, default=default, args=["--help"], prog=program, description=text, use_underscores=True)

@@ -1,0 +1,288 @@
+"""The run directory: files whole or not at all, checkpoints in order of steps, one run at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_ema.errors import UserError
+from ddpm_ema.rundir import CorruptCheckpointError, RunDir, _Lock, atomic_save, atomic_write, read_tensors
+
+
+def files(value: float = 1.0, size: int = 4) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "raw.safetensors": {"w": torch.full((size,), value)},
+        "averages/ema.safetensors": {"w": torch.full((size,), value / 2)},
+    }
+
+
+@pytest.fixture
+def rundir(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    for step in (1, 2, 3):
+        run.write_checkpoint(step, files(step), {"seed": 0})
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_checkpoint_gives_back_bit_for_bit_what_was_written(rundir: RunDir) -> None:
+    tensors = {"a": torch.randn(3, 5).to(memory_format=torch.contiguous_format), "b": torch.randn(2, 3, 4, 4)}
+    tensors["b"] = tensors["b"].to(memory_format=torch.channels_last)  # which safetensors itself refuses
+    checkpoint = rundir.write_checkpoint(4, {"raw.safetensors": tensors}, {"seed": 7})
+    back = checkpoint.weights("raw")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert (checkpoint.manifest["step"], checkpoint.manifest["seed"], checkpoint.manifest["schema"]) == (4, 7, 1)
+
+
+def test_the_order_of_checkpoints_comes_from_their_steps_and_not_from_clocks(rundir: RunDir) -> None:
+    rundir.write_checkpoint(100_000_000, files(9), {})  # nine digits sort before eight as text
+    for number, checkpoint in enumerate(rundir.checkpoints()):
+        os.utime(checkpoint.path, (2e9 - number, 2e9 - number))  # a clock set back between saves
+    newest, passed_over = rundir.newest_whole()
+    assert newest is not None
+    assert (newest.step, passed_over) == (100_000_000, [])
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "manifest cut short", "no manifest"])
+def test_a_bad_checkpoint_is_named_and_the_one_before_it_is_used(rundir: RunDir, kind: str) -> None:
+    folder = rundir.checkpoint(3).path
+    path = folder / "averages" / "ema.safetensors"
+    if kind == "flipped bit":
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 0x10
+        path.write_bytes(data)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif kind == "missing":
+        path.unlink()
+    else:
+        path = folder / "manifest.json"
+        path.write_text(path.read_text()[:-20]) if "cut" in kind else path.unlink()
+    newest, passed_over = rundir.newest_whole()
+    assert newest is not None
+    assert newest.step == 2
+    assert len(passed_over) == 1
+    assert (str(path) if "manifest" not in kind else str(folder)) in passed_over[0]
+    assert kind != "flipped bit" or "sha256 mismatch" in passed_over[0]
+
+
+def test_tensors_of_a_checkpoint_with_a_flipped_bit_are_never_handed_out(rundir: RunDir) -> None:
+    path = rundir.checkpoint(3).path / "raw.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match="sha256 mismatch"):
+        rundir.checkpoint(3).weights("raw")
+
+
+def test_a_pickle_is_refused_and_not_opened(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (os.system, (f"touch {tmp_path}/opened",))
+
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="is a pickle"):
+        read_tensors(path)
+    torch.save({"w": torch.ones(2)}, path)
+    with pytest.raises(UserError, match="is a pickle"):
+        read_tensors(path)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_weights_that_a_checkpoint_does_not_hold_are_refused_with_the_names_it_holds(rundir: RunDir) -> None:
+    with pytest.raises(UserError, match="raw, ema"):
+        rundir.checkpoint(1).weights("swa")
+    with pytest.raises(UserError, match="steps there: 1, 2, 3"):
+        rundir.checkpoint(9)
+
+
+def test_pruning_keeps_the_newest_and_every_mth_and_never_fewer_than_two(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in range(1, 11):
+        run.write_checkpoint(step, files(), {})
+        run.prune(keep=2, keep_every=4)
+    assert [c.step for c in run.checkpoints()] == [4, 8, 9, 10]
+    run.prune(keep=0, keep_every=None)
+    assert [c.step for c in run.checkpoints()] == [9, 10]
+
+
+def test_a_full_disk_leaves_old_checkpoints_whole_and_says_how_much_is_needed(small_disk: Path) -> None:
+    run = RunDir(small_disk / "run")
+    run.write_checkpoint(1, files(), {})
+    with pytest.raises(UserError, match=r"disk is full: 8,000,000 bytes needed, [\d,]+ free"):
+        run.write_checkpoint(2, files(size=1_000_000), {})
+    assert sorted(p.name for p in (small_disk / "run" / "checkpoints").iterdir()) == ["step-00000001"]
+    assert run.newest_whole()[0] is not None
+
+
+def test_a_disk_that_fills_up_while_writing_is_reported_the_same_way(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddpm_ema.rundir._require_space", lambda *_: None)  # as if another program took the space later
+    run = RunDir(small_disk / "run")
+    run.write_checkpoint(1, files(), {})
+    with pytest.raises(UserError, match="disk is full: 8,000,000 bytes needed"):
+        run.write_checkpoint(2, files(size=1_000_000), {})
+    assert [p.name for p in (small_disk / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_temporaries_lie_beside_their_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[tuple[Path, Path]] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        moves.append((Path(source), Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    run = RunDir(tmp_path / "run")
+    run.write_checkpoint(1, files(), {})
+    atomic_write(run.config_path, "x")
+    atomic_save(run.path / "a" / "x.safetensors", {"w": torch.ones(1)})
+    run.write_snapshot(1, "power", lambda path: path.write_bytes(b"x"))
+    assert len(moves) >= 5
+    assert all(source.parent == target.parent for source, target in moves)
+
+
+KILLED_WHILE_SAVING = """
+import sys, torch
+from ddpm_ema.rundir import RunDir
+run = RunDir(sys.argv[1])
+for step in range(1, 1000):
+    big = {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}
+    run.write_checkpoint(step, {"raw.safetensors": big, "averages/ema.safetensors": big}, {})
+    run.prune(2, None)
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        child = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_SAVING, folder], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        for _ in range(2):
+            said = int(child.stdout.readline())
+        time.sleep(0.013 * attempt)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        said = max([said, *(int(line) for line in child.stdout.read().split())])
+        run = RunDir(folder)
+        newest, passed_over = run.newest_whole()
+        assert newest is not None
+        assert passed_over == []
+        assert newest.step >= said, "a save that returned is on disk"
+        assert newest.weights("ema")["w7"].unique().tolist() == [float(newest.step)]
+        with run.lock():
+            assert not list(folder.rglob("*.partial")), "the next run clears what the kill left"
+
+
+def test_rows_after_the_resumed_step_and_a_row_cut_short_are_dropped(rundir: RunDir) -> None:
+    for step in (1, 2, 3, 4):
+        rundir.append_metrics({"step": step, "loss": 0.1})
+    with open(rundir.metrics_path, "a") as file:
+        file.write('{"step": 2, "lo')
+    rundir.write_snapshot(2, "power", lambda path: path.write_bytes(b""))
+    rundir.write_snapshot(3, "power", lambda path: path.write_bytes(b""))
+    rundir.drop_after(2)
+    assert [json.loads(line)["step"] for line in rundir.metrics_path.read_text().splitlines()] == [1, 2]
+    assert [path.parent.name for path in rundir.snapshots()["power"]] == ["step-00000002"]
+    assert [c.step for c in rundir.checkpoints()] == [1, 2]
+
+
+def test_moving_aside_keeps_everything_of_the_earlier_run(rundir: RunDir) -> None:
+    rundir.append_metrics({"step": 1})
+    (rundir.path / "features.safetensors").write_bytes(b"x")
+    aside = rundir.move_aside()
+    assert aside == rundir.path / "previous-1"
+    assert RunDir(aside).newest_whole()[0] is not None
+    assert rundir.checkpoints() == []
+    assert (rundir.path / "features.safetensors").exists(), "the feature classifier is not the run's, and stays"
+    assert rundir.move_aside() is None
+
+
+HOLD = "import sys, time\nfrom ddpm_ema.rundir import RunDir\nwith RunDir(sys.argv[1]).lock():\n    print('held', flush=True)\n    time.sleep(60)"
+
+
+def test_a_second_run_in_one_folder_is_refused_with_host_and_process_of_the_first(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    with pytest.raises(UserError, match=rf"process {child.pid} on host {socket.gethostname()}"), RunDir(tmp_path).lock():
+        pass
+    child.kill()
+    child.wait()
+    with RunDir(tmp_path).lock():  # its process is gone: taken over at once
+        pass
+
+
+def test_a_lock_of_another_host_is_held_while_its_heartbeat_goes_on_and_taken_over_when_it_stops(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "node-7", "pid": 4242}))
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.02):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="process 4242 on host node-7"):
+            _Lock(path, heartbeat=0.1).__enter__()
+    finally:
+        done.set()
+        thread.join()
+    lock = _Lock(path, heartbeat=0.1)
+    lock.__enter__()
+    lock.__exit__()
+    assert path.read_text() == "", "a lock that was released makes nobody wait"
+
+
+def test_a_read_only_folder_is_refused_before_anything_else(tmp_path: Path) -> None:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path]).returncode:
+        pytest.skip("mounting a read-only file system needs root")
+    try:
+        with pytest.raises(UserError, match="cannot be written"), RunDir(tmp_path / "run").lock():
+            pass
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_folder_named_like_a_checkpoint_that_is_a_file_or_odd_is_ignored(rundir: RunDir) -> None:
+    (rundir.path / "checkpoints" / "step-0000000x").mkdir()
+    (rundir.path / "checkpoints" / "step-00000009").write_text("a file")
+    shutil.copytree(rundir.checkpoint(3).path, rundir.path / "checkpoints" / "backup-of-step-00000003")
+    assert [c.step for c in rundir.checkpoints()] == [1, 2, 3]
+
+
+def test_a_checkpoint_under_another_step_s_name_is_not_trusted(rundir: RunDir) -> None:
+    shutil.copytree(rundir.checkpoint(3).path, rundir.path / "checkpoints" / "step-00000007")
+    newest, passed_over = rundir.newest_whole()
+    assert newest is not None
+    assert newest.step == 3
+    assert "does not describe step 7" in passed_over[0]
