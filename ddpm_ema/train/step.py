@@ -1,0 +1,154 @@
+"""One optimizer step: micro-batches, the loss of every image, clipping, and the check that all of it is finite."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.nn.utils.clip_grad import clip_grads_with_norm_
+
+from ddpm_ema import diffusion, model, optimization, streams
+from ddpm_ema.errors import DivergedError
+from ddpm_ema.streams import Stream
+from ddpm_ema.train.trainer import FinitenessCheck, Share, Trainer
+
+# How many steps late a CUDA run reads whether a step was finite, so that the host need not wait for the device.
+# Nothing is saved, sampled or logged before it was read.
+CUDA_CHECK_LAG = 2
+
+
+def train_step(trainer: Trainer, shares: list[Share]) -> bool:
+    """One optimizer step over this process's shares of the global batch. False where fp16 overflowed and nothing moved.
+
+    The loss is the mean over the global batch, whatever the number of processes and micro-batches: each process adds
+    up its images' losses divided by the global batch size, and DDP's mean over processes is undone by their number.
+    """
+    training, optimizer = trainer.config.training, trainer.optimizer
+    optimization.set_learning_rate(optimizer, optimization.learning_rate(trainer.step, training))
+    scale = trainer.processes.world_size / training.batch_size
+    losses: list[tuple[Share, Tensor]] = []
+    for number, share in enumerate(shares, start=1):
+        with contextlib.nullcontext() if number == len(shares) else _no_sync(trainer.wrapped):
+            loss, timesteps = image_losses(trainer, share)
+            trainer.scaler.scale(loss.sum() * scale).backward()
+        losses.append((share, loss.detach()))
+        trainer.window.add_losses(loss, timesteps)
+    trainer.scaler.unscale_(optimizer)
+    grad_norm = _clip(trainer)
+    trainer.unread.append(FinitenessCheck(trainer.step, grad_norm, losses))
+    moved = _step_optimizer(trainer)
+    optimizer.zero_grad(set_to_none=True)
+    if moved:
+        trainer.step += 1
+        trainer.skipped_in_a_row = 0
+        trainer.bank.update(trainer.step)
+        trainer.window.add_step(grad_norm)
+    return moved
+
+
+def image_losses(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
+    """(loss of every image, fp32 [n]; timesteps, int64 [n]) of one micro-batch, by the keys (seed, step, position)."""
+    config, objective, device = trainer.config, trainer.objective, trainer.processes.device
+    seed, step, positions = config.seed, trainer.step, share.positions
+    if config.model.dropout > 0:
+        torch.manual_seed(streams.seed_for(seed, Stream.DROPOUT, step, int(positions[0])))
+    positions = positions.to(device, non_blocking=True)
+    x_0 = normalise(share.images.to(device, non_blocking=True))  # fp32 [n, C, H, W] in [-1, 1]
+    if config.data.horizontal_flip:
+        flipped = streams.uniform(seed, Stream.FLIP, step, positions) < 0.5  # bool [n]
+        x_0 = torch.where(flipped[:, None, None, None], x_0.flip(-1), x_0)
+    noise = streams.normal(seed, Stream.NOISE, step, positions, tuple(x_0.shape[1:]))
+    timesteps = objective.timesteps(seed, step, positions)
+    labels = None
+    if config.model.class_conditional:
+        known = trainer.dataset.labels[share.indices].to(device)
+        labels = objective.drop_labels(known, model.no_label(trainer.network), seed, step, positions)
+    return objective.loss(_predictor(trainer), x_0, noise, timesteps, labels), timesteps
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [n, C, H, W] -> fp32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _predictor(trainer: Trainer) -> diffusion.Predict:
+    """The network inside autocast. Its input keeps the memory order that its weights have."""
+    precision, device = trainer.config.training.mixed_precision, trainer.processes.device.type
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    order = torch.channels_last if trainer.config.training.channels_last else torch.contiguous_format
+
+    def predict(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            x_t = x_t.contiguous(memory_format=order)
+            return trainer.wrapped(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+
+    return predict
+
+
+def _no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return wrapped.no_sync() if hasattr(wrapped, "no_sync") else contextlib.nullcontext()
+
+
+def _clip(trainer: Trainer) -> Tensor:
+    """Global gradient norm before clipping, a 0-d tensor; the same on every rank, since gradients are."""
+    parameters = [p for p in trainer.network.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if (limit := trainer.config.training.gradient_clip) is not None:
+        clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def _step_optimizer(trainer: Trainer) -> bool:
+    """False where fp16 scaling found an overflow: the optimizer did not move, and neither may an average."""
+    scaler = trainer.scaler
+    if not scaler.is_enabled():
+        if trainer.processes.device.type == "cpu":
+            read_checks(trainer, lag=0)
+        trainer.optimizer.step()
+        return True
+    before = scaler.get_scale()
+    scaler.step(trainer.optimizer)
+    scaler.update()
+    moved = scaler.get_scale() >= before
+    if not moved:
+        trainer.unread.pop()
+    return moved
+
+
+def note_skipped_step(trainer: Trainer) -> None:
+    """A skipped step is tried again with the same images and noise at a smaller scale, so the stream is not disturbed."""
+    trainer.skipped_steps += 1
+    trainer.skipped_in_a_row += 1
+    if (in_a_row := trainer.skipped_in_a_row) > trainer.config.training.max_skipped:
+        raise DivergedError(
+            f"step {trainer.step}: fp16 gradients overflowed {in_a_row} times in a row (training.max_skipped); "
+            f"{last_checkpoint(trainer)}. Use bf16 or a lower learning rate"
+        )
+
+
+def read_checks(trainer: Trainer, lag: int) -> None:
+    """Raises DivergedError on every rank where a step older than `lag` steps had a loss or gradient that is not finite."""
+    while len(trainer.unread) > lag:
+        check = trainer.unread.popleft()
+        if not math.isfinite(check.grad_norm.item()):
+            raise DivergedError(_why_diverged(trainer, check))
+
+
+def _why_diverged(trainer: Trainer, check: FinitenessCheck) -> str:
+    mine = [
+        (trainer.processes.rank, share.indices[~torch.isfinite(loss).cpu()].tolist()) for share, loss in check.losses
+    ]
+    found = [(rank, images) for part in trainer.processes.gather(mine) for rank, images in part if images]
+    where = "; ".join(f"rank {rank}: the loss of image {', '.join(map(str, images[:8]))}" for rank, images in found)
+    return (
+        f"step {check.step + 1}: {where + ' is not finite' if found else 'the gradient is not finite, though every loss is'}"
+        f" (gradient norm {check.grad_norm.item()}). Optimizer, averages and files are as before this step; "
+        f"{last_checkpoint(trainer)}. Try a lower learning rate, warm-up or gradient clipping"
+    )
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    return f"last checkpoint: step {trainer.saved_step}" if trainer.saved_step else "no checkpoint yet"

@@ -1,0 +1,167 @@
+"""What one process of a run works with, put together: network, data, objective, optimizer, averages."""
+
+from __future__ import annotations
+
+import collections
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ema import data, diffusion, model, optimization, streams
+from ddpm_ema.averaging import AverageBank
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+from ddpm_ema.logbook import Logbook, Window
+from ddpm_ema.processes import Processes, say
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.saving import Saver
+
+Weights: TypeAlias = Callable[[str], dict[str, Tensor]]
+"""`weights(name)`: full fp32 weights by parameter name, on every rank. A collective."""
+Evaluator: TypeAlias = Callable[[int, Weights], list[dict[str, Any]]]
+MakeEvaluator: TypeAlias = Callable[[Config, Processes, Any], Evaluator]
+
+
+@dataclass
+class Share:
+    """One micro-batch: which part of the global batch, and its images."""
+
+    positions: Tensor  # int64 [n], in the global batch
+    indices: Tensor  # int64 [n], in the data set
+    images: Tensor  # uint8 [n, C, H, W]
+
+
+@dataclass
+class FinitenessCheck:
+    """What must be known of a step before anything of it is kept."""
+
+    step: int
+    grad_norm: Tensor
+    losses: list[tuple[Share, Tensor]]
+
+
+@dataclass
+class Trainer:
+    """What one process of a run works with. `step` counts completed optimizer steps."""
+
+    config: Config
+    processes: Processes
+    rundir: RunDir
+    dataset: Any
+    objective: diffusion.Objective
+    network: nn.Module  # the U-Net, whose parameters have the names that files use
+    wrapped: nn.Module  # the same, inside DDP when there are several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    bank: AverageBank
+    split: bool  # whether each process keeps its share of the averages alone
+    window: Window
+    logbook: Logbook
+    saver: Saver
+    step: int = 0
+    saved_step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    unread: collections.deque[FinitenessCheck] = field(default_factory=collections.deque)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.network.named_parameters())
+
+
+def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
+    """Network, objective, optimizer and averages of a run at step 0."""
+    training, device = config.training, processes.device
+    dataset = processes.main_first(lambda: data.load(config.data))
+    _require_enough(dataset, config, processes)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
+    network = model.build(config, dataset.num_classes).to(device)
+    if training.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if training.compile:
+        network.compile()  # in place: parameter names stay what they are
+    world = processes.world_size
+    split = world > 1 and training.split_averages is not False
+    bank = AverageBank(
+        network.named_parameters(),
+        config.averages,
+        rank=processes.rank if split else 0,
+        world_size=world if split else 1,
+    )
+    trainer = Trainer(
+        config=config,
+        processes=processes,
+        rundir=rundir,
+        dataset=dataset.to(device) if config.data.storage == "device" else dataset,
+        objective=diffusion.Objective(config.diffusion).to(device),
+        network=network,
+        wrapped=processes.accelerator.prepare_model(network),
+        optimizer=optimization.build_optimizer(network.parameters(), training),
+        scaler=torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16"),
+        bank=bank,
+        split=split,
+        window=Window(device, config.diffusion.num_train_timesteps),
+        logbook=Logbook(rundir, processes, training.steps, training.batch_size),
+        saver=Saver(rundir),
+    )
+    if processes.is_main:
+        say(describe(trainer))
+    return trainer
+
+
+def describe(trainer: Trainer) -> str:
+    """What a person should see before the first step."""
+    config, processes, bank = trainer.config, trainer.processes, trainer.bank
+    count = sum(p.numel() for p in trainer.network.parameters())
+    world, batch = processes.world_size, config.training.batch_size
+    dataset = trainer.dataset
+    precision = {"no": "fp32"}.get(config.training.mixed_precision, config.training.mixed_precision)
+    split = f", each process keeps 1/{world}" if trainer.split else ""
+    lines = [
+        f"device       {processes.device}, {precision}{', compiled' if config.training.compile else ''}",
+        f"processes    {world}",
+        f"global batch {batch} images ({', '.join(str(len(streams.partition(batch, r, world))) for r in range(world))} a process)",
+        f"data         {dataset.name}: {len(dataset)} images {tuple(dataset.image_shape)}",
+        f"parameters   {count:,}",
+        f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
+        f"output       {trainer.rundir.path}",
+    ]
+    return "\n".join(lines)
+
+
+def check_capabilities(config: Config) -> None:
+    """Raises UserError for what this machine cannot do, before any data is read."""
+    training = config.training
+    on_cuda = training.device != "cpu" and torch.cuda.is_available()
+    if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():
+        raise UserError("training.mixed_precision: this GPU has no bf16; use fp16 or no")
+    if training.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "training.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ here; set it to false"
+        )
+    names = [name for name in training.trackers if name not in _known_trackers()]
+    if names:
+        raise UserError(
+            f"training.trackers: {', '.join(names)} unknown; accelerate knows {', '.join(_known_trackers())}"
+        )
+
+
+def _known_trackers() -> list[str]:
+    from accelerate.utils import LoggerType
+
+    return [str(kind.value) for kind in LoggerType]
+
+
+def _require_enough(dataset: Any, config: Config, processes: Processes) -> None:
+    batch = config.training.batch_size
+    if len(dataset) < batch:
+        raise UserError(
+            f"data: {dataset.name} has {len(dataset)} images, fewer than one batch (training.batch_size {batch})"
+        )
+    if batch < processes.world_size:
+        raise UserError(f"training.batch_size: {batch} images cannot be shared by {processes.world_size} processes")
