@@ -1,0 +1,164 @@
+"""Decoded images in one file, mapped into memory: decoded once on a machine, shared by all its processes.
+
+    <cache_dir>/images/<name>-<key>/
+      images.u8      uint8 [N, C, size, size], row after row
+      meta.json      shape, fingerprint, unreadable images
+
+The key covers the source's stamp and the conversion, so changed files give another folder. A folder appears whole (by a
+rename of a temporary one beside it) or not at all; a lock lets one process decode while the others wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ema.data import convert
+from ddpm_ema.data.convert import Conversion
+from ddpm_ema.data.decode import Decoding, check_bad
+from ddpm_ema.data.source import Source
+from ddpm_ema.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Decoded images and what is known of them."""
+
+    images: Tensor  # uint8 [N, C, size, size]
+    bad: list[tuple[int, str]]
+    fingerprint: str
+
+
+def digest_settings(conversion: Conversion) -> dict[str, Any]:
+    """What a fingerprint says of how pixels were made."""
+    return {"version": convert.VERSION, **asdict(conversion)}
+
+
+class Fingerprint:
+    """sha256 of the conversion, the decoded pixels in order, and the labels."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._hash = hashlib.sha256(json.dumps(digest_settings(conversion), sort_keys=True).encode())
+
+    def update(self, pixels: Any) -> None:
+        self._hash.update(memoryview(pixels).cast("B"))
+
+    def hexdigest(self, labels: Tensor | None) -> str:
+        if labels is not None:
+            self._hash.update(b"labels" + labels.numpy().tobytes())
+        return self._hash.hexdigest()
+
+
+def kept(source: Source, bad: list[tuple[int, str]]) -> Tensor:
+    """int64 indices, in the source, of the images that could be read."""
+    keep = torch.ones(len(source), dtype=torch.bool)
+    keep[[index for index, _ in bad]] = False
+    return keep.nonzero()[:, 0]
+
+
+def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir: Path) -> Cached:
+    """The images of `source`, mapped from a file that is made where it is not there yet.
+
+    Raises UserError for too many unreadable images, a folder that cannot be written, or a full disk.
+    """
+    stamp = [json.dumps(digest_settings(conversion), sort_keys=True), *source.stamp()]
+    key = hashlib.sha256("\n".join(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    folder = cache_dir / "images" / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', source.name)[:40]}-{key}"
+    try:
+        found = _read(folder, conversion)
+        if found is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_suffix(".lock")):
+                found = _read(folder, conversion)  # another process may have made it meanwhile
+                if found is None:
+                    _write(folder, source, conversion, max_bad)
+                    found = _read(folder, conversion)
+    except OSError as error:
+        space = shutil.disk_usage(_existing(folder)).free
+        needed = len(source) * conversion.channels * conversion.size**2
+        raise UserError(
+            f"cannot keep decoded images in {cache_dir}: {error.strerror} ({needed:,} bytes needed, {space:,} free): "
+            "set data.cache_dir to a folder with room, or data.storage to memory or stream"
+        ) from None
+    assert found is not None
+    check_bad(source, found.bad, max_bad)
+    return found
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def _read(folder: Path, conversion: Conversion) -> Cached | None:
+    """What the folder holds; None where it is not there or not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        count, fingerprint = int(meta["count"]), str(meta["fingerprint"])
+        bad = [(int(index), str(why)) for index, why in meta["bad"]]
+        size = (folder / "images.u8").stat().st_size
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    channels, height, width = conversion.shape
+    if size != count * channels * height * width:
+        return None
+    if count == 0:
+        return Cached(torch.empty(0, *conversion.shape, dtype=torch.uint8), bad, fingerprint)
+    images = torch.from_file(str(folder / "images.u8"), shared=False, size=size, dtype=torch.uint8)
+    return Cached(images.view(count, channels, height, width), bad, fingerprint)
+
+
+def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -> None:
+    temporary = folder.with_suffix(f".tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        decoding, fingerprint, count = Decoding(source, conversion, max_bad), Fingerprint(conversion), 0
+        with open(temporary / "images.u8", "wb") as file:
+            for pixels in decoding:
+                file.write(pixels.data)
+                fingerprint.update(pixels)
+                count += len(pixels)
+            _sync(file)
+        labels = None if source.labels is None else source.labels[kept(source, decoding.bad)]
+        meta = {
+            "schema": 1,
+            "name": source.name,
+            "count": count,
+            **digest_settings(conversion),
+            "bad": decoding.bad,
+            "fingerprint": fingerprint.hexdigest(labels),
+        }
+        with open(temporary / "meta.json", "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            _sync(file)
+        shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, where the file system has them; the rename keeps the folder whole without it too."""
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,109 @@
+"""Every image of a source, decoded once, in order, by as many threads as there are cores."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from ddpm_ema.data.convert import Conversion
+from ddpm_ema.data.source import Source
+from ddpm_ema.errors import UserError
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow and the data-set libraries raise for a file that is damaged or no image at all."""
+_AT_ONCE = 64  # images a task of the pool
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode(source: Source, conversion: Conversion, index: int) -> Pixels:
+    """One image, uint8 `[C, size, size]`; UserError names it where it cannot be read."""
+    try:
+        return conversion(source.read(index))
+    except UNREADABLE as error:
+        raise UserError(
+            f"unreadable image {source.where(index)}: {reason(error)}; replace or remove it, or let "
+            "data.max_bad_images be skipped"
+        ) from None
+
+
+def reason(error: BaseException) -> str:
+    """One line of a library's exception."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"  # its own words repeat the path
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+@dataclass
+class Decoding:
+    """One pass over a source. Iterating yields uint8 `[n, C, size, size]` in order, without the unreadable images.
+
+    Those are in `bad` as (index, reason), in order; more than `max_bad` of them is a UserError that names them.
+    """
+
+    source: Source
+    conversion: Conversion
+    max_bad: int
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Pixels]:
+        total = len(self.source)
+        starts = iter(range(0, total, _AT_ONCE))
+        with (
+            ThreadPoolExecutor(num_cores()) as pool,
+            tqdm(total=total, desc=f"reading {self.source.name}", unit="image", delay=1.0, leave=False) as bar,
+        ):
+            pending: deque[Future[tuple[Pixels, list[tuple[int, str]]]]] = deque()
+            try:
+                # A window bounds the memory: results come in order, and the first may be the slowest.
+                while True:
+                    while len(pending) < 4 * num_cores() and (start := next(starts, None)) is not None:
+                        pending.append(pool.submit(self._some, range(start, min(start + _AT_ONCE, total))))
+                    if not pending:
+                        return
+                    pixels, bad = pending.popleft().result()
+                    self.bad.extend(bad)
+                    check_bad(self.source, self.bad, self.max_bad)
+                    bar.update(len(pixels) + len(bad))
+                    yield pixels
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _some(self, indices: range) -> tuple[Pixels, list[tuple[int, str]]]:
+        pixels, bad = np.empty((len(indices), *self.conversion.shape), np.uint8), []
+        row = 0
+        for index in indices:
+            try:
+                pixels[row] = self.conversion(self.source.read(index))
+                row += 1
+            except UNREADABLE as error:
+                bad.append((index, reason(error)))
+        return pixels[:row], bad
+
+
+def check_bad(source: Source, bad: list[tuple[int, str]], max_bad: int) -> None:
+    """UserError that names the unreadable images, where they are more than allowed."""
+    if len(bad) > max_bad:
+        lines = [f"  {source.where(index)}: {why}" for index, why in bad[:10]]
+        allowed = "none is allowed" if max_bad == 0 else f"{max_bad} are allowed"
+        raise UserError(
+            "\n".join([f"unreadable images in {source.name} ({allowed} by data.max_bad_images):", *lines])
+            + "\nreplace or remove them, or raise data.max_bad_images"
+        )
