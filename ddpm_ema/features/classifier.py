@@ -18,6 +18,8 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import atomic_save
 
 FORMAT = "ddpm_ema feature classifier 1"
+THUMBNAIL = 8
+THUMBNAIL_WEIGHT = 4.0  # its squared error against the cross-entropy: the two are then of like size
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Architecture:
 class Classifier(nn.Module):
     """Convolutions at 16×16 pixels or fewer and at half of that, a linear layer to `dim` features, one more to logits.
 
-    Features have zero mean and unit variance over the training set, whatever the data: the scale at which the cubic kernel of the
+    Training also asks that a linear map rebuild an 8×8 thumbnail from the features. Without that the features of a good classifier
+    collapse onto one point a class (Papyan et al. 2020, "neural collapse"): a distance over them would see class proportions and
+    little else. Features have zero mean and unit variance over the training set, whatever the data: the scale at which the cubic kernel of the
     kernel distance is meant to work, and at which distances of two data sets can be read alike.
     """
 
@@ -48,6 +52,7 @@ class Classifier(nn.Module):
         self.features = nn.Linear(4 * width * 4, architecture.dim)
         self.standardize = nn.BatchNorm1d(architecture.dim, affine=False)
         self.logits = nn.Linear(architecture.dim, architecture.num_classes)
+        self.thumbnail = nn.Linear(architecture.dim, architecture.channels * THUMBNAIL**2)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes].
@@ -132,7 +137,7 @@ def train_classifier(
     network.train()
     for step, batch in enumerate(_batches(kept, epochs, min(batch_size, len(kept)), generator), start=1):
         shifted = _shift(images[batch], generator).to(device)
-        loss = F.cross_entropy(network(shifted)[1], labels[batch].to(device))
+        loss = _loss(network, shifted, labels[batch].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -145,6 +150,13 @@ def train_classifier(
             network(images[part].to(device))[1].argmax(dim=1).cpu() == labels[part] for part in held_out.split(512)
         ]
     return Trained(network.cpu().requires_grad_(False), float(torch.cat(parts).double().mean()))
+
+
+def _loss(network: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy plus the thumbnail's squared error, in units of the image's range."""
+    features, logits = network(images)
+    thumbnail = F.adaptive_avg_pool2d(images / 127.5 - 1, THUMBNAIL).flatten(1)
+    return F.cross_entropy(logits, labels) + THUMBNAIL_WEIGHT * F.mse_loss(network.thumbnail(features), thumbnail)
 
 
 def _batches(kept: Tensor, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
