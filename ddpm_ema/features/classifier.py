@@ -36,10 +36,10 @@ class Architecture:
 class Classifier(nn.Module):
     """Convolutions at 16×16 pixels or fewer and at half of that, a linear layer to `dim` features, one more to logits.
 
-    Training also asks that a linear map rebuild an 8×8 thumbnail from the features. Without that the features of a good classifier
-    collapse onto one point a class (Papyan et al. 2020, "neural collapse"): a distance over them would see class proportions and
-    little else. Features have zero mean and unit variance over the training set, whatever the data: the scale at which the cubic kernel of the
-    kernel distance is meant to work, and at which distances of two data sets can be read alike.
+    Training also asks that a linear map rebuild an 8×8 thumbnail from the features. Without that, the features of a good
+    classifier collapse onto one point a class (Papyan et al. 2020, "neural collapse"), and a distance over them would see
+    class proportions and little else. Features have zero mean and unit variance over the training set, whatever the data:
+    the scale at which the cubic kernel of the kernel distance is meant to work.
     """
 
     def __init__(self, architecture: Architecture) -> None:
