@@ -127,7 +127,7 @@ def load(settings: DataSettings, *, cache_dir: Path | None = None, split: str | 
     conversion = Conversion(settings.image_size, settings.channels, settings.background)
     storage = _storage(settings, len(source))
     if storage == "stream":
-        dataset = _streamed(source, conversion, settings)
+        dataset: ImageDataset = _streamed(source, conversion, settings)
     elif storage == "mmap":
         dataset = ImageDataset(
             source, open_cached(source, conversion, settings.max_bad_images, cache_dir), "mmap", False

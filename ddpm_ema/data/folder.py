@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,7 @@ from torch import Tensor
 
 from ddpm_ema.errors import UserError
 
-ENDINGS = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .avif".split()
-)
+_IMAGE_FILE = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|p[pgbn]m|tga|jp2|avif)", re.IGNORECASE)
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 
@@ -82,7 +81,7 @@ def open_folder(path: Path, split: str) -> FolderSource:
         found = f"{walk.num_ignored} other files" if walk.num_ignored else "no files"
         passed = "".join(f"\n  passed over: {line}" for line in walk.skipped[:5])
         raise UserError(
-            f"no images under {root} ({found}): data.path must hold files ending in {' '.join(sorted(ENDINGS))}{passed}"
+            f"no images under {root} ({found}): data.path must hold .png, .jpg, .webp, .tif or the like{passed}"
         )
     return FolderSource(root, printable(path.name or str(path)), files, walk.skipped, walk.num_ignored)
 
@@ -133,7 +132,7 @@ class _Walk:
                 yield from self._file(entry, inside)
 
     def _file(self, entry: os.DirEntry[str], relative: str) -> Iterator[_File]:
-        if os.path.splitext(entry.name)[1].lower() not in ENDINGS:
+        if not _IMAGE_FILE.fullmatch(os.path.splitext(entry.name)[1]):
             self.num_ignored += 1
             return
         try:
