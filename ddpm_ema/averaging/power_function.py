@@ -100,4 +100,4 @@ def power_function_inner_product(step_a: float, exponent_a: float, step_b: float
     shorter = min(step_a, step_b)
     ratio = (shorter / step_a) ** exponent_a * (shorter / step_b) ** exponent_b  # in [0, 1]: cannot overflow
     scale = (exponent_a + 1) * (exponent_b + 1) / (exponent_a + exponent_b + 1)
-    return scale * ratio / max(step_a, step_b)
+    return float(scale * ratio / max(step_a, step_b))

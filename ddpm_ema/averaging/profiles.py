@@ -37,7 +37,7 @@ def _real(field: str, value: object, low: float, high: float, valid: str) -> flo
 
 def _count(field: str, value: object) -> int:
     """`value` as an int, if it is a whole number of at least 1; else a ValueError that names field, value and range."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_)) and value >= 1:
+    if isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_)) and int(value) >= 1:
         return int(value)
     raise ValueError(f"{field}: expected a whole number of steps of at least 1, got {value!r}")
 
@@ -153,8 +153,8 @@ class ConstantDecay(Profile):
 class BiasCorrected(Profile):
     """A constant decay without the initial weights: the weighted mean of the parameters after steps 1..t alone.
 
-    Adam's debiasing (Kingma & Ba 2015, section 3) as a decay: d^n (1 - d^(t-n)) / (1 - d^t). It is exact and needs no second pass and no
-    second copy. Early on it is nearly the uniform average, later the constant decay.
+    Adam's debiasing (Kingma & Ba 2015, section 3) as a decay: d^n (1 - d^(t-n)) / (1 - d^t). It is exact and needs no
+    second pass and no second copy. Early on it is nearly the uniform average, later the constant decay.
     """
 
     kind: ClassVar[str] = "bias_corrected"
@@ -188,7 +188,7 @@ class BiasCorrected(Profile):
 class Warmup(Profile):
     """A constant decay that is approached from below: min(decay, 1 - (1 + t / inv_gamma)^-power) at step t.
 
-    With power 2/3 a limit of 0.9999 is reached after 1e6 steps of inv_gamma = 1, with 3/4 a limit of 0.999 after 1e4. diffusers' built-in
+    With inv_gamma = 1, power 2/3 reaches 0.9999 after 1e6 steps, power 3/4 reaches 0.999 after 1e4. diffusers' built-in
     (1 + s) / (10 + s), s = t - 1, is inv_gamma = 9, power = 1 from the second step on.
     """
 

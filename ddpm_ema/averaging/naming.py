@@ -1,0 +1,76 @@
+"""Names of tensors: cleaned of wrappers, dealt out to ranks, and compared strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+WRAPPERS = frozenset({"_orig_mod", "module"})
+"""Name components that torch.compile and (Distributed)DataParallel put in front of what they wrap."""
+
+_SHOWN = 8  # tensors listed in a message before it counts the rest
+
+
+def clean_name(name: str) -> str:
+    """`module._orig_mod.conv.weight` and `conv._orig_mod.weight` -> `conv.weight`: the name in the bare model."""
+    *path, leaf = name.split(".")
+    return ".".join([part for part in path if part not in WRAPPERS] + [leaf])
+
+
+def clean_named(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> dict[str, torch.Tensor]:
+    """Named tensors as a dict under clean names.
+
+    Raises:
+        ValueError: two tensors get the same name.
+    """
+    cleaned: dict[str, torch.Tensor] = {}
+    original: dict[str, str] = {}
+    for name, tensor in tensors:
+        short = clean_name(name)
+        if short in cleaned:
+            raise ValueError(
+                f"{what}: {name!r} and {original[short]!r} are both called {short!r} without wrapper prefixes"
+            )
+        cleaned[short], original[short] = tensor, name
+    return cleaned
+
+
+def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Deal whole tensors out to ranks: the largest first, each to the rank that has least so far (Graham 1969).
+
+    Depends on names and sizes alone, so every rank finds the same answer; no rank has more than the least loaded one
+    plus the largest tensor.
+
+    Args:
+        sizes: name -> number of elements.
+        world_size: number of ranks.
+
+    Returns:
+        name -> rank, in the order of `sizes`.
+    """
+    loads = [0] * world_size
+    owners: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = min(range(world_size), key=lambda rank: (loads[rank], rank))
+        owners[name] = rank
+        loads[rank] += sizes[name]
+    return {name: owners[name] for name in sizes}
+
+
+def check_tensors(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
+    """Refuse any set of tensors that is not exactly the expected one.
+
+    Raises:
+        ValueError: names every missing, extra and misshaped tensor, the latter with both shapes.
+    """
+    problems = [f"{name!r} is missing (expected {tuple(expected[name])})" for name in expected if name not in given]
+    problems += [f"{name!r} is not known here ({tuple(given[name].shape)})" for name in given if name not in expected]
+    problems += [
+        f"{name!r} has shape {tuple(given[name].shape)}, expected {tuple(expected[name])}"
+        for name in expected
+        if name in given and given[name].shape != expected[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}")

@@ -1,0 +1,70 @@
+"""Averages in host memory of a model on an accelerator, with the transfer behind the next step's computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostMirror:
+    """The latest values of some tensors in (pinned) host memory, and one background thread that works on them.
+
+    `submit` clones the sources on their device in stream order (the optimizer may change them right afterwards), copies the
+    clones to pinned memory on a stream of its own, and hands the rest to the thread. The caller waits for nothing but an
+    earlier submission that is still running, so a host too slow for the training slows it down instead of falling behind.
+
+    Costs one copy of the sources on their device and one in pinned memory, whatever the number of averages.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        """Args: sources: [num_tensors], any dtype, on the CPU or on CUDA devices."""
+        self._sources = list(sources)
+        self._shadow = [torch.empty_like(source, requires_grad=False) for source in self._sources]
+        self.values: list[Tensor] = [
+            torch.empty_like(source, device="cpu", pin_memory=source.is_cuda, requires_grad=False)
+            for source in self._sources
+        ]
+        devices = {source.device for source in self._sources if source.is_cuda}
+        self._streams: dict[torch.device, Any] = {device: torch.cuda.Stream(device) for device in devices}  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="averages")
+        self._pending: Future[None] | None = None
+        self.submit(lambda: None)
+        self.wait()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Bring `values` up to date and run `work` on them, both behind the caller's back.
+
+        Raises:
+            Exception: whatever an earlier `work` raised.
+        """
+        self.wait()
+        with torch.no_grad():
+            if self._sources:
+                torch._foreach_copy_(self._shadow, self._sources)
+            events = []
+            for device, stream in self._streams.items():
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    for value, shadow in zip(self.values, self._shadow, strict=True):
+                        if shadow.device == device:
+                            value.copy_(shadow, non_blocking=True)
+                    events.append(stream.record_event())
+        self._pending = self._thread.submit(self._finish, events, work)
+
+    def _finish(self, events: Sequence[Any], work: Callable[[], None]) -> None:
+        for event in events:
+            event.synchronize()
+        for value, shadow in zip(self.values, self._shadow, strict=True):
+            if not shadow.is_cuda:
+                value.copy_(shadow)
+        work()
+
+    def wait(self) -> None:
+        """Until nothing is pending. Raises what the work raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
