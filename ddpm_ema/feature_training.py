@@ -13,6 +13,8 @@ from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import read_metadata, save_classifier, train_classifier
 
+MOST_IMAGES = 60_000  # held in memory and learned from; more would cost minutes and change little
+
 
 def train_features(config: Config) -> Path:
     """`<output_dir>/features.safetensors`, trained on the data set's labels. Done already: says so and redoes nothing.
@@ -29,9 +31,9 @@ def train_features(config: Config) -> Path:
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} {dataset.labels.tolist()}".encode()).hexdigest()
     if _is_done(path, fingerprint, config.seed):
         return path
-    images = dataset.batch(torch.arange(len(dataset))).cpu()
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:MOST_IMAGES]
     device = "cuda" if config.training.device != "cpu" and torch.cuda.is_available() else "cpu"
-    with tqdm(desc="feature classifier", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(desc="feature classifier", unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
 
         def progress(step: int, steps: int, loss: float) -> None:
             bar.total = steps
@@ -39,8 +41,8 @@ def train_features(config: Config) -> Path:
             bar.update(1)
 
         trained = train_classifier(
-            images,
-            dataset.labels.cpu(),
+            dataset.batch(chosen).cpu(),
+            dataset.labels.cpu()[chosen],
             seed=config.seed,
             num_classes=dataset.num_classes,
             device=device,

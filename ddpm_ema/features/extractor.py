@@ -59,7 +59,8 @@ class Extractor:
             raise ValueError(f"images must be uint8 [n, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}")
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        features, logits = [], []
+        features: list[Tensor] = []
+        logits: list[Tensor] = []
         with torch.inference_mode(), full_precision(self.device):
             for batch in images.split(self.batch_size):
                 first, *rest = self.network(batch.to(self.device))

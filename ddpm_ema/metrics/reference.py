@@ -102,7 +102,7 @@ def reference_statistics(
 
 def reference_of(features: Tensor, key: Mapping[str, Any]) -> Reference:
     """From features fp32 [n, d] gathered elsewhere, such as over several processes."""
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(features) <= features.shape[1]:
         notes = (f"the reference has {len(features)} images for {features.shape[1]} feature dimensions",)
     radii = neighbour_radii(features) if len(features) > NEIGHBOURS else None
