@@ -129,7 +129,7 @@ def train_classifier(
     architecture = Architecture(images.shape[1], images.shape[2], classes, dim=64 if images.shape[2] <= 16 else 128)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Classifier(architecture).to(device, memory_format=torch.channels_last)
+        network = Classifier(architecture).to(device).to(memory_format=torch.channels_last)
     epochs = epochs_for(len(kept))
     steps = epochs * (len(kept) // min(batch_size, len(kept)))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
