@@ -50,7 +50,7 @@ COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 
 # Every cache in one writable place, to be mounted where compiled kernels and downloads should outlive the container.
-ENV HOME=/cache/home \
+ENV HOME=/cache \
     HF_HOME=/cache/huggingface \
     TORCH_HOME=/cache/torch \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
@@ -65,10 +65,8 @@ ENV HF_HUB_OFFLINE=${OFFLINE} \
     HF_DATASETS_OFFLINE=${OFFLINE} \
     HF_UPDATE_DOWNLOAD_COUNTS=0
 
-USER 10001:10001
-RUN install --directory --mode 1777 /cache/home /cache/matplotlib
-
 # The image checks itself as the user it will run as; a build that fails this is no image.
+USER 10001:10001
 RUN python -m ddpm_ema.doctor --output-dir /runs
 
 # A container's health is its exit code (0, 2, 3 or 75) and its newest checkpoint; a probe that opens the GPU could run training out of memory.

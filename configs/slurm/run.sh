@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# One launcher a node, joined by torchrun's rendezvous on the first; what the .sbatch files here start. Not called by hand.
+#
+#   PYTHON          interpreter on every node          (.venv/bin/python)
+#   NPROC_PER_NODE  processes a node: a number or gpu  (gpu: one for each GPU)
+#   SRUN_OPTIONS    more options of srun, such as "--container-image=registry.example.com/ddpm_ema:0.1.0"
+#   MAX_REQUEUES    how often a job may go back into the queue by itself  (1000)
+#
+# Exit code 75 means "saved, start me again": the job is put back into the queue under its own id, and appends to its log.
+# 2 (bad settings), 3 (diverged) and crashes end it. A node that fails is Slurm's to requeue (--requeue).
+set -euo pipefail
+
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=$(head -n 1 <<<"$nodes")
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000)) # jobs that share a node must not share a port
+NPROC_PER_NODE=${NPROC_PER_NODE:-gpu}
+PYTHON=${PYTHON:-.venv/bin/python}
+export MASTER_ADDR MASTER_PORT NPROC_PER_NODE PYTHON
+[[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer inherits it
+read -r -a srun_options <<<"${SRUN_OPTIONS:-}"
+
+# $SLURM_NODEID is each task's own, so the inner shell must expand it. A node that is done must not have the others killed.
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=0 --wait=0 "${srun_options[@]}" bash -c '
+    exec "$PYTHON" -m ddpm_ema.launch --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+        --nproc-per-node "$NPROC_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"
+' launch "$@" &
+step=$!
+
+# Slurm signals the tasks by itself. A TERM that reaches only this shell is passed on to them, and not through srun, which
+# would kill them.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do # the wait was interrupted by the trap, and the tasks are saving
+    code=0
+    wait "$step" || code=$?
+done
+
+if [[ $code == 75 && ${SLURM_RESTART_COUNT:-0} -lt ${MAX_REQUEUES:-1000} ]]; then
+    echo "job $SLURM_JOB_ID saved and stopped; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,97 @@
+"""The launcher ends with the exit code of its ranks, and lets them save before it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddpm_ema import launch
+
+RANK = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+stops = []
+signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
+(folder / f"up-{rank}").write_text(str(os.getpid()))
+if len(sys.argv) > 2:
+    sys.exit(int(sys.argv[2 + int(rank)]))
+while not stops:
+    time.sleep(0.02)
+time.sleep(1)  # a save
+(folder / f"saved-{rank}").write_text("")
+while not all((folder / f"saved-{r}").exists() for r in (0, 1)):  # ranks leave together
+    time.sleep(0.02)
+sys.exit(75)
+"""
+
+
+def start(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    script = folder / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "ddpm_ema.launch", "--nproc-per-node", "2", *options, str(script), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command + list(arguments), env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"{[p for p in paths if not p.exists()]} did not come"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopped", "expected"),
+    [
+        ([75, 75], True, 75),
+        ([75, -signal.SIGTERM], True, 75),
+        ([75, -signal.SIGTERM], False, 75),  # torchrun terminates the peers of the first that ends
+        ([2, 75], False, 2),
+        ([75, 3], False, 3),
+        ([1, 75], False, 1),  # the crash is the cause; 75 is its peer's lost connection
+        ([1, 2], False, 2),
+        ([-signal.SIGKILL], False, 137),
+        ([-signal.SIGTERM], True, 75),  # stopped while it still imported
+        ([-signal.SIGTERM], False, 143),
+    ],
+)
+def test_one_exit_code_stands_for_those_of_all_ranks(codes: list[int], stopped: bool, expected: int):
+    assert launch.exit_code(codes, stopped) == expected
+
+
+def test_a_stop_reaches_every_rank_is_waited_for_and_ends_in_75(tmp_path: Path):
+    launcher = start(tmp_path)
+    wait_for(tmp_path / "up-0", tmp_path / "up-1")
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, errors
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+    assert "Traceback" not in errors
+    for rank in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"up-{rank}").read_text()), 0)
+
+
+def test_a_stop_while_waiting_for_other_nodes_ends_the_launcher_at_once(tmp_path: Path):
+    free_port = "0"  # nobody listens there: the rendezvous would be tried for minutes
+    options = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", free_port)
+    launcher = start(tmp_path, options=options)
+    time.sleep(4)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 75
+    assert not (tmp_path / "up-0").exists()
+
+
+def test_bad_settings_on_a_rank_are_the_launchers_exit_code_without_a_traceback(tmp_path: Path):
+    launcher = start(tmp_path, "2", "2")
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 2
+    assert "Traceback" not in errors
