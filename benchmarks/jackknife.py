@@ -71,8 +71,15 @@ def simulate(case: Case, repeats: int, seed: int = 0) -> dict[str, object]:
         b = estimate_features((other * SCALE_B + MEAN_B) * deviations, indices, case.groups, reference)
         delta = difference(a, b)
         rows.append(
-            [a.distance, a.unbiased, a.stderr, a.interval95[0] <= truth_a <= a.interval95[1], b.stderr]
-            + [a.distance - b.distance, delta.delta, delta.stderr, delta.interval95[0] <= truth <= delta.interval95[1]]
+            [
+                *(a.distance, a.unbiased, a.stderr, a.interval95[0] <= truth_a <= a.interval95[1], b.stderr),
+                *(
+                    a.distance - b.distance,
+                    delta.delta,
+                    delta.stderr,
+                    delta.interval95[0] <= truth <= delta.interval95[1],
+                ),
+            ]
         )
     plain, corrected, stderr, covered, stderr_b, plain_delta, delta, delta_stderr, delta_covered = np.array(rows).T
     return {

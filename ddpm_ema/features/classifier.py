@@ -98,9 +98,9 @@ class Trained:
     accuracy: float
 
 
-def epochs_for(num_images: int) -> int:
-    """Passes over the set: some 32,000 images in all for a small set, 3 passes for a large one."""
-    return max(3, min(40, round(32_000 / num_images)))
+def epochs_for(num_images: int, visits: int) -> int:
+    """Passes over the set: about `visits` images in all for a small set, 3 passes for a large one."""
+    return max(3, min(40, round(visits / num_images)))
 
 
 def train_classifier(
@@ -110,13 +110,14 @@ def train_classifier(
     seed: int,
     num_classes: int | None = None,
     batch_size: int = 64,
+    visits: int = 32_000,
     device: torch.device | str = "cpu",
     progress: Any = None,
 ) -> Trained:
     """Cross-entropy on nine tenths of `images` uint8 [n, c, h, w] with `labels` int64 [n]; seeded, global generators untouched.
 
     AdamW under a one-cycle rate, shifts by up to a tenth of the size as augmentation (no flips: a mirrored 2 is no digit).
-    `progress(step, steps, loss)` is called after each step. Raises UserError for fewer than 20 images or 2 classes.
+    `visits` is how many images are looked at in all, within 3 to 40 passes; `progress(step, steps, loss)` is called after each step. Raises UserError for fewer than 20 images or 2 classes.
     """
     classes = int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
@@ -130,7 +131,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(architecture).to(device).to(memory_format=torch.channels_last)
-    epochs = epochs_for(len(kept))
+    epochs = epochs_for(len(kept), visits)
     steps = epochs * (len(kept) // min(batch_size, len(kept)))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.2)
