@@ -42,9 +42,17 @@ def _count(field: str, value: object) -> int:
     raise ValueError(f"{field}: expected a whole number of steps of at least 1, got {value!r}")
 
 
-def _check_steps(step: int, num_steps: int) -> None:
+def check_steps(step: int, num_steps: int) -> None:
+    """Refuse an update that stands for no step or for more steps than there were. Raises: ValueError."""
     if not 1 <= num_steps <= step:
         raise ValueError(f"decay: expected 1 <= num_steps <= step, got step={step!r}, num_steps={num_steps!r}")
+
+
+def weighting_of(decays: FloatArray) -> FloatArray:
+    """The weighting that one-step decays [step] give: float64 [step], entry i = weight of the parameters after step i + 1."""
+    survival = np.ones(len(decays))
+    survival[:-1] = np.cumprod(decays[:0:-1])[::-1]
+    return np.asarray((1.0 - decays) * survival)
 
 
 _JUST_BELOW_1 = math.nextafter(1.0, 0.0)
@@ -73,8 +81,8 @@ class Profile(ABC):
         """
 
     @abstractmethod
-    def settings(self) -> dict[str, float | int]:
-        """The constructor's arguments by name."""
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments by name: plain values."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
@@ -141,7 +149,7 @@ class ConstantDecay(Profile):
         return {"decay": self.decay_per_step}
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         return float(self.decay_per_step**num_steps)
 
     def weighting(self, step: int) -> FloatArray:
@@ -175,7 +183,7 @@ class BiasCorrected(Profile):
         return -math.expm1(steps * math.log(self.decay_per_step))
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         return self.decay_per_step**num_steps * self._mass(step - num_steps) / self._mass(step)
 
     def weighting(self, step: int) -> FloatArray:
@@ -224,16 +232,13 @@ class Warmup(Profile):
         return np.asarray(np.minimum(self.decay_per_step, rising))
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         if num_steps == 1:  # the usual case, without an array
             return min(self.decay_per_step, -math.expm1(-self.power * math.log1p(step / self.inv_gamma)))
         return float(np.prod(self._decays(step - num_steps + 1, step)))
 
     def weighting(self, step: int) -> FloatArray:
-        decays = self._decays(1, step)
-        survival = np.ones(step)  # of the parameters after step i + 1, up to `step`
-        survival[:-1] = np.cumprod(decays[:0:-1])[::-1]
-        return np.asarray((1.0 - decays) * survival)
+        return weighting_of(self._decays(1, step))
 
 
 @dataclass(frozen=True, repr=False)
@@ -263,7 +268,7 @@ class PowerFunction(Profile):
         return {"std": self.std}
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         if num_steps == step:
             return 0.0
         return math.exp((self.exponent + 1.0) * math.log1p(-num_steps / step))
@@ -282,7 +287,7 @@ class Uniform(Profile):
         return {}
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         return 1.0 - num_steps / step
 
     def weighting(self, step: int) -> FloatArray:
@@ -316,7 +321,7 @@ class StochasticWeightAverage(Profile):
         return (step - self.start) // self.every + 1 if step >= self.start else 0
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         now, before = self.num_snapshots(step), self.num_snapshots(step - num_steps)
         return before / now if now > before else 1.0
 
@@ -346,7 +351,7 @@ class HardCopy(Profile):
         return {"every": self.every}
 
     def decay(self, step: int, num_steps: int = 1) -> float:
-        _check_steps(step, num_steps)
+        check_steps(step, num_steps)
         return 0.0 if step // self.every > (step - num_steps) // self.every else 1.0
 
     def weighting(self, step: int) -> FloatArray:
