@@ -1,0 +1,176 @@
+"""A named copy → a diffusers pipeline folder with a model card. The folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DDPMPipeline, UNet2DModel
+from torch import Tensor
+
+from ddpm_ema import config as settings
+from ddpm_ema import diffusion, model
+from ddpm_ema.averaging.profiles import Profile, profile_from_dict
+from ddpm_ema.errors import UserError
+from ddpm_ema.export import card
+from ddpm_ema.reconstruction import reconstruct_from, target_named
+from ddpm_ema.rundir import Checkpoint, RunDir
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Named weights found in a run directory: fp32 CPU tensors by parameter name. `profile` is None for raw."""
+
+    name: str
+    step: int
+    profile: Profile | None
+    tensors: Mapping[str, Tensor]
+    warnings: tuple[str, ...] = ()
+
+
+def export(run: Path | str, name: str, folder: Path | str, step: int | None = None, variant: bool = False) -> Path:
+    """Writes the weights `name` of a run as a folder that `DDPMPipeline.from_pretrained` loads; returns the folder.
+
+    `name` is raw, an average, a reconstructed width (power_0_075), or NAME@STEP; `step` defaults to the newest
+    checkpoint's. With `variant` the weights are stored as diffusers' variant of that name.
+    Raises UserError for an unknown name or step, damaged files, or a folder that already holds something.
+    """
+    rundir, target = RunDir(run), Path(folder)
+    _refuse_used(target)
+    config = _config(rundir)
+    copy = find(rundir, name, step)
+    unet = _network(config, copy, f"{rundir.path}: weights {copy.name!r} of step {copy.step}")
+    pipeline = DDPMPipeline(unet=unet, scheduler=diffusion.noise_scheduler(config.diffusion))
+    with _appearing(target) as partial:
+        pipeline.save_pretrained(partial, variant=copy.name if variant else None)
+        text = card.render(config, rundir, copy.name, copy.step, copy.profile, unet, variant, copy.warnings)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+    return target
+
+
+def find(run: RunDir, name: str, step: int | None = None) -> Copy:
+    """The weights called `name` (see `export`). Raises UserError that lists the names there are."""
+    name, at, text = name.partition("@")
+    if at:
+        if not text.isdigit() or (step is not None and step != int(text)):
+            raise UserError(f"{name}@{text}: give one step, as NAME@STEP or with --step")
+        step = int(text)
+    if "+" in name:
+        raise UserError(
+            f"{name!r} is an ensemble of several copies' predictions, which no single pipeline folder holds"
+        )
+    checkpoint = _checkpoint(run, step)
+    kept = checkpoint.names if checkpoint else []
+    if checkpoint is not None and name in kept:
+        definition = (checkpoint.manifest.get("profiles") or {}).get(name)
+        profile = profile_from_dict(definition) if definition else None
+        return Copy(name, checkpoint.step, profile, checkpoint.weights(name))
+    if step is not None and checkpoint is None and target_named(name) is None:
+        run.checkpoint(step)  # names the steps there are
+    if (target := target_named(name)) is not None:
+        found = reconstruct_from(run, target, checkpoint.step if checkpoint is not None and step is None else step)
+        return Copy(name, found.step, target, found.result.weights, tuple(found.result.warnings))
+    if checkpoint is None:
+        raise UserError(f"{run.path}: holds no checkpoint to take {name!r} from; train first")
+    raise UserError(
+        f"{run.path}: no weights {name!r} at step {checkpoint.step}; there are {', '.join(kept)}, and power_0_NNN is "
+        "reconstructed from snapshots"
+    )
+
+
+def _checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
+    """The checkpoint of `step`, or the newest whole one; None where there is none (snapshots may still be there)."""
+    if not run.path.is_dir():
+        raise UserError(f"{run.path}: no such run directory")
+    if step is not None:
+        return next((checkpoint for checkpoint in run.checkpoints() if checkpoint.step == step), None)
+    checkpoint, passed_over = run.newest_whole()
+    if checkpoint is None and passed_over:
+        raise UserError(f"{run.path}: no checkpoint is whole:\n  " + "\n  ".join(passed_over))
+    for reason in passed_over:
+        print(f"warning: passed over a checkpoint that is not whole: {reason}", file=sys.stderr)
+    return checkpoint
+
+
+def _config(run: RunDir) -> settings.Config:
+    """The settings the run was trained with: those of its newest checkpoint, else its config.yaml."""
+    for checkpoint in reversed(run.checkpoints()):
+        with contextlib.suppress(UserError):
+            return settings.validate(checkpoint.manifest["settings"], where=f"{checkpoint.path}/manifest.json")
+    if not run.config_path.is_file():
+        raise UserError(
+            f"{run.path}: holds neither a checkpoint nor config.yaml, so it is no run directory to export from"
+        )
+    return settings.load(run.config_path)
+
+
+def _network(config: settings.Config, copy: Copy, where: str) -> UNet2DModel:
+    """The U-Net with the copy's weights; every tensor must be there and fit."""
+    labels = copy.tensors.get("class_embedding.weight")
+    unet = model.build(config, num_classes=len(labels) - 1 if labels is not None else None)
+    try:
+        unet.load_state_dict(dict(copy.tensors))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"{where} do not fit the network of its settings: " + " ".join(lines)) from None
+    return unet.eval()
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already holds something; remove it or choose another folder with --output")
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, synced and renamed to it at the end, deleted if anything goes wrong."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            _refuse_used(folder)
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another folder with --output"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """The command line of scripts/export.py."""
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        description="Writes one copy of a run's weights as a diffusers pipeline folder with a model card.",
+    )
+    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
+    parser.add_argument("name", help="raw, an average, a reconstructed width such as power_0_075, or NAME@STEP")
+    parser.add_argument("--output", type=Path, default=None, help="the folder to write (default: RUN/export/NAME)")
+    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    parser.add_argument("--variant", action="store_true", help="store the weights as diffusers' variant=NAME")
+    arguments = parser.parse_args(argv)
+    folder = arguments.output or arguments.run / "export" / arguments.name.replace("@", "-step-")
+    path = export(arguments.run, arguments.name, folder, arguments.step, arguments.variant)
+    print(f"wrote {path}; load it with diffusers.DDPMPipeline.from_pretrained({str(path)!r})")
+    return path

@@ -1,0 +1,147 @@
+"""scripts/reconstruct.py: snapshots of a run → files of averages that no one kept, and how far each can be trusted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_ema.averaging.posthoc import write_snapshot
+from ddpm_ema.averaging.profiles import BiasCorrected, ConstantDecay, PowerFunction, Profile, Uniform
+from ddpm_ema.errors import UserError
+from ddpm_ema.reconstruction import main, name_of, parse_target, reconstruct_from, target_named
+from ddpm_ema.rundir import RunDir, read_tensors, tensor_metadata
+
+STEPS = 200
+KEPT = {"power_0_05": PowerFunction(std=0.05), "power_0_10": PowerFunction(std=0.10)}
+
+
+def one_hot(profile: Profile, step: int) -> dict[str, torch.Tensor]:
+    """The average of parameters that are the unit vector e_i after step i: the weighting profile itself, [STEPS]."""
+    weights = np.zeros(STEPS)
+    weights[:step] = profile.weighting(step)
+    return {"w": torch.from_numpy(weights).float()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    for step in range(10, STEPS + 1, 10):
+        for name, profile in KEPT.items():
+            write_snapshot(run.snapshot_path(step, name), one_hot(profile, step), step, profile)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "profile"),
+    [
+        ("power_function:std=0.075", PowerFunction(std=0.075)),
+        ("power_0_075", PowerFunction(std=0.075)),
+        ("constant:decay=0.97", ConstantDecay(0.97)),
+        ("bias_corrected:decay=0.98", BiasCorrected(0.98)),
+    ],
+)
+def test_the_file_written_is_the_average_that_was_asked_for(run: RunDir, text: str, profile: Profile) -> None:
+    (path,) = main([str(run.path), "--target", text])
+    expected = one_hot(profile, STEPS)["w"]
+    error = torch.linalg.norm(read_tensors(path)["w"] - expected) / torch.linalg.norm(expected)
+    assert error < 0.02
+    reported = json.loads(tensor_metadata(path)["reconstruction"])["profile_error"]
+    assert error == pytest.approx(reported, rel=0.05, abs=1e-5)
+
+
+def test_the_file_says_what_it_is_and_can_be_read_as_a_snapshot(run: RunDir) -> None:
+    from ddpm_ema.averaging.posthoc import Snapshot
+
+    (path,) = main([str(run.path), "--target", "power_function:std=0.075"])
+    assert path == run.path / "reconstructed" / f"step-{STEPS:08d}" / "power_0_075.safetensors"
+    snapshot = Snapshot.open(path)
+    assert (snapshot.step, snapshot.profile) == (STEPS, PowerFunction(std=0.075))
+
+
+def test_an_earlier_step_is_reconstructed_from_what_was_stored_until_then(run: RunDir) -> None:
+    found = reconstruct_from(run, PowerFunction(std=0.08), 100)
+    expected = one_hot(PowerFunction(std=0.08), 100)["w"]
+    error = torch.linalg.norm(found.result.weights["w"] - expected) / torch.linalg.norm(expected)
+    assert error < 0.02
+    assert found.result.weights["w"][100:].abs().max() == 0
+
+
+def test_the_table_warns_of_a_target_that_the_snapshots_cannot_give(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(run.path), "--target", "power_0_075", "--target", "constant:decay=0.5"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["weights", "step", "snapshots", "profile", "error", "condition", "amplification"]
+    assert printed[1].split()[:3] == ["power_0_075", "200", "40"]
+    assert any(
+        line.startswith("warning: constant_0_5: The stored averages cannot give this profile") for line in printed
+    )
+    assert not any(line.startswith("warning: power_0_075") for line in printed)
+
+
+def test_several_targets_go_to_the_folder_named(run: RunDir, tmp_path: Path) -> None:
+    paths = main([str(run.path), "--target", "power_0_03", "--target", "uniform", "--out", str(tmp_path / "out")])
+    assert [path.name for path in paths] == ["power_0_03.safetensors", "uniform.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("profile", "name"),
+    [
+        (PowerFunction(std=0.075), "power_0_075"),
+        (ConstantDecay(0.9999), "constant_0_9999"),
+        (BiasCorrected(0.999), "bias_corrected_0_999"),
+        (Uniform(), "uniform"),
+    ],
+)
+def test_names_hold_no_dot_and_say_what_they_are(profile: Profile, name: str) -> None:
+    assert name_of(profile) == name
+    assert target_named("power_0_075") == PowerFunction(std=0.075)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("power_function:std=0.4", "std"),
+        ("power_function:width=0.1", "width"),
+        ("powerfunction:std=0.1", "power_function"),
+        ("constant:decay=fast", "'fast' is not a number"),
+        ("constant:0.999", "not FIELD=VALUE"),
+        ("power_0_4", "std"),
+    ],
+)
+def test_a_bad_target_is_refused_with_what_is_wrong_in_it(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_target(text)
+
+
+def test_a_step_that_was_not_stored_is_refused_with_the_nearest(run: RunDir) -> None:
+    with pytest.raises(UserError, match=r"step 104 was not stored; the nearest are 90, 100, 110"):
+        reconstruct_from(run, PowerFunction(std=0.07), 104)
+
+
+def test_nothing_is_written_when_one_of_the_targets_is_bad(run: RunDir) -> None:
+    with pytest.raises(UserError):
+        main([str(run.path), "--target", "power_0_075", "--target", "nonsense:x=1"])
+    assert not (run.path / "reconstructed").exists()
+
+
+def test_a_run_without_snapshots_is_told_how_to_get_them(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "reconstruct.py"
+    command = [sys.executable, str(script), str(tmp_path), "--target", "power_0_075"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "checkpoints.snapshots_every" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pickle_among_the_snapshots_is_refused_unread(run: RunDir) -> None:
+    torch.save({"w": torch.zeros(STEPS)}, run.snapshot_path(50, "power_0_05"))
+    with pytest.raises(UserError, match="pickle"):
+        reconstruct_from(run, PowerFunction(std=0.075))
