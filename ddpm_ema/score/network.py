@@ -1,0 +1,122 @@
+"""The one network that samples: built once, compiled once, weights loaded into it in place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_ema import model
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+from ddpm_ema.sampling import Predict, guided
+
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_capabilities(config: Config) -> None:
+    """Raises UserError for what this machine cannot do, before any data is read."""
+    settings = config.evaluation
+    on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
+    if settings.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():
+        raise UserError("evaluation.mixed_precision: this GPU has no bf16; use fp16 or no")
+    if settings.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "evaluation.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ here; set it to false"
+        )
+
+
+class Network:
+    """A U-Net for sampling, with `evaluation`'s precision, compilation and guidance.
+
+    `batch_size` is the most images `predict` is given at once; a compiled network is compiled for that size alone, and
+    smaller batches are filled up inside, so that nothing is ever compiled again.
+    """
+
+    def __init__(self, config: Config, num_classes: int | None, device: torch.device, batch_size: int) -> None:
+        settings = config.evaluation
+        self.device, self.batch_size = device, batch_size
+        unet: Any = model.build(config, num_classes)
+        self.unet = unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.no_label = model.no_label(self.unet)
+        self._dtype = AUTOCAST[settings.mixed_precision]
+        self._parameters: dict[str, Tensor] = dict(self.unet.state_dict())
+        self._members: list[dict[str, Tensor]] = []
+        self._compiled = settings.compile
+        self._forward: Callable[..., Tensor] = self._run
+        if settings.compile:
+            self._forward = torch.compile(self._run, dynamic=False)
+        scale = settings.guidance_scale
+        if self.no_label is None and scale != 1.0:
+            raise UserError(
+                f"evaluation.guidance_scale: {scale} needs a class-conditional model (model.class_conditional); set it to 1"
+            )
+        self._calls = 2 if scale != 1.0 else 1
+        self.predict: Predict = self._predict if self.no_label is None else guided(self._predict, scale, self.no_label)
+
+    @torch.no_grad()
+    def load(self, members: Sequence[Mapping[str, Tensor]], name: str) -> None:
+        """Takes the weights called `name`: one set, or several whose predictions are then averaged at every sampling step.
+
+        Raises UserError that names a tensor which is missing, extra or misshaped. Members of an ensemble stay on the
+        device, one copy of the weights each.
+        """
+        for weights in members:
+            _check(weights, self._parameters, name)
+        self._members = []
+        if len(members) > 1:
+            self._members = [{k: w[k].to(self.device, torch.float32) for k in self._parameters} for w in members]
+        else:
+            self._copy(members[0])
+
+    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+        """In place, so that what was compiled stays valid."""
+        for key, parameter in self._parameters.items():
+            parameter.copy_(weights[key])
+
+    def _predict(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """One evaluation of the weights that are loaded: float32, like x_t."""
+        if not self._members:
+            return self._evaluate(x_t, timesteps, labels)
+        total = torch.zeros((), device=x_t.device)
+        for weights in self._members:
+            self._copy(weights)
+            total = total + self._evaluate(x_t, timesteps, labels)
+        return total / len(self._members)
+
+    def _evaluate(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        n, full = len(x_t), self._calls * self.batch_size
+        if self._compiled and n < full:
+            x_t, timesteps = _filled(x_t, full), _filled(timesteps, full)
+            labels = None if labels is None else _filled(labels, full)
+        return self._forward(x_t, timesteps, labels)[:n]
+
+    def _run(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x_t.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            prediction: Tensor = self.unet(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+        return prediction.float().contiguous()
+
+
+def _filled(rows: Tensor, size: int) -> Tensor:
+    """Zeros after the rows, up to `size` of them."""
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, size - len(rows)))
+
+
+def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Raises UserError for weights of another network."""
+    problems = [f"lacks {key}" for key in expected if key not in weights]
+    problems += [f"has {key}, which the model does not" for key in weights if key not in expected]
+    problems += [
+        f"{key} is {list(weights[key].shape)}, the model's is {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in weights and weights[key].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise UserError(f"weights {name}: not of this model: {'; '.join(problems[:5])}{more}; check the model settings")

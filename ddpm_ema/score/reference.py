@@ -1,0 +1,104 @@
+"""What samples are compared with: every image of a split, once, unflipped, its features made by all processes; or a file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm_ema import data, metrics, streams
+from ddpm_ema.config import Config
+from ddpm_ema.errors import StoppedError
+from ddpm_ema.features import Extractor
+from ddpm_ema.metrics import Reference
+from ddpm_ema.processes import Processes, StopFlag, say
+from ddpm_ema.score.studio import rounds
+from ddpm_ema.score.together import on_main
+
+DEFAULT_CACHE = Path("~/.cache/ddpm_ema")
+
+
+def is_file(config: Config) -> bool:
+    """Whether `evaluation.reference` is a file of statistics rather than a split."""
+    return config.evaluation.reference.endswith(".npz")
+
+
+def load_split(config: Config, processes: Processes, split: str) -> Any:
+    """The data set, on every rank; the others find what rank 0 left in the cache."""
+    return processes.main_first(lambda: data.load(config.data, cache_dir=config.data.cache_dir, split=split))
+
+
+def reference_split(config: Config) -> str:
+    """`train` is the split that was trained on, whatever its name."""
+    reference = config.evaluation.reference
+    return config.data.split if reference == "train" else reference
+
+
+def open_reference(
+    config: Config, processes: Processes, extractor: Extractor, dataset: Any, stop: StopFlag | None = None
+) -> tuple[Reference | None, dict[str, Any]]:
+    """(the reference, on rank 0 alone; what it is, on every rank). `dataset` is the split's (None for a file). A collective."""
+    found: list[Reference] = []
+
+    def remember(make: Callable[[], Reference | None]) -> dict[str, Any] | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            reference = make()
+        for warning in caught:
+            say(f"warning: {warning.message}")
+        if reference is None:
+            return None
+        found[:] = [reference]
+        return {**reference.origin, "size": reference.statistics.count}
+
+    if dataset is None:
+        path = Path(config.evaluation.reference)
+        origin = on_main(processes, lambda: remember(lambda: metrics.read_published(path, extractor.dim)))
+    else:
+        cache = config.data.cache_dir or DEFAULT_CACHE
+        resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
+        split = reference_split(config)
+        key = metrics.content_key(fingerprint=dataset.fingerprint, split=split, resize=resize, extractor=extractor)
+        origin = on_main(processes, lambda: remember(lambda: metrics.load_cached(cache, key)))
+        if origin is None:
+            features = _features(processes, extractor, dataset, config.evaluation.extractor_batch_size, stop)
+            work = lambda: remember(lambda: metrics.keep(metrics.reference_of(features, key), cache))  # noqa: E731
+            origin = on_main(processes, work)
+    assert origin is not None
+    return (found[0] if found else None), origin
+
+
+def _features(
+    processes: Processes, extractor: Extractor, dataset: Any, batch_size: int, stop: StopFlag | None
+) -> Tensor:
+    """float32 `[size, d]` in the data set's order, on rank 0; each process takes a share of every round."""
+    parts = []
+    with tqdm(
+        total=len(dataset),
+        desc="reference",
+        unit=" images",
+        disable=not processes.is_main,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+        for images in rounds(list(range(len(dataset))), processes.world_size * batch_size):
+            if stop is not None and stop.agreed(processes):
+                stop.drain(processes)
+                raise StoppedError(f"stopped by {stop.reason} while reading the reference; start again")
+            share = streams.partition(len(images), processes.rank, processes.world_size)
+            mine = torch.tensor(images[share.start : share.stop], dtype=torch.int64)
+            features = torch.zeros(0, extractor.dim)
+            if len(mine):
+                extracted = extractor(dataset.batch(mine))["features"]
+                assert extracted is not None
+                features = extracted.cpu()
+            gathered = processes.gather(features)
+            if processes.is_main:
+                parts.append(torch.cat(gathered))
+            bar.update(len(images))
+    return torch.cat(parts) if parts else torch.zeros(0, extractor.dim)

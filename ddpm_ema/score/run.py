@@ -1,0 +1,149 @@
+"""`run`: from settings to results.json, grid and table, for every checkpoint asked for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ddpm_ema.config import Config, to_dict
+from ddpm_ema.errors import UserError
+from ddpm_ema.features import open_extractor
+from ddpm_ema.processes import Processes, StopFlag, say
+from ddpm_ema.rundir import Checkpoint
+from ddpm_ema.score.network import check_capabilities
+from ddpm_ema.score.reference import is_file, load_split, open_reference, reference_split
+from ddpm_ema.score.results import table
+from ddpm_ema.score.scoring import Scoring, checkpoints
+from ddpm_ema.score.studio import Studio
+from ddpm_ema.score.sweep import candidates, describe, sweep
+from ddpm_ema.score.together import on_main, only_on_main
+from ddpm_ema.score.weights import Source
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Scores the weights that `evaluation` names; returns what results.json says, one entry a checkpoint ([] but on rank 0).
+
+    Goes on with what earlier starts finished. Raises UserError, or StoppedError after a signal.
+    """
+    check_capabilities(config)
+    candidates(config.evaluation.sweep)  # a range that cannot be is an error before anything is read
+    processes = Processes.start(config.training.device, timeout=config.training.timeout)
+    with StopFlag() as stop:
+        found = checkpoints(config, processes)
+        on_main(processes, lambda: _check_settings(config, found))
+        studio, reference, origin = _prepare(config, processes, stop)
+        results = []
+        for checkpoint in found:
+            scoring = Scoring(config, processes, studio, reference, origin, checkpoint)
+            with scoring.locked(), processes.naming_lost_ranks("scoring"):
+                results.append(_score(scoring))
+        stop.drain(processes)
+    processes.close()
+    return [result for result in results if result]
+
+
+def _prepare(config: Config, processes: Processes, stop: StopFlag) -> tuple[Studio, Any, dict[str, Any]]:
+    """Extractor, reference, network and sampler."""
+    evaluation = config.evaluation
+    extractor = processes.main_first(lambda: open_extractor(evaluation, config.output_dir, processes.device))
+    split = None if is_file(config) else reference_split(config)
+    compared = None if split is None else load_split(config, processes, split)
+    trained = compared
+    if config.model.class_conditional and split != config.data.split:
+        trained = load_split(config, processes, config.data.split)
+    reference, origin = open_reference(config, processes, extractor, compared, stop)
+    studio = Studio.build(
+        config,
+        processes,
+        extractor,
+        num_images=evaluation.num_images,
+        num_classes=trained.num_classes if trained is not None else None,
+        known_labels=trained.labels if trained is not None and config.model.class_conditional else None,
+        stop=stop,
+    )
+    if processes.is_main:
+        say(_description(config, processes, studio, origin))
+    return studio, reference, origin
+
+
+def _check_settings(config: Config, found: list[Checkpoint | None]) -> None:
+    """Raises UserError where the settings describe another model than the one that was trained."""
+    for checkpoint in found:
+        if checkpoint is not None:
+            _check_checkpoint(config, checkpoint)
+
+
+def _check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
+    trained, here = checkpoint.manifest.get("settings", {}), to_dict(config)
+    free = {"model.dropout", "diffusion.min_snr_gamma", "diffusion.label_dropout"}
+    differing = [
+        f"{section}.{key}: {trained[section][key]!r} was trained, {value!r} is set"
+        for section in ("model", "diffusion")
+        for key, value in here[section].items()
+        if key in trained.get(section, {}) and trained[section][key] != value and f"{section}.{key}" not in free
+    ]
+    differing += [
+        f"data.{key}: {trained['data'][key]!r} was trained, {here['data'][key]!r} is set"
+        for key in ("image_size", "channels")
+        if "data" in trained and trained["data"].get(key) != here["data"][key]
+    ]
+    if differing:
+        lines = "\n  ".join(differing)
+        raise UserError(f"{checkpoint.path}: the settings are not those of this run:\n  {lines}")
+
+
+def _score(scoring: Scoring) -> dict[str, Any]:
+    """One checkpoint; its results, on rank 0."""
+    config, processes = scoring.config, scoring.processes
+    names = list(dict.fromkeys(config.evaluation.weights or ("raw", *config.averages)))
+    # All names first: a wrong one is an error at once.
+    sources = only_on_main(processes, lambda: [scoring.shelf.source(name) for name in names]) or []
+    complete = processes.broadcast(_is_complete(scoring, sources))
+    start = time.perf_counter()
+    if not complete:
+        for place in tqdm(
+            range(len(names)), desc=f"step {scoring.step}", unit="copy", disable=not processes.is_main, leave=False
+        ):
+            scoring.score_source(sources[place] if sources else None)
+    swept = sweep(scoring)
+    results = only_on_main(processes, lambda: scoring.write(sources, swept))
+    if results is None:
+        return {}
+    head = "already complete" if complete and not swept else f"done in {time.perf_counter() - start:.0f} s"
+    say(f"\n{scoring.folder.results_path}: {head}")
+    _show(results)
+    return results
+
+
+def _is_complete(scoring: Scoring, sources: list[Source]) -> bool:
+    return bool(sources) and all(scoring.folder.finished(source.slug) is not None for source in sources)
+
+
+def _show(results: dict[str, Any]) -> None:
+    say(f"step {results['step']}, {results['num_images']:,} images a copy against {results['reference']}")
+    say(table(results))
+    if results.get("sweep"):
+        say(f"\n{table(results, results['sweep'])}\n{describe(results)}")
+    for warning in results["warnings"]:
+        say(f"warning: {warning}")
+
+
+def _description(config: Config, processes: Processes, studio: Studio, origin: dict[str, Any]) -> str:
+    """What a person should see before the first image."""
+    evaluation, sampler = config.evaluation, studio.sampler
+    precision = {"no": "fp32"}.get(evaluation.mixed_precision, evaluation.mixed_precision)
+    count = sum(p.numel() for p in studio.network.unet.parameters())
+    threads = f", {torch.get_num_threads()} threads" if processes.device.type == "cpu" else ""
+    batch = studio.network.batch_size
+    lines = [
+        f"device       {processes.device}{threads}, {precision}{', compiled' if evaluation.compile else ''}",
+        f"processes    {processes.world_size}, {batch} images at once each",
+        f"parameters   {count:,}",
+        f"sampler      {sampler.kind}, {len(sampler)} steps, timesteps {sampler.timesteps[0]} to {sampler.timesteps[-1]}",
+        f"features     {studio.extractor.name}, {studio.extractor.dim} of {studio.extractor.feature_layer}",
+        f"reference    {evaluation.reference}, {origin.get('size', '?')} images",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""Which width is best, with few images on poor candidates and many on close ones: a bracketing search on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from ddpm_ema.metrics import Estimate, difference
+
+EstimateOf: TypeAlias = "Callable[[int, int], Estimate]"
+FIRST_POINTS = 5
+
+
+class Search:
+    """Decides what to sample next; holds no images itself.
+
+    Candidates 0 ... `num_candidates` - 1 lie in order of width and their distance is taken to have one valley. Five spread
+    over the range are looked at with `first_images` each. Then the best so far and its nearest neighbours that were looked
+    at are sampled on, twice as many images each time, until their paired differences from the best are real or they
+    have `most_images`; then the wider gap beside the best is halved. It ends where the best one's neighbours on the grid
+    were looked at, and the best has all its images. `estimate(candidate, num_images)` gives the distance over a copy's
+    first images, which must have been sampled.
+    """
+
+    def __init__(self, num_candidates: int, first_images: int, most_images: int, estimate: EstimateOf) -> None:
+        self.num_candidates = num_candidates
+        self.first_images, self.most_images = min(first_images, most_images), most_images
+        self.counts: dict[int, int] = {}
+        self._estimate = estimate
+        self._known: dict[tuple[int, int], Estimate] = {}
+
+    def estimate(self, candidate: int, num_images: int) -> Estimate:
+        key = candidate, num_images
+        if key not in self._known:
+            self._known[key] = self._estimate(candidate, num_images)
+        return self._known[key]
+
+    @property
+    def best(self) -> int:
+        """The candidate of the lowest corrected distance, each at its own number of images."""
+        return min(self.counts, key=lambda c: self.estimate(c, self.counts[c]).unbiased)
+
+    def is_real(self, candidate: int) -> bool:
+        """Whether the candidate's paired difference from the best is real, over the images that both have."""
+        common = min(self.counts[candidate], self.counts[self.best])
+        return difference(self.estimate(candidate, common), self.estimate(self.best, common)).real
+
+    def next(self) -> tuple[int, int] | None:
+        """(candidate, how many images it should have), or None when the search is over."""
+        wanted = self._next()
+        if wanted is not None:
+            self.counts[wanted[0]] = wanted[1]
+        return wanted
+
+    def _next(self) -> tuple[int, int] | None:
+        for place in self._first():
+            if place not in self.counts:
+                return place, self.first_images
+        best = self.best
+        left = max((c for c in self.counts if c < best), default=None)
+        right = min((c for c in self.counts if c > best), default=None)
+        near = [c for c in (left, right) if c is not None]
+        unclear = [c for c in near if not self.is_real(c) and min(self.counts[c], self.counts[best]) < self.most_images]
+        if unclear:
+            least = min([best, *unclear], key=lambda c: self.counts[c])
+            return least, min(2 * self.counts[least], self.most_images)
+        gaps = [(abs(best - c), c) for c in near if abs(best - c) > 1]
+        if gaps:
+            return (best + max(gaps)[1]) // 2, self.first_images
+        if self.counts[best] < self.most_images:
+            return best, self.most_images
+        return None
+
+    def _first(self) -> list[int]:
+        """Spread over the range, both ends among them."""
+        number = min(FIRST_POINTS, self.num_candidates)
+        return sorted({round(i * (self.num_candidates - 1) / max(1, number - 1)) for i in range(number)})

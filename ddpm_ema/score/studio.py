@@ -1,0 +1,196 @@
+"""Sampling over all processes: what one process needs for it, built once, and the rounds in which all of them work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm_ema import diffusion, sampling, streams
+from ddpm_ema.config import Config
+from ddpm_ema.errors import StoppedError, UserError
+from ddpm_ema.features import Extractor
+from ddpm_ema.processes import Processes, StopFlag
+from ddpm_ema.score.blocks import Block, MemoryStore
+from ddpm_ema.score.network import Network
+
+
+@dataclass
+class Studio:
+    """Network, sampler and extractor of this process. `known_labels` are the data set's, for class-conditional models."""
+
+    config: Config
+    processes: Processes
+    network: Network
+    sampler: sampling.Sampler
+    extractor: Extractor
+    known_labels: Tensor | None
+    stop: StopFlag | None = None
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        processes: Processes,
+        extractor: Extractor,
+        *,
+        num_images: int,
+        num_classes: int | None,
+        known_labels: Tensor | None,
+        stop: StopFlag | None = None,
+    ) -> Studio:
+        """For scorings of about `num_images` images a copy."""
+        batch = even_batch(num_images, processes.world_size, config.evaluation.batch_size)
+        network = Network(config, num_classes, processes.device, batch)
+        scheduler: Any = diffusion.noise_scheduler(config.diffusion)
+        sampler = sampling.Sampler(scheduler.config, config.evaluation)
+        return cls(config, processes, network, sampler, extractor, known_labels, stop)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        data = self.config.data
+        return data.channels, data.image_size, data.image_size
+
+    def extend(self, name: str, store: MemoryStore, num_images: int) -> None:
+        """Makes those of the images 0 ... num_images - 1 that rank 0's `store` lacks, with the weights that are loaded.
+
+        A collective. Raises StoppedError where a rank was asked to stop, UserError for images that are not finite: all
+        ranks alike. What finished rounds made is in the store then.
+        """
+        missing = self.processes.broadcast(self._missing(store, num_images) if self.processes.is_main else None)
+        assert missing is not None
+        world = self.processes.world_size
+        with self._bar(name, num_images, num_images - len(missing)) as bar:
+            for images in rounds(missing, world * self.network.batch_size):
+                start = time.perf_counter()
+                mine = images[slice(*_ends(streams.partition(len(images), self.processes.rank, world)))]
+                part = self._sample(name, mine, lambda done: bar.update(done), len(images))
+                parts = self._gather(part)
+                if self.processes.is_main:
+                    block = Block.join(parts)
+                    block.seconds = time.perf_counter() - start
+                    store.add(block)
+
+    def _missing(self, store: MemoryStore, num_images: int) -> list[int]:
+        done = store.done()
+        return [index for index in range(num_images) if index not in done]
+
+    def _sample(
+        self, name: str, images: list[int], advance: Callable[[float], object], together: int
+    ) -> Block | UserError:
+        """This rank's images of a round. An error is returned: the other ranks are waiting to hear of it."""
+        steps, checks = len(self.sampler), 0
+
+        def after_step() -> None:
+            nonlocal checks
+            checks += 1
+            self._check_stop(name)
+            advance(together / steps)
+
+        try:
+            return self._make(name, images, after_step) if images else self._empty()
+        except torch.OutOfMemoryError:
+            return UserError(f"out of memory with {len(images)} images at once: lower --evaluation.batch-size")
+        finally:
+            for _ in range(steps - checks):
+                self._check_stop(name)  # a collective: as often on every rank, whatever became of its images
+
+    def _make(self, name: str, images: list[int], after_step: Callable[[], None]) -> Block | UserError:
+        indices = torch.tensor(images)
+        labels = None
+        if self.known_labels is not None:
+            labels = sampling.labels_for(self.config.evaluation.seed, indices, self.known_labels)
+        try:
+            made = sampling.sample(
+                self.network.predict,
+                self.sampler,
+                seed=self.config.evaluation.seed,
+                indices=indices,
+                image_shape=self.image_shape,
+                device=self.processes.device,
+                labels=labels,
+                after_step=after_step,
+            )
+        except sampling.NonFiniteImages as error:
+            return _not_finite(name, [images[position] for position in error.positions])
+        return self._block(name, indices, made)
+
+    def _block(self, name: str, indices: Tensor, images: Tensor) -> Block | UserError:
+        result = self.extractor(images)
+        features, logits = result["features"], result["logits"]
+        assert features is not None
+        bad = ~torch.isfinite(features).all(dim=1).cpu()
+        if bool(bad.any()):
+            return _not_finite(name, indices[bad].tolist(), "features")
+        shown = indices < self.config.evaluation.grid_images
+        return Block(
+            indices=indices,
+            features=features.cpu(),
+            logits=None if logits is None else logits.cpu(),
+            shown=indices[shown],
+            images=images.cpu()[shown],
+        )
+
+    def _empty(self) -> Block:
+        none = torch.zeros(0, dtype=torch.int64)
+        images = torch.zeros(0, *self.image_shape, dtype=torch.uint8)
+        return Block(none, torch.zeros(0, self.extractor.dim), None, none, images)
+
+    def _gather(self, part: Block | UserError) -> list[Block]:
+        """Every rank's block, on every rank; the first error, raised on every rank."""
+        parts = self.processes.gather(part)
+        blocks = []
+        for value in parts:
+            if isinstance(value, UserError):
+                raise value
+            blocks.append(value)
+        return blocks
+
+    def _check_stop(self, name: str) -> None:
+        if self.stop is None or not self.stop.agreed(self.processes):
+            return
+        self.stop.drain(self.processes)
+        raise StoppedError(
+            f"stopped by {self.stop.reason} while sampling {name}; finished blocks are kept: start again to go on"
+        )
+
+    def _bar(self, name: str, total: int, done: int) -> Any:
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=name,
+            disable=not self.processes.is_main,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
+            unit=" images",
+        )
+
+
+def _not_finite(name: str, images: Sequence[int], what: str = "pixels") -> UserError:
+    return UserError(
+        f"{name}: the {what} of image {images[0]} are not finite ({len(images)} images of its batch). These weights are "
+        "broken or overflow in this precision: try --evaluation.mixed-precision no, or leave the copy out of "
+        "--evaluation.weights"
+    )
+
+
+def _ends(part: range) -> tuple[int, int]:
+    return part.start, part.stop
+
+
+def even_batch(num_images: int, world_size: int, most: int) -> int:
+    """The batch size at which every process's batches are as equal as can be, at most `most`."""
+    num_rounds = max(1, -(-num_images // (world_size * most)))
+    return -(-num_images // (num_rounds * world_size))
+
+
+def rounds(images: list[int], most: int) -> Iterator[list[int]]:
+    """`images` cut into pieces of at most `most`, sizes at most one apart."""
+    for part in streams.micro_batches(range(len(images)), most) if images else []:
+        yield images[part.start : part.stop]

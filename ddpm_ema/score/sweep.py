@@ -1,0 +1,179 @@
+"""Averages of other widths, reconstructed from snapshots and scored: the sweep, or a search for its best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ddpm_ema.averaging import BiasCorrected, PowerFunction
+from ddpm_ema.averaging.profiles import Profile
+from ddpm_ema.config import SweepSettings, digest
+from ddpm_ema.errors import UserError
+from ddpm_ema.metrics import difference
+from ddpm_ema.score.measure import Score, versus_raw
+from ddpm_ema.score.scoring import Scoring
+from ddpm_ema.score.search import Search
+from ddpm_ema.score.together import on_main, only_on_main
+from ddpm_ema.score.weights import Source
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One width: `kind` is `std` (a power function's) or `decay` (a debiased constant one)."""
+
+    kind: str
+    value: float
+    name: str
+    profile: Profile
+
+
+def candidates(settings: SweepSettings) -> dict[str, list[Candidate]]:
+    """kind -> candidates in order of width. Raises UserError for a range that cannot be."""
+    found = {}
+    if settings.stds is not None:
+        first, last, count = _range("stds", settings.stds)
+        found["std"] = [_candidate("std", float(value)) for value in np.linspace(first, last, count)]
+    if settings.decays is not None:
+        first, last, count = _range("decays", settings.decays)
+        if not (0 < first < 1 and 0 < last < 1):
+            raise UserError(f"evaluation.sweep.decays: {settings.decays}: decays lie between 0 and 1")
+        rests = np.geomspace(1 - first, 1 - last, count)  # evenly spaced in log(1 - decay)
+        found["decay"] = [_candidate("decay", float(1 - rest)) for rest in rests]
+    return found
+
+
+def _range(field: str, text: str) -> tuple[float, float, int]:
+    try:
+        first, last, count = text.split(":")
+        values = float(first), float(last), int(count)
+    except ValueError:
+        raise UserError(f"evaluation.sweep.{field}: {text!r} is not first:last:count") from None
+    if values[2] < 2 or values[0] == values[1]:
+        raise UserError(f"evaluation.sweep.{field}: {text!r}: give two different ends and a count of at least 2")
+    return values
+
+
+def _candidate(kind: str, value: float) -> Candidate:
+    value = float(f"{value:.6g}")
+    text = f"{value:.6g}".replace(".", "_")
+    try:
+        if kind == "std":
+            return Candidate(kind, value, f"power_{text}", PowerFunction(std=value))
+        return Candidate(kind, value, f"ema_{text}_debiased", BiasCorrected(decay=value))
+    except ValueError as error:
+        raise UserError(f"evaluation.sweep.{kind}s: {error}") from None
+
+
+def sweep(scoring: Scoring) -> dict[str, Any]:
+    """What the settings ask for: `sweep` (rows), `sweep_best` and, of a search, `sweep_search`, on rank 0. A collective."""
+    settings = scoring.config.evaluation.sweep
+    found: dict[str, Any] = {}
+    for kind, wanted in candidates(settings).items():
+        run = Run(scoring, wanted)
+        part = run.search(kind) if settings.search else run.all()
+        for key, value in part.items():
+            found[key] = [*found.get(key, []), *value] if isinstance(value, list) else {**found.get(key, {}), **value}
+    return found
+
+
+class Run:
+    """One sweep over candidates of one kind."""
+
+    def __init__(self, scoring: Scoring, wanted: list[Candidate]) -> None:
+        self.scoring, self.candidates = scoring, wanted
+        evaluation = scoring.config.evaluation
+        self.most_images = evaluation.sweep.num_images or evaluation.num_images
+        self._sources: dict[int, Source | None] = {}
+
+    def source(self, place: int) -> Source | None:
+        """On rank 0; its key tells it from a copy of the same name scored over another number of images. A collective."""
+        if place not in self._sources:
+            self._sources[place] = only_on_main(self.scoring.processes, lambda: self._reconstructed(place))
+        return self._sources[place]
+
+    def _reconstructed(self, place: int) -> Source:
+        candidate = self.candidates[place]
+        source = self.scoring.shelf.reconstructed(candidate.name, candidate.profile)
+        return replace(source, key=digest([source.key, self.most_images]))
+
+    def all(self) -> dict[str, Any]:
+        """Every candidate over the same number of images. A collective."""
+        for place in range(len(self.candidates)):
+            self.score(place, self.most_images)
+        return self.summary(range(len(self.candidates)))
+
+    def score(self, place: int, count: int, keep_features: bool = False) -> None:
+        candidate = self.candidates[place]
+        more = {"sweep": candidate.kind, candidate.kind: candidate.value}
+        self.scoring.score_source(self.source(place), count, more, keep_features)
+
+    def search(self, kind: str) -> dict[str, Any]:
+        """The best one, by a bracketing search. A collective."""
+        scoring = self.scoring
+        groups = scoring.config.evaluation.groups
+        first = max(10 * groups, self.most_images // 8)
+        search = Search(len(self.candidates), first, self.most_images, self._estimate)
+        while (wanted := on_main(scoring.processes, search.next)) is not None:
+            source = self.source(wanted[0])
+            scoring.sample(source, scoring.label(source), wanted[1])
+        counts = scoring.processes.broadcast(search.counts)
+        for place, count in counts.items():
+            self.score(place, count, keep_features=True)  # a restart asks for their estimates again
+        part = self.summary(sorted(counts))
+        if scoring.processes.is_main:
+            spent, whole = sum(counts.values()), len(self.candidates) * self.most_images
+            part["sweep_search"] = {kind: {"candidates": len(self.candidates), "images": spent, "of": whole}}
+        return part
+
+    def _estimate(self, place: int, count: int) -> Any:
+        source, measure = self._sources[place], self.scoring.measure
+        assert source is not None
+        assert measure is not None
+        return measure.estimate(self.scoring.store(source.slug).block().first(count), source.name)
+
+    def summary(self, places: Iterable[int]) -> dict[str, Any]:
+        """Rank 0: rows in order of width, and which is best. {} elsewhere."""
+        if not self.scoring.processes.is_main:
+            return {}
+        scores = [score for place in places if (score := self._finished(place)) is not None]
+        raws: dict[int, Score | None] = {}
+        rows = []
+        for score in scores:
+            count = sum(score.estimate.counts)
+            if count not in raws:
+                raws[count] = self.scoring.raw_score(count)
+            rows.append({**score.row, **versus_raw(score, raws[count])})
+        return {"sweep": rows, "sweep_best": {rows[0]["sweep"]: best_of(scores)}}
+
+    def _finished(self, place: int) -> Score | None:
+        source = self._sources[place]
+        return self.scoring.folder.finished(source.slug) if source else None
+
+
+def best_of(scores: list[Score]) -> dict[str, Any]:
+    """The lowest corrected distance, and the candidates whose paired difference from it is not real."""
+    best = min(scores, key=lambda score: score.estimate.unbiased)
+    close = [score.row["weights"] for score in scores if score is not best and not _is_real(score, best)]
+    return {"weights": best.row["weights"], best.row["sweep"]: best.row[best.row["sweep"]], "not_told_apart": close}
+
+
+def _is_real(score: Score, best: Score) -> bool:
+    """False where nothing can be said: fewer images were spent on candidates that a search saw to be worse."""
+    if score.estimate.counts != best.estimate.counts:
+        return score.estimate.interval95[0] > best.estimate.interval95[1]
+    return difference(score.estimate, best.estimate).real
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """What the sweep found, for a terminal; empty where there was none."""
+    lines = []
+    for kind, best in results.get("sweep_best", {}).items():
+        close = best["not_told_apart"]
+        tail = f"; not told apart from it: {', '.join(close)}" if close else ""
+        lines.append(f"best {kind} of the sweep: {best[kind]:.6g} ({best['weights']}){tail}")
+        if spent := results.get("sweep_search", {}).get(kind):
+            lines.append(f"  the search sampled {spent['images']:,} images, a full sweep would {spent['of']:,}")
+    return "\n".join(lines)
