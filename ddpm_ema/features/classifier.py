@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,8 @@ def train_classifier(
     """Cross-entropy on nine tenths of `images` uint8 [n, c, h, w] with `labels` int64 [n]; seeded, global generators untouched.
 
     AdamW under a one-cycle rate, shifts by up to a tenth of the size as augmentation (no flips: a mirrored 2 is no digit).
-    `visits` is how many images are looked at in all, within 3 to 40 passes; `progress(step, steps, loss)` is called after each step. Raises UserError for fewer than 20 images or 2 classes.
+    `visits` is how many images are looked at in all, within 3 to 40 passes; `progress(step, steps, loss)` is called after each
+    step. Raises UserError for fewer than 20 images or 2 classes.
     """
     classes = int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
@@ -131,26 +131,43 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(architecture).to(device).to(memory_format=torch.channels_last)
-    epochs = epochs_for(len(kept), visits)
-    steps = epochs * (len(kept) // min(batch_size, len(kept)))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.2)
-    network.train()
-    for step, batch in enumerate(_batches(kept, epochs, min(batch_size, len(kept)), generator), start=1):
-        shifted = _shift(images[batch], generator).to(device)
-        loss = _loss(network, shifted, labels[batch].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, steps, float(loss.detach()))
-    network.eval()
+    _optimize(
+        network,
+        images,
+        labels,
+        _batches(kept, epochs_for(len(kept), visits), batch_size, generator),
+        generator,
+        progress,
+    )
     with torch.inference_mode():
         parts = [
             network(images[part].to(device))[1].argmax(dim=1).cpu() == labels[part] for part in held_out.split(512)
         ]
     return Trained(network.cpu().requires_grad_(False), float(torch.cat(parts).double().mean()))
+
+
+def _optimize(
+    network: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    batches: list[Tensor],
+    generator: torch.Generator,
+    progress: Any,
+) -> None:
+    """One step for each of `batches` (image indices), then evaluation mode."""
+    device = network.logits.weight.device
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches), pct_start=0.2)
+    network.train()
+    for step, batch in enumerate(batches, start=1):
+        loss = _loss(network, _shift(images[batch], generator).to(device), labels[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, len(batches), float(loss.detach()))
+    network.eval()
 
 
 def _loss(network: Classifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -160,11 +177,11 @@ def _loss(network: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels) + THUMBNAIL_WEIGHT * F.mse_loss(network.thumbnail(features), thumbnail)
 
 
-def _batches(kept: Tensor, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(kept: Tensor, epochs: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """Whole batches of a fresh order each epoch."""
-    for _ in range(epochs):
-        order = kept[torch.randperm(len(kept), generator=generator)]
-        yield from (batch for batch in order.split(batch_size) if len(batch) == batch_size)
+    size = min(batch_size, len(kept))
+    orders = [kept[torch.randperm(len(kept), generator=generator)] for _ in range(epochs)]
+    return [batch for order in orders for batch in order.split(size) if len(batch) == size]
 
 
 def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
