@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,7 @@ class Decoding:
         starts = iter(range(0, total, _AT_ONCE))
         with (
             ThreadPoolExecutor(num_cores()) as pool,
-            tqdm(total=total, desc=f"reading {self.source.name}", unit="image", delay=1.0, leave=False) as bar,
+            _progress(total, f"reading {self.source.name}") as bar,
         ):
             pending: deque[Future[tuple[Pixels, list[tuple[int, str]]]]] = deque()
             try:
@@ -96,6 +97,12 @@ class Decoding:
             except UNREADABLE as error:
                 bad.append((index, reason(error)))
         return pixels[:row], bad
+
+
+def _progress(total: int, what: str) -> tqdm[Any]:
+    """A bar for whoever waits; in a log file, a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=what, unit="image", delay=1.0, mininterval=interval, leave=False)
 
 
 def check_bad(source: Source, bad: list[tuple[int, str]], max_bad: int) -> None:
