@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from diffusers import DDPMPipeline, UNet2DModel
+import diffusers
 from torch import Tensor
 
 from ddpm_ema import config as settings
@@ -22,6 +23,8 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
 from ddpm_ema.reconstruction import reconstruct_from, target_named
 from ddpm_ema.rundir import Checkpoint, RunDir
+
+DDPM_PIPELINE: Any = diffusers.DDPMPipeline  # diffusers is not typed
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
     config = _config(rundir)
     copy = find(rundir, name, step)
     unet = _network(config, copy, f"{rundir.path}: weights {copy.name!r} of step {copy.step}")
-    pipeline = DDPMPipeline(unet=unet, scheduler=diffusion.noise_scheduler(config.diffusion))
+    pipeline: Any = DDPM_PIPELINE(unet=unet, scheduler=diffusion.noise_scheduler(config.diffusion))
     with _appearing(target) as partial:
         pipeline.save_pretrained(partial, variant=copy.name if variant else None)
         text = card.render(config, rundir, copy.name, copy.step, copy.profile, unet, variant, copy.warnings)
@@ -111,10 +114,10 @@ def _config(run: RunDir) -> settings.Config:
     return settings.load(run.config_path)
 
 
-def _network(config: settings.Config, copy: Copy, where: str) -> UNet2DModel:
+def _network(config: settings.Config, copy: Copy, where: str) -> Any:
     """The U-Net with the copy's weights; every tensor must be there and fit."""
     labels = copy.tensors.get("class_embedding.weight")
-    unet = model.build(config, num_classes=len(labels) - 1 if labels is not None else None)
+    unet: Any = model.build(config, num_classes=len(labels) - 1 if labels is not None else None)
     try:
         unet.load_state_dict(dict(copy.tensors))
     except RuntimeError as error:

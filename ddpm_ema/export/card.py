@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusers import UNet2DModel
-
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.rundir import RunDir
@@ -31,11 +29,11 @@ def render(
     name: str,
     step: int,
     profile: Profile | None,
-    unet: UNet2DModel,
+    unet: Any,
     variant: bool,
     warnings: tuple[str, ...],
 ) -> str:
-    """The card as Markdown."""
+    """The card as Markdown. `unet` is the diffusers network that is exported."""
     sections = [
         HEADER + f"# {run.path.resolve().name}: {name} at step {step:,}",
         _weights(name, step, profile, warnings),
@@ -55,7 +53,7 @@ def _weights(name: str, step: int, profile: Profile | None, warnings: tuple[str,
     return f"A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239). {what}{notes}"
 
 
-def _training(config: Config, run: RunDir, step: int, unet: UNet2DModel) -> Iterator[str]:
+def _training(config: Config, run: RunDir, step: int, unet: Any) -> Iterator[str]:
     training, model, diffusion, data = config.training, config.model, config.diffusion, config.data
     dataset = _dataset(run, step)
     size = f", {dataset['size']:,} images" if "size" in dataset else ""
@@ -140,7 +138,7 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
 
 
-def _sampling(config: Config, name: str, unet: UNet2DModel, variant: bool) -> str:
+def _sampling(config: Config, name: str, unet: Any, variant: bool) -> str:
     """Runnable code with the sampler of the scoring settings; a class-conditional network needs a loop, with labels."""
     settings = config.evaluation
     scheduler = SCHEDULERS.get(settings.sampler)

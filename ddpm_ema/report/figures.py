@@ -89,12 +89,12 @@ def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: L
     if not lines:
         return None
     figure, axes = canvas(2.9)
-    for name, at in lines.items():
-        steps, look = sorted(at), looks[name]
+    for name, line in lines.items():
+        steps, look = sorted(line), looks[name]
         axes.errorbar(
             steps,
-            [at[step].ranked_by for step in steps],
-            [at[step].stderr or 0.0 for step in steps],
+            [line[step].ranked_by for step in steps],
+            [line[step].stderr or 0.0 for step in steps],
             color=look.colour,
             linestyle=look.dash,
             marker=look.marker,
@@ -103,26 +103,29 @@ def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: L
         )
     _step_axis(axes)
     axes.set_ylabel(label)
-    values = [row.ranked_by for at in lines.values() for row in at.values()]
+    values = [row.ranked_by for line in lines.values() for row in line.values()]
     _log_if_wide(axes, values)
     svg = to_svg(figure, prefix, f"{label} over training step of {', '.join(lines)}")
     caption = "Bars are one standard error. The same noise at every step and for every copy."
     return Drawing(svg, f"{label} over training", caption, tuple((name, looks[name]) for name in lines))
 
 
-def sweep(rows: Sequence[Row], key: str, label: str, look: Look) -> list[Drawing]:
-    """Distance, then precision and recall, over the width of reconstructed averages. `key` is `std` or `decay`."""
+def sweep(rows: Sequence[Row], key: str, label: str, look: Look, close: Sequence[str] = ()) -> list[Drawing]:
+    """Distance, then precision and recall, over the width of reconstructed averages.
+
+    `key` is `std` or `decay`; `close` names the candidates whose paired difference from the best is not real.
+    """
     points = sorted((row for row in rows if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
     if len(points) < 2:
         return []
-    drawings = [_sweep_distance(points, key, label, look)]
+    drawings = [_sweep_distance(points, key, label, look, close)]
     shares = [(row.get(key), row.get("precision"), row.get("recall")) for row in points]
     if sum(None not in share for share in shares) > 1:
         drawings.append(_sweep_shares(points, key, look))
     return drawings
 
 
-def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look) -> Drawing:
+def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look, close: Sequence[str]) -> Drawing:
     x = np.array([row.get(key) for row in points], dtype=np.float64)
     y = np.array([row.ranked_by for row in points])
     error = np.array([row.stderr or 0.0 for row in points])
@@ -130,7 +133,10 @@ def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look) -> 
     figure, axes = canvas(2.9)
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=look.colour, alpha=0.14, linewidth=0)
     axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.22, linewidth=0)
-    axes.plot(x, y, color=look.colour, marker="o", markersize=4)
+    axes.plot(x, y, color=look.colour)
+    for row, at, value in zip(points, x, y, strict=True):
+        face = look.colour if row.weights in close or value == y[best] else PAPER
+        axes.plot(at, value, "o", color=look.colour, markerfacecolor=face, markersize=5, markeredgewidth=1.3)
     axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
     name = f"{x[best]:.4g}"
     offset = (0, 14) if y[best] < (y.min() + y.max()) / 2 else (0, -18)
@@ -141,7 +147,8 @@ def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look) -> 
     _width_axis(axes, key)
     axes.set_ylabel(label)
     svg = to_svg(figure, f"sweep-{key}", f"{label} over the width of the average; best at {name}")
-    caption = f"Averages reconstructed after training. Bands are one and two standard errors; the ring marks the lowest, {name}."
+    told = "filled marks cannot be told from it by their paired difference" if close else "no other is as good"
+    caption = f"Averages reconstructed after training. Bands are one and two standard errors; the ring is the lowest, {name}; {told}."
     return Drawing(svg, f"{label} over {WIDTHS[key]}", caption)
 
 

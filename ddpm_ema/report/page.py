@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -16,14 +15,9 @@ from markupsafe import Markup, escape
 
 from ddpm_ema.report import figures, verdict
 from ddpm_ema.report.drawing import Drawing, Look, looks, style
-from ddpm_ema.report.record import Record, Row, Scoring, number, read_rows
+from ddpm_ema.report.record import Record, Scoring, number
 
 MAX_IMAGE_BYTES = 24 * 2**20  # a page of more than this no longer opens well on a phone
-# What must agree before two scorings may stand on one curve.
-PROTOCOL = (
-    "metric", "extractor", "extractor_sha256", "reference", "num_images", "sampler", "num_inference_steps", "eta",
-    "guidance_scale", "clip_sample", "mixed_precision", "seed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,17 +152,12 @@ def _columns(scoring: Scoring) -> list[Column]:
 def _over_steps(record: Record, scoring: Scoring | None, look: Mapping[str, Look]) -> list[Drawing]:
     found: list[Drawing | None] = []
     if scoring is not None:
-        protocol = _protocol(scoring)
-        comparable = sorted((s for s in record.scorings if _protocol(s) == protocol), key=lambda s: s.step)
+        comparable = sorted((s for s in record.scorings if s.protocol == scoring.protocol), key=lambda s: s.step)
         found.append(figures.over_steps([(s.step, s.rows) for s in comparable], scoring.metric, look, "over-steps"))
     if record.quick:
         label = _quick_label(record)
         found.append(figures.over_steps(record.quick, label, look, "quick"))
     return [drawing for drawing in found if drawing is not None]
-
-
-def _protocol(scoring: Scoring) -> tuple[str, ...]:
-    return tuple(json.dumps(scoring.source.get(key)) for key in PROTOCOL)
 
 
 def _quick_label(record: Record) -> str:
@@ -190,8 +179,14 @@ def _sweep(record: Record, scoring: Scoring | None) -> Sweep:
     sources = [scoring] if scoring else []
     sources += sorted((s for s in record.scorings if s is not scoring), key=lambda s: -s.step)
     for source in sources:
-        rows = sweep_rows(source)
-        drawings = [d for key in ("std", "decay") for d in figures.sweep(rows, key, source.metric, _SWEEP_LOOK)]
+        rows, best = source.sweep, source.source.get("sweep_best") or {}
+        drawings = [
+            drawing
+            for key in ("std", "decay")
+            for drawing in figures.sweep(
+                rows, key, source.metric, _SWEEP_LOOK, (best.get(key) or {}).get("not_told_apart", ())
+            )
+        ]
         if drawings:
             texts = [f"{row.weights}: {text}" for row in rows for text in _listed_warnings(row.source)]
             return Sweep(tuple(drawings), tuple(texts))
@@ -199,11 +194,6 @@ def _sweep(record: Record, scoring: Scoring | None) -> Sweep:
 
 
 _SWEEP_LOOK = looks(["sweep"])["sweep"]
-
-
-def sweep_rows(scoring: Scoring) -> tuple[Row, ...]:
-    """Rows of the sweep of a results.json."""
-    return read_rows(scoring.source.get("sweep"))
 
 
 def _pictures(record: Record, scoring: Scoring | None) -> list[Picture]:

@@ -18,6 +18,16 @@ from ddpm_ema.errors import UserError
 
 SCHEMA = 1
 STEP = re.compile(r"step-(\d+)")
+PROTOCOL = (
+    "metric",
+    "extractor",
+    "extractor_sha256",
+    "reference",
+    "num_images",
+    "sampler",
+    "num_inference_steps",
+    "seed",
+)
 SCORE_FOLDER = re.compile(r"(\d+)-(.+)")
 
 
@@ -76,6 +86,16 @@ class Scoring:
     source: Mapping[str, Any] = field(repr=False)
     rows: tuple[Row, ...]
     grid: Path | None
+
+    @property
+    def protocol(self) -> str:
+        """What must agree before two scorings may stand on one curve: every setting that changes the numbers."""
+        return json.dumps([self.source.get(key) for key in ("settings_digest", *PROTOCOL)])
+
+    @property
+    def sweep(self) -> tuple[Row, ...]:
+        """Reconstructed averages that were scored beside the copies, from the best to the worst."""
+        return read_rows(self.source.get("sweep"))
 
     @property
     def metric(self) -> str:
@@ -139,7 +159,7 @@ class Record:
             with safe_open(
                 self.path / "checkpoints" / f"step-{int(step):08d}" / "raw.safetensors", framework="np"
             ) as file:
-                return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                return sum(int(math.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
 

@@ -51,6 +51,18 @@ class Verdict:
 
 def judge(scoring: Scoring) -> Verdict:
     """The verdict on one scoring. `real` means: the paired 95% interval leaves out zero."""
+    verdict = _judge_copies(scoring)
+    if not (scoring.rows and scoring.sweep and scoring.sweep[0].ranked_by < scoring.rows[0].ranked_by):
+        return verdict
+    found = scoring.sweep[0]
+    note = (
+        f"The sweep found {found.weights} lower still, at {with_error(found.ranked_by, found.stderr)}; "
+        "the lowest of many candidates looks better than it is."
+    )
+    return Verdict(verdict.sentence, (*verdict.notes, note), verdict.best)
+
+
+def _judge_copies(scoring: Scoring) -> Verdict:
     if not scoring.rows:
         return Verdict("No copy has been scored yet, so there is nothing to choose between.")
     best, others = scoring.rows[0], scoring.rows[1:]
