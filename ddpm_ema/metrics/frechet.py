@@ -38,7 +38,7 @@ def check_statistics(statistics: Statistics, name: str) -> None:
     """Raises UserError where a mean or covariance is NaN or infinite."""
     for part, tensor in (("mean", statistics.mu), ("covariance", statistics.sigma)):
         if not torch.isfinite(tensor).all():
-            raise UserError(f"the {part} of {name}'s features is not finite: the images or the features are broken")
+            raise UserError(f"{name}: the {part} of the features is not finite: the images or the features are broken")
 
 
 class FrechetReference:

@@ -1,0 +1,195 @@
+"""The jackknife on Gaussian features whose true distances are known: bias, standard errors, pairing, coverage."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from ddpm_ema import metrics
+from ddpm_ema.errors import UserError
+from ddpm_ema.metrics import Estimate, FrechetReference, Moments, Statistics, statistics_of
+from ddpm_ema.metrics.jackknife import _estimate
+
+
+def standard_reference(dim: int) -> FrechetReference:
+    return FrechetReference(Statistics(torch.zeros(dim).double(), torch.eye(dim).double(), 10**9))
+
+
+def features(n: int, dim: int, seed: int, scale: float = 1.1, offset: float = 0.1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator, dtype=torch.float64) * scale + offset
+
+
+def of(values: Tensor, groups: int, reference: FrechetReference) -> Estimate:
+    return metrics.estimate_features(values, torch.arange(len(values)), groups, reference)
+
+
+class TestFormulas:
+    def test_equal_groups_give_the_textbooks_pseudo_values_mean_and_variance(self) -> None:
+        values, reference, groups = features(60, 3, 0), standard_reference(3), 6
+        found = of(values, groups, reference)
+
+        def distance(kept: Tensor) -> float:
+            return metrics.frechet_distance(statistics_of(kept), reference.statistics)
+
+        membership = torch.arange(60) % groups
+        full = distance(values)
+        pseudo = np.array([groups * full - (groups - 1) * distance(values[membership != g]) for g in range(groups)])
+        assert found.distance == pytest.approx(full, rel=1e-10)
+        assert found.unbiased == pytest.approx(pseudo.mean(), rel=1e-9)
+        assert found.stderr == pytest.approx(pseudo.std(ddof=1) / groups**0.5, rel=1e-9)
+        half = t.ppf(0.975, groups - 1) * found.stderr
+        assert found.interval95 == pytest.approx((found.unbiased - half, found.unbiased + half))
+
+    @pytest.mark.parametrize("sizes", [(5, 5, 5, 5), (5, 5, 5, 4, 4), (9, 1, 3)])
+    def test_a_bias_of_one_over_n_is_taken_away_exactly_whatever_the_sizes_of_the_groups(
+        self, sizes: tuple[int, ...]
+    ) -> None:
+        total = sum(sizes)
+        left = {None: total, **{g: total - m for g, m in enumerate(sizes)}}
+        found = _estimate(lambda group: 2.0 + 7.0 / left[group], dict(enumerate(sizes)), dim=1)
+        assert found.distance == 2.0 + 7.0 / total
+        assert found.unbiased == pytest.approx(2.0, rel=1e-13)
+
+    def test_single_images_as_groups_turn_the_divisor_n_of_a_variance_into_n_minus_one(self) -> None:
+        values = features(12, 1, 3)[:, 0]
+        kept = {None: values, **{i: values[torch.arange(12) != i] for i in range(12)}}
+        found = _estimate(lambda i: float(kept[i].var(correction=0)), dict.fromkeys(range(12), 1), dim=1)
+        assert found.unbiased == pytest.approx(float(values.var()), rel=1e-12)
+
+    def test_groups_of_unequal_size_weigh_by_their_size_in_the_standard_error(self) -> None:
+        values, sizes = features(23, 1, 3)[:, 0], (5, 5, 5, 4, 4)
+        kept = {None: values, **{g: values[torch.arange(23) % 5 != g] for g in range(5)}}
+        found = _estimate(lambda g: float(kept[g].mean()), dict(enumerate(sizes)), dim=1)
+        # Of a mean the pseudo-values are the groups' own means, and nothing is biased.
+        means = np.array([float(values[torch.arange(23) % 5 == g].mean()) for g in range(5)])
+        assert found.pseudo_values == pytest.approx(tuple(means))
+        assert found.unbiased == pytest.approx(float(values.mean()))
+        weights = 1 / (23 / np.array(sizes) - 1)
+        assert found.stderr == pytest.approx(np.sqrt(np.mean(weights * (means - float(values.mean())) ** 2)))
+
+    @pytest.mark.parametrize("n", [300, 60])  # more and fewer images than dimensions: the two ways it is computed
+    def test_moments_and_features_in_memory_give_the_same(self, n: int) -> None:
+        dim, groups = 64, 7
+        mixing = features(dim, dim, 9, 1, 0)
+        real = statistics_of(features(1000, dim, 1, 1, 0) @ mixing)
+        values, reference = features(n, dim, 2) @ mixing, FrechetReference(real)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        moments = Moments(dim, groups, real.mu)
+        moments.update(values[order], order)
+        by_moments = metrics.estimate(moments, reference)
+        by_features = metrics.estimate_features(values[order], order, groups, reference)
+        tolerance = 1e-9 if n > dim else 1e-6  # rounding of a singular covariance, magnified by the groups
+        assert by_features.distance == pytest.approx(by_moments.distance, rel=tolerance)
+        assert by_features.unbiased == pytest.approx(by_moments.unbiased, rel=tolerance)
+        assert by_features.stderr == pytest.approx(by_moments.stderr, rel=tolerance)
+
+    def test_it_survives_a_file(self) -> None:
+        found = of(features(40, 3, 0), 10, standard_reference(3))
+        assert Estimate.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+    def test_every_copy_is_compared_with_the_same_reference(self) -> None:
+        reference, both = statistics_of(features(500, 3, 5)), {}
+        for name, seed in (("raw", 1), ("ema", 2)):
+            both[name] = Moments(3, 10, reference.mu)
+            both[name].update(features(100, 3, seed), torch.arange(100), copy=name)
+        found = metrics.jackknife(both, reference)
+        assert list(found) == ["raw", "ema"]
+        assert found["ema"] == metrics.estimate(both["ema"], FrechetReference(reference))
+
+
+class TestBadInput:
+    def test_too_few_images_or_groups_are_errors(self) -> None:
+        reference = standard_reference(2)
+        with pytest.raises(UserError, match=r"at least 2 images and there are 1: raise --evaluation.num-images"):
+            of(features(1, 2, 0), 10, reference)
+        with pytest.raises(UserError, match="in at least 2 groups: 3 images fill 1"):
+            metrics.estimate_features(features(3, 2, 0), torch.tensor([0, 10, 20]), 10, reference)
+        with pytest.raises(UserError, match="at least 2 images"):
+            of(features(2, 2, 0), 10, reference)
+
+    def test_fewer_images_than_dimensions_carry_a_warning_in_the_result(self) -> None:
+        assert of(features(33, 32, 0), 10, standard_reference(32)).warnings == ()
+        (note,) = of(features(32, 32, 0), 10, standard_reference(32)).warnings
+        assert note.startswith("32 images for 32 feature dimensions")
+
+    def test_features_that_are_not_finite_name_copy_and_image(self) -> None:
+        values = features(20, 2, 0)
+        values[3, 0] = float("nan")
+        with pytest.raises(UserError, match="power_0_05: the features of image 103 are not finite"):
+            metrics.estimate_features(values, torch.arange(100, 120), 10, standard_reference(2), copy="power_0_05")
+
+    def test_copies_over_other_images_are_not_paired(self) -> None:
+        reference = standard_reference(2)
+        with pytest.raises(ValueError, match=r"40 and 50 images in groups .* cannot be paired"):
+            metrics.difference(of(features(40, 2, 0), 10, reference), of(features(50, 2, 0), 10, reference))
+
+
+class Draws:
+    """Two copies with features correlated 0.9, drawn again and again; true distances in closed form."""
+
+    def __init__(self, dim: int, images: int, groups: int, repeats: int) -> None:
+        self.true_a, true_b = dim * (0.1**2 + 0.1**2), dim * (0.05**2 + 0.03**2)
+        self.true_delta = self.true_a - true_b
+        reference, rows = standard_reference(dim), []
+        for seed in range(repeats):
+            shared, fresh = features(images, dim, 2 * seed, 1, 0), features(images, dim, 2 * seed + 1, 1, 0)
+            a = of(shared * 1.1 + 0.1, groups, reference)
+            b = of((0.9 * shared + (1 - 0.81) ** 0.5 * fresh) * 1.03 + 0.05, groups, reference)
+            d = metrics.difference(a, b)
+            rows.append((a.distance, a.unbiased, a.stderr, b.stderr, d.delta, d.stderr, *a.interval95, *d.interval95))
+        columns = np.array(rows).T
+        self.plain, self.corrected, self.stderr, self.stderr_b, self.delta, self.delta_stderr = columns[:6]
+        self.covered = (columns[6] <= self.true_a) & (self.true_a <= columns[7])
+        self.delta_covered = (columns[8] <= self.true_delta) & (self.true_delta <= columns[9])
+
+
+class TestOnGaussians:
+    @pytest.fixture(scope="class")
+    def draws(self) -> Draws:
+        return Draws(dim=16, images=400, groups=20, repeats=60)
+
+    def test_the_correction_takes_the_bias_away(self, draws: Draws) -> None:
+        noise = draws.corrected.std(ddof=1) / 60**0.5
+        assert draws.plain.mean() - draws.true_a > 10 * noise  # there is a bias to be seen ...
+        assert abs(draws.corrected.mean() - draws.true_a) < 3 * noise  # ... and it is gone
+
+    def test_the_standard_error_is_the_spread_over_repeated_draws(self, draws: Draws) -> None:
+        assert draws.stderr.mean() == pytest.approx(draws.corrected.std(ddof=1), rel=0.25)
+        assert draws.delta_stderr.mean() == pytest.approx(draws.delta.std(ddof=1), rel=0.25)
+
+    def test_intervals_cover_the_truth_as_often_as_they_say(self, draws: Draws) -> None:
+        # Binomial(60, 0.95) lies in 52..60 with probability 0.9995.
+        assert 52 <= draws.covered.sum() <= 60
+        assert 52 <= draws.delta_covered.sum() <= 60
+
+    def test_pairing_narrows_the_difference_and_leaves_it_unbiased(self, draws: Draws) -> None:
+        unpaired = np.hypot(draws.stderr, draws.stderr_b)
+        assert draws.delta_stderr.mean() < 0.65 * unpaired.mean()
+        assert abs(draws.delta.mean() - draws.true_delta) < 3 * draws.delta.std(ddof=1) / 60**0.5
+
+    def test_a_difference_is_real_where_its_interval_leaves_zero_out(self) -> None:
+        reference = standard_reference(8)
+        near, same, far = features(400, 8, 0, 1.0, 0.0), features(400, 8, 1, 1.0, 0.0), features(400, 8, 0, 1.3, 0.5)
+        a, b, c = (of(values, 20, reference) for values in (near, same, far))
+        assert metrics.difference(c, a).real
+        assert metrics.difference(c, a).interval95[0] > 0
+        assert not metrics.difference(a, b).real
+        assert metrics.difference(a, c).delta == -metrics.difference(c, a).delta
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("dim", "images", "groups"), [(32, 1000, 20), (64, 2000, 10), (256, 5120, 10)])
+    def test_the_table_of_the_documentation_holds(self, dim: int, images: int, groups: int) -> None:
+        repeats = 40
+        draws = Draws(dim, images, groups, repeats)
+        spread = draws.corrected.std(ddof=1)
+        assert draws.plain.mean() > 1.3 * draws.true_a
+        assert abs(draws.corrected.mean() - draws.true_a) < 3 * spread / repeats**0.5 + 0.01 * draws.true_a
+        assert abs(draws.delta.mean() / draws.true_delta - 1) < 0.02
+        assert draws.covered.sum() >= 34
+        assert draws.delta_covered.sum() >= 34

@@ -1,0 +1,328 @@
+"""Moments, the Fréchet distance, KID, Inception score, precision and recall, and reference statistics kept by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from ddpm_ema import metrics
+from ddpm_ema.errors import UserError
+from ddpm_ema.metrics import FrechetReference, Moments, Statistics, frechet_distance, statistics_of
+
+
+def gaussian(n: int, d: int, seed: int = 0, scale: float = 1.0, offset: float = 0.0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * scale + offset
+
+
+class TestMoments:
+    def test_however_images_are_split_over_blocks_and_processes_the_sums_are_those_of_one_pass(self) -> None:
+        features, indices = gaussian(101, 7, offset=3), torch.arange(101)
+        whole = Moments(7, 4)
+        whole.update(features, indices)
+        order = torch.randperm(101, generator=torch.Generator().manual_seed(1))
+        merged = Moments(7, 4)
+        for part in order.split(13):
+            block = Moments(7, 4)
+            block.update(features[part], indices[part])
+            merged.merge(block)
+        assert merged.counts.tolist() == whole.counts.tolist() == [26, 25, 25, 25]
+        for group in (None, 0, 3):
+            torch.testing.assert_close(
+                merged.statistics(group).sigma, whole.statistics(group).sigma, rtol=1e-13, atol=1e-14
+            )
+
+    def test_an_images_group_is_its_index_modulo_the_groups(self) -> None:
+        moments = Moments(1, 10)
+        moments.update(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([3, 13, 7]))
+        assert moments.counts.tolist() == [0, 0, 0, 2, 0, 0, 0, 1, 0, 0]
+        assert moments.sums[:, 0].tolist() == [0, 0, 0, 3, 0, 0, 0, 4, 0, 0]
+
+    def test_statistics_are_numpys_mean_and_unbiased_covariance(self) -> None:
+        features = gaussian(50, 6, offset=2).double()
+        moments = Moments(6, 5)
+        moments.update(features, torch.arange(50))
+        for statistics in (moments.statistics(), statistics_of(features)):
+            np.testing.assert_allclose(statistics.mu, features.mean(dim=0), rtol=1e-13)
+            np.testing.assert_allclose(statistics.sigma, np.cov(features.T), rtol=1e-11, atol=1e-14)
+            assert statistics.count == 50
+
+    def test_leaving_a_group_out_gives_the_statistics_of_the_other_images(self) -> None:
+        features, indices = gaussian(60, 5, offset=1), torch.arange(60)
+        moments = Moments(5, 6)
+        moments.update(features, indices)
+        for group in range(6):
+            others, left = statistics_of(features[indices % 6 != group]), moments.statistics(leave_out=group)
+            assert left.count == others.count == 50
+            torch.testing.assert_close(left.mu, others.mu, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(left.sigma, others.sigma, rtol=1e-12, atol=1e-12)
+
+    def test_a_shift_keeps_the_covariance_exact_far_from_the_origin(self) -> None:
+        features = gaussian(200, 4).double() * 1e-3 + 1e4
+        errors = []
+        for shift in (None, torch.full((4,), 1e4, dtype=torch.float64)):
+            moments = Moments(4, 2, shift)
+            moments.update(features, torch.arange(200))
+            truth = torch.from_numpy(np.cov((features - 1e4).T))
+            errors.append(float((moments.statistics().sigma - truth).norm() / truth.norm()))
+        without, with_shift = errors
+        assert with_shift < 1e-12 < 1e-4 < without
+
+    def test_they_come_back_from_a_file_as_they_were(self) -> None:
+        moments = Moments(5, 3, gaussian(1, 5)[0])
+        moments.update(gaussian(20, 5), torch.arange(20))
+        again = Moments.from_tensors(moments.to_tensors())
+        for name in ("shift", "counts", "sums", "outer"):
+            assert torch.equal(getattr(again, name), getattr(moments, name)), name
+
+    def test_what_does_not_belong_together_is_not_added(self) -> None:
+        with pytest.raises(ValueError, match="4 groups of dimension 3 do not add to 4 of 2"):
+            Moments(3, 4).merge(Moments(2, 4))
+        with pytest.raises(ValueError, match="different shifts"):
+            Moments(2, 4).merge(Moments(2, 4, torch.ones(2)))
+        with pytest.raises(ValueError, match="moments lack counts"):
+            Moments.from_tensors({k: v for k, v in Moments(2, 4).to_tensors().items() if k != "counts"})
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_features_that_are_not_finite_name_the_copy_and_the_image(self, value: float) -> None:
+        features = gaussian(6, 3)
+        features[4, 1] = value
+        with pytest.raises(
+            UserError, match=r"ema_0_999: the features of image 41 are not finite \(1 of 6 images here\)"
+        ):
+            Moments(3, 2).update(features, torch.tensor([10, 11, 20, 21, 41, 50]), copy="ema_0_999")
+
+    def test_fewer_than_two_images_are_an_error_that_names_the_setting(self) -> None:
+        moments = Moments(3, 2)
+        moments.update(gaussian(1, 3), torch.tensor([0]))
+        with pytest.raises(UserError, match=r"at least 2 images and there are 1: raise --evaluation.num-images"):
+            moments.statistics()
+
+
+class TestFrechetDistance:
+    def test_it_is_the_closed_form_where_covariances_commute(self) -> None:
+        a = Statistics(torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double()), 10)
+        b = Statistics(torch.tensor([0.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 25.0]).double()), 10)
+        expected = (1 + 4) + (2 - 1) ** 2 + (3 - 5) ** 2
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+        assert FrechetReference(b).distance(a.mu, a.sigma) == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.parametrize("n", [500, 100, 20])
+    def test_the_fast_form_is_torch_fidelitys_to_1e_9(self, n: int) -> None:
+        mixing = gaussian(64, 64, seed=5)
+        real, fake = statistics_of(gaussian(2000, 64, 1) @ mixing), statistics_of(gaussian(n, 64, 2, 1.1, 0.2) @ mixing)
+        slow, fast = frechet_distance(fake, real), FrechetReference(real).distance(fake.mu, fake.sigma)
+        # With fewer images than dimensions the general eigenvalues of a singular product carry rounding of their own.
+        assert fast == pytest.approx(slow, rel=1e-9 if n > 64 else 1e-7)
+
+    def test_it_is_torch_fidelitys_on_the_same_features(self) -> None:
+        real, fake = gaussian(400, 16, 1, offset=0.5), gaussian(300, 16, 2, 1.2)
+        theirs = fid_statistics_to_metric(fid_features_to_statistics(fake), fid_features_to_statistics(real), False)
+        assert frechet_distance(statistics_of(fake), statistics_of(real)) == pytest.approx(*theirs.values(), rel=1e-6)
+
+    def test_broken_or_foreign_statistics_are_a_message_not_a_linalg_error(self) -> None:
+        good = statistics_of(gaussian(50, 3))
+        bad = Statistics(good.mu, good.sigma * float("nan"), 50)
+        with pytest.raises(UserError, match="the images: the covariance of the features is not finite"):
+            frechet_distance(bad, good)
+        with pytest.raises(UserError, match="the reference: the covariance of the features is not finite"):
+            FrechetReference(bad)
+        with pytest.raises(UserError, match="3 and 4 dimensions cannot be compared"):
+            frechet_distance(good, statistics_of(gaussian(50, 4)))
+
+
+class TestOtherScores:
+    def test_precision_and_recall_of_points_on_a_line(self) -> None:
+        reference = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])  # third neighbours at 3, 2, 2, 2, 3
+        features = torch.tensor([[0.5], [3.5], [20.0], [30.0]])  # third neighbours at 29.5, 26.5, 19.5, 29.5
+        assert metrics.neighbour_radii(reference).tolist() == [3, 2, 2, 2, 3]
+        assert metrics.precision_recall(features, reference) == (0.5, 1.0)
+
+    def test_precision_and_recall_are_torch_fidelitys_with_and_without_radii_given(self) -> None:
+        features, reference = gaussian(150, 8, 1, 0.8), gaussian(200, 8, 2, 1.0, 0.4)
+        theirs = prc_features_to_metric(features, reference, verbose=False)
+        assert 0.2 < theirs["precision"] < 1 > theirs["recall"] > 0.2
+        for radii in (None, metrics.neighbour_radii(reference)):
+            ours = metrics.precision_recall(features, reference, radii)
+            assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
+
+    def test_too_few_images_are_an_error_that_says_what_to_do(self) -> None:
+        with pytest.raises(UserError, match="more than 3 images on both sides and there are 3"):
+            metrics.precision_recall(gaussian(3, 2), gaussian(10, 2))
+        with pytest.raises(UserError, match="at least 2 images on both sides"):
+            metrics.kernel_distance(gaussian(1, 2), gaussian(10, 2))
+        with pytest.raises(UserError, match="at least 2 images"):
+            metrics.inception_score(gaussian(1, 2))
+
+    def test_kernel_distance_is_unbiased_seeded_and_capped_at_the_images_there_are(self) -> None:
+        same = metrics.kernel_distance(gaussian(400, 8, 1), gaussian(400, 8, 2), subsets=50, subset_size=200)
+        other = metrics.kernel_distance(gaussian(400, 8, 1, 1.3), gaussian(400, 8, 2), subsets=50, subset_size=200)
+        assert abs(same.mean) < 3 * same.std < other.mean
+        small = metrics.kernel_distance(gaussian(30, 8, 1), gaussian(400, 8, 2), subsets=5, subset_size=1000, seed=7)
+        assert small == metrics.kernel_distance(
+            gaussian(30, 8, 1), gaussian(400, 8, 2), subsets=5, subset_size=30, seed=7
+        )
+        assert small != metrics.kernel_distance(
+            gaussian(30, 8, 1), gaussian(400, 8, 2), subsets=5, subset_size=30, seed=8
+        )
+
+    def test_inception_score_is_one_for_undecided_and_the_classes_for_certain_and_even_predictions(self) -> None:
+        assert metrics.inception_score(torch.zeros(100, 10))[0] == pytest.approx(1.0)
+        certain = 50 * torch.nn.functional.one_hot(torch.arange(4000) % 4, 4).float()
+        assert metrics.inception_score(certain)[0] == pytest.approx(4.0, rel=0.01)
+
+
+@dataclass
+class CountingExtractor:
+    """Mean colours as features; counts the images it has seen."""
+
+    sha256: str = "a" * 64
+    name: str = "colours"
+    feature_layer: str = "mean"
+    dim: int = 3
+    seen: int = 0
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor | None]:
+        self.seen += len(images)
+        return {"features": images.float().mean(dim=(2, 3)), "logits": None}
+
+
+def image_batches(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (n, 3, 4, 4), generator=generator, dtype=torch.uint8) for n in (16, 16, 9)]
+
+
+class TestReference:
+    def make(self, cache: Path | None, extractor: CountingExtractor, **changed: str) -> metrics.Reference:
+        settings = {"fingerprint": "f0", "split": "train", "resize": "none", **changed}
+        key = metrics.content_key(extractor=extractor, **settings)
+        return metrics.reference_statistics(image_batches(), extractor, key=key, cache_dir=cache)
+
+    def test_it_is_made_of_every_image_once_and_kept(self, tmp_path: Path) -> None:
+        extractor = CountingExtractor()
+        made, found = self.make(tmp_path, extractor), self.make(tmp_path, extractor)
+        assert extractor.seen == 41 == made.statistics.count == found.statistics.count
+        truth = statistics_of(torch.cat(image_batches()).float().mean(dim=(2, 3)))
+        torch.testing.assert_close(made.statistics.sigma, truth.sigma)
+        for name in ("mu", "sigma"):
+            assert torch.equal(getattr(made.statistics, name), getattr(found.statistics, name))
+        assert made.features is not None
+        assert found.features is not None
+        assert torch.equal(made.features, found.features)
+        assert made.origin == found.origin
+        assert torch.equal(metrics.neighbour_radii(made.features), found.radii)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("changed", [{"fingerprint": "f1"}, {"split": "test"}, {"resize": "bicubic"}])
+    def test_other_data_or_another_resize_is_computed_anew(self, tmp_path: Path, changed: dict[str, str]) -> None:
+        extractor = CountingExtractor()
+        self.make(tmp_path, extractor)
+        self.make(tmp_path, extractor, **changed)
+        assert extractor.seen == 82
+
+    def test_another_extractor_of_the_same_name_is_computed_anew(self, tmp_path: Path) -> None:
+        self.make(tmp_path, CountingExtractor())
+        other = CountingExtractor(sha256="b" * 64)
+        self.make(tmp_path, other)
+        assert other.seen == 41
+
+    @pytest.mark.parametrize("damage", ["truncated", "one bit", "foreign"])
+    def test_a_damaged_or_foreign_entry_is_made_anew_with_a_warning(self, tmp_path: Path, damage: str) -> None:
+        extractor = CountingExtractor()
+        good = self.make(tmp_path, extractor)
+        (entry,) = (tmp_path / "reference").iterdir()
+        content = bytearray(entry.read_bytes())
+        if damage == "truncated":
+            entry.write_bytes(content[:-7])
+        elif damage == "one bit":
+            content[-7] ^= 1
+            entry.write_bytes(content)
+        else:
+            self.make(tmp_path, extractor, fingerprint="other")
+            (foreign,) = set((tmp_path / "reference").iterdir()) - {entry}
+            os.replace(foreign, entry)
+        extractor.seen = 0
+        with pytest.warns(UserWarning, match="not used, made anew"):
+            again = self.make(tmp_path, extractor)
+        assert extractor.seen == 41
+        assert torch.equal(again.statistics.sigma, good.statistics.sigma)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.make(tmp_path, extractor)
+
+    def test_a_cache_that_cannot_be_written_is_one_warning_and_scoring_goes_on(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("no folder")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = self.make(tmp_path / "file" / "cache", CountingExtractor())
+        assert made.statistics.count == 41
+        assert len(caught) == 1
+        assert "not cached" in str(caught[0].message)
+        assert "--data.cache-dir" in str(caught[0].message)
+
+    def test_fewer_than_two_images_are_an_error_and_fewer_than_dimensions_a_warning(self) -> None:
+        with pytest.raises(UserError, match="at least 2 images"):
+            metrics.reference_of(torch.zeros(1, 3), {})
+        (note,) = metrics.reference_of(gaussian(3, 5), {}).warnings
+        assert note == "the reference has 3 images for 5 feature dimensions"
+
+
+class TestPublishedStatistics:
+    def write(self, path: Path, layout: str, dim: int = 4) -> Statistics:
+        truth = statistics_of(gaussian(50, dim))
+        arrays = {"mu": truth.mu.numpy(), "sigma": truth.sigma.numpy()}
+        if layout == "ADM":
+            arrays |= {"mu_s": np.zeros(9), "sigma_s": np.eye(9), "arr_0": np.zeros((2, 4, 4, 3), np.uint8)}
+        if layout == "torch-fidelity":
+            arrays["mu"] = arrays["mu"].astype(np.float32)
+        np.savez(path, **arrays)
+        return truth
+
+    @pytest.mark.parametrize("layout", ["EDM", "ADM", "torch-fidelity"])
+    def test_each_layout_is_read_and_its_origin_recorded(self, tmp_path: Path, layout: str) -> None:
+        path = tmp_path / "stats.npz"
+        truth = self.write(path, layout)
+        reference = metrics.read_published(path, 4)
+        torch.testing.assert_close(reference.statistics.mu, truth.mu, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(reference.statistics.sigma, truth.sigma)
+        assert reference.features is None
+        assert reference.origin["file"] == "stats.npz"
+        assert len(reference.origin["sha256"]) == 64
+        assert reference.origin["layout"] == ("ADM" if layout == "ADM" else "EDM or torch-fidelity")
+        json.dumps(dict(reference.origin))
+
+    def test_another_dimension_is_refused(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "s.npz", "EDM", dim=5)
+        with pytest.raises(UserError, match=r"mu \(5,\) and sigma \(5, 5\), but the extractor gives 4 features"):
+            metrics.read_published(tmp_path / "s.npz", 4)
+
+    def test_a_pickle_inside_is_not_opened(self, tmp_path: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> tuple[object, ...]:
+                return (Path.touch, (tmp_path / "exploded",))
+
+        np.savez(tmp_path / "s.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(4))
+        with pytest.raises(UserError, match="pickled ones are not opened"):
+            metrics.read_published(tmp_path / "s.npz", 4)
+        assert not (tmp_path / "exploded").exists()
+
+    @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 damaged"])
+    def test_a_file_that_is_no_archive_is_a_message(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "s.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"evaluation.reference: .*s.npz"):
+            metrics.read_published(tmp_path / "s.npz", 4)
+
+    def test_a_missing_file_and_missing_arrays_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="No such file"):
+            metrics.read_published(tmp_path / "none.npz", 4)
+        np.savez(tmp_path / "s.npz", mean=np.zeros(4))
+        with pytest.raises(UserError, match=r"holds \['mean'\]; wanted mu and sigma"):
+            metrics.read_published(tmp_path / "s.npz", 4)
