@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ddpm_ema.report import figures, verdict
 from ddpm_ema.report.drawing import Drawing, Look, looks, style
 from ddpm_ema.report.record import Record, Scoring, number
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
 MAX_IMAGE_BYTES = 24 * 2**20  # a page of more than this no longer opens well on a phone
 
 
@@ -32,7 +33,7 @@ class Picture:
 def render(record: Record) -> str:
     """The page as HTML. Every value is escaped by the template."""
     look = looks(record.copies)
-    environment = Environment(loader=PackageLoader("ddpm_ema", "templates"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["names"] = _name_marker(record)
     environment.globals.update(figure=verdict.figure, with_error=verdict.with_error, reality=verdict.reality)

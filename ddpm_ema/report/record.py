@@ -165,8 +165,12 @@ class Record:
 
     @property
     def last_step(self) -> int | None:
-        """The last step that metrics or a checkpoint tell of."""
-        steps = [self.manifest.get("step"), *(row["step"] for row in self.training[-1:])]
+        """The last step that metrics, a checkpoint or a scoring tell of."""
+        steps = [
+            self.manifest.get("step"),
+            *(row["step"] for row in self.training[-1:]),
+            *(s.step for s in self.scorings),
+        ]
         return max((int(step) for step in steps if step is not None), default=None)
 
 
