@@ -168,11 +168,12 @@ def _diffusers_notes(profile: DiffusersDecay, step: int) -> list[str]:
         return [
             f"EMAModel's warm-up ended at step {reached} of {step}: since then the decay is the claimed {claimed:g}."
         ]
-    return [
-        f"It claims a decay of {claimed:g}, but EMAModel's warm-up has only reached {real:.6g} at step {step}: "
-        f"it averages about {profile.effective_window(step):.0f} steps, centred at {profile.centre(step):.1%} of training, where "
-        f"a constant {claimed:g} would average about {constant.effective_window(step):.0f}."
-    ]
+    sentence = (
+        f"It claims a decay of {claimed:g}, but EMAModel's warm-up has only reached {real:.6g} at step {step}: it averages "
+        f"about {profile.effective_window(step):.0f} steps, centred at {profile.centre(step):.1%} of training, where a "
+        f"constant {claimed:g} would average about {constant.effective_window(step):.0f}."
+    )
+    return [sentence]
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,0 +1,386 @@
+"""The bank on one process: what it follows, in which precision, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from onehot import peer_weighting
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ddpm_ema.averaging import (
+    AverageBank,
+    BiasCorrected,
+    ConstantDecay,
+    HardCopy,
+    PowerFunction,
+    StochasticWeightAverage,
+    Uniform,
+)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 3))
+
+
+def move(model: nn.Module, seed: int = 0) -> None:
+    """What an optimizer step does, without one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_every_copy_starts_at_the_parameters_and_shares_no_memory_with_them() -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"a": ConstantDecay(0.9), "b": Uniform()})
+    before = parameters_of(model)
+    move(model)
+    assert equal(bank.weights("a"), before)
+    assert equal(bank.weights("b"), before)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_a_constant_decay_is_torchs_averaged_model_to_1e_6(decay: float) -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(decay)})
+    peer = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    peer.update_parameters(model)  # its first call copies: the initial parameters, as ours
+    for step in range(1, 101):
+        move(model, seed=step)
+        bank.update(step)
+        peer.update_parameters(model)
+    for name, theirs in peer.module.named_parameters():
+        torch.testing.assert_close(bank.weights("ema")[name], theirs.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_stochastic_weight_average_is_torchs_to_1e_6() -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"swa": StochasticWeightAverage(start=30, every=7)})
+    peer = AveragedModel(model)
+    for step in range(1, 101):
+        move(model, seed=step)
+        bank.update(step)
+        if step >= 30 and (step - 30) % 7 == 0:
+            peer.update_parameters(model)
+    for name, theirs in peer.module.named_parameters():
+        torch.testing.assert_close(bank.weights("swa")[name], theirs.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_average_of_a_bf16_model_moves_over_10_000_steps_where_a_bf16_average_freezes() -> None:
+    parameter = torch.full((16,), 1.0, dtype=torch.bfloat16)
+    bank = AverageBank([("w", parameter)], {"ema": ConstantDecay(0.999)})
+    frozen = parameter.clone()
+    parameter.fill_(1.5)
+    for step in range(1, 10_001):
+        bank.update(step)
+        frozen.lerp_(parameter, 0.001)
+    assert bank.weights("ema")["w"].dtype is torch.float32
+    torch.testing.assert_close(bank.weights("ema")["w"], torch.full((16,), 1.5), rtol=1e-3, atol=0)
+    assert torch.equal(frozen, torch.full((16,), 1.0, dtype=torch.bfloat16))  # the trap is real
+
+
+def test_lower_precision_on_an_accelerator_is_converted_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_ema.averaging import kernels
+
+    sources = [torch.randn(n) for n in (5, 3, 9, 2, 2)]
+    parts = list(kernels._parts(range(5), sources, limit=8))
+    assert parts == [[0, 1], [2], [3, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_dtype_is_averaged_in_fp32(dtype: torch.dtype) -> None:
+    parameter = torch.zeros(5, dtype=dtype)
+    bank = AverageBank([("w", parameter)], {"u": Uniform()})
+    for step in range(1, 5):
+        parameter.fill_(step)
+        bank.update(step)
+    torch.testing.assert_close(bank.weights("u")["w"], torch.full((5,), 2.5))
+
+
+def test_a_compiled_model_is_paired_by_its_bare_names_and_follows_it() -> None:
+    model = small_model()
+    compiled = torch.compile(model, backend="eager")
+    names = [name for name, _ in compiled.named_parameters()]
+    assert all(name.startswith("_orig_mod.") for name in names)  # the trap is real
+    bank = AverageBank(compiled.named_parameters(), {"last": ConstantDecay(0.0)})
+    move(model)
+    bank.update(1)
+    assert equal(bank.weights("last"), parameters_of(model))
+    bank.load_weights("last", dict(compiled.named_parameters()))  # prefixed names are understood on the way in, too
+
+
+def test_wrapper_prefixes_are_dropped_anywhere_in_a_name() -> None:
+    bank = AverageBank([("module._orig_mod.a._orig_mod.weight", torch.zeros(2))], {"x": Uniform()})
+    assert bank.parameter_names == ["a.weight"]
+    with pytest.raises(ValueError, match=r"'module\.a' and 'a' are both called 'a'"):
+        AverageBank([("a", torch.zeros(1)), ("module.a", torch.zeros(1))], {"x": Uniform()})
+
+
+def test_parameters_are_paired_by_name_whatever_their_order() -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.5)})
+    shuffled = dict(reversed([(name, torch.full_like(p, i)) for i, (name, p) in enumerate(model.named_parameters())]))
+    bank.load_weights("ema", shuffled)
+    assert equal(bank.weights("ema"), shuffled)
+
+
+def test_tied_parameters_share_one_average_under_both_names() -> None:
+    tied = nn.Parameter(torch.zeros(4))
+    bank = AverageBank([("in.weight", tied), ("out.weight", tied)], {"ema": ConstantDecay(0.5)})
+    with torch.no_grad():
+        tied.fill_(1.0)
+    bank.update(1)
+    weights = bank.weights("ema")
+    assert weights["in.weight"].data_ptr() == weights["out.weight"].data_ptr()
+    torch.testing.assert_close(weights["in.weight"], torch.full((4,), 0.5))  # moved once, not twice
+    assert bank.num_bytes == 4 * 4
+
+
+def test_frozen_parameters_stay_exactly_what_they_are() -> None:
+    frozen = nn.Parameter(torch.randn(100), requires_grad=False)
+    before = frozen.detach().clone()
+    bank = AverageBank([("w", frozen)], {"a": ConstantDecay(0.999), "p": PowerFunction(0.1)})
+    for step in range(1, 200):
+        bank.update(step)
+    assert torch.equal(bank.weights("a")["w"], before)
+    assert torch.equal(bank.weights("p")["w"], before)
+
+
+def test_a_copy_that_does_not_move_is_not_touched_and_one_that_is_replaced_forgets_a_nan() -> None:
+    parameter = torch.tensor([1.0])
+    bank = AverageBank(
+        [("w", parameter)], {"hard": HardCopy(2), "frozen": ConstantDecay(1.0), "debiased": BiasCorrected(0.9)}
+    )
+    bank.weights("debiased")["w"].fill_(float("nan"))
+    bank.weights("hard")["w"].fill_(float("nan"))
+    version = bank.weights("frozen")["w"]._version
+    bank.update(1)
+    assert bank.weights("debiased")["w"].item() == 1.0  # the first debiased update replaces
+    assert torch.isnan(bank.weights("hard")["w"]).all()
+    bank.update(2)
+    assert bank.weights("hard")["w"].item() == 1.0
+    assert bank.weights("frozen")["w"]._version == version
+
+
+def test_channels_last_parameters_keep_their_layout_in_the_bank() -> None:
+    model = small_model().to(memory_format=torch.channels_last)
+    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.5)})
+    for name, parameter in model.named_parameters():
+        assert bank.weights("ema")[name].stride() == parameter.stride()
+    for _, tensor in bank.gather("ema"):
+        assert tensor.is_contiguous()  # as safetensors wants them
+
+
+def test_steps_left_out_are_refused_instead_of_weighted_wrongly() -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"p": PowerFunction(0.1)})
+    bank.update(100, num_steps=100)
+    with pytest.raises(ValueError, match=r"update\(step=200, num_steps=1\) does not follow .* expected num_steps=100"):
+        bank.update(200)
+    with pytest.raises(ValueError, match="steps only grow"):
+        bank.update(100, num_steps=100)
+    bank.update(200, num_steps=100)
+    assert bank.step == 200
+
+
+def test_buffers_are_copied_when_a_copy_moves_or_averaged_on_request() -> None:
+    norm = nn.BatchNorm1d(3)
+    profiles = {"ema": ConstantDecay(0.5), "hard": HardCopy(2)}
+    copied = AverageBank(norm.named_parameters(), profiles, named_buffers=norm.named_buffers())
+    averaged = AverageBank(norm.named_parameters(), profiles, named_buffers=norm.named_buffers(), buffers="average")
+    with torch.no_grad():
+        norm.running_mean.fill_(4.0)
+        norm.num_batches_tracked.fill_(7)
+    copied.update(1)
+    averaged.update(1)
+    assert copied.buffers("ema")["running_mean"].tolist() == [4.0] * 3
+    assert averaged.buffers("ema")["running_mean"].tolist() == [2.0] * 3
+    assert averaged.buffers("ema")["num_batches_tracked"].item() == 7
+    assert averaged.buffers("ema")["num_batches_tracked"].dtype is torch.int64
+    assert copied.buffers("hard")["running_mean"].tolist() == [0.0] * 3  # a target's statistics belong to its weights
+    assert set(averaged.weights("ema")) == {"weight", "bias"}
+
+
+def test_a_copy_goes_into_a_module_with_its_buffers_and_in_the_modules_dtype() -> None:
+    norm = nn.BatchNorm1d(3)
+    bank = AverageBank(norm.named_parameters(), {"last": ConstantDecay(0.0)}, named_buffers=norm.named_buffers())
+    with torch.no_grad():
+        norm.weight.fill_(3.0)
+        norm.running_var.fill_(5.0)
+    bank.update(1)
+    target = nn.BatchNorm1d(3).bfloat16()
+    bank.copy_to("last", target)
+    assert target.weight.dtype is torch.bfloat16
+    assert target.weight.tolist() == [3.0] * 3
+    assert target.running_var.tolist() == [5.0] * 3
+    with pytest.raises(ValueError, match=r"'weight' has shape \(3,\), expected \(4,\)"):
+        bank.copy_to("last", nn.BatchNorm1d(4))
+
+
+def test_a_tied_module_takes_a_copy_of_its_deduplicated_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    bank = AverageBank(model.named_parameters(), {"last": ConstantDecay(0.0)})
+    target = copy.deepcopy(model)
+    move(model)
+    bank.update(1)
+    bank.copy_to("last", target)
+    assert torch.equal(target[1].weight, model[0].weight)
+
+
+def test_distances_from_raw_are_the_float64_sums_of_squares() -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"a": ConstantDecay(0.9), "b": ConstantDecay(0.0)})
+    move(model)
+    bank.update(1)
+    expected = sum(((bank.weights("a")[n] - p).double() ** 2).sum() for n, p in model.named_parameters())
+    distances = bank.squared_distances()
+    assert distances["a"].shape == ()
+    assert distances["a"].dtype is torch.float64
+    assert distances["a"].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert distances["b"].item() == 0.0
+    norm = sum((p.double() ** 2).sum() for p in model.parameters())
+    assert bank.squared_norm().item() == pytest.approx(norm.item(), rel=1e-12)
+
+
+def test_bytes_are_four_times_parameters_times_profiles() -> None:
+    model = small_model().bfloat16()
+    bank = AverageBank(model.named_parameters(), {"a": ConstantDecay(0.9), "b": Uniform(), "c": PowerFunction(0.1)})
+    assert bank.num_bytes == 3 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_stored_bank_goes_on_as_if_never_stopped() -> None:
+    def make(model: nn.Module) -> AverageBank:
+        profiles = {"a": ConstantDecay(0.9), "p": PowerFunction(0.1), "u": Uniform(), "d": BiasCorrected(0.99)}
+        return AverageBank(model.named_parameters(), profiles)
+
+    model = small_model()
+    uninterrupted = make(model)
+    for step in range(1, 11):
+        move(model, seed=step)
+        uninterrupted.update(step)
+        if step == 5:
+            state = copy.deepcopy(uninterrupted.state_dict())
+            half_way = copy.deepcopy(model)
+    resumed = make(half_way)
+    resumed.load_state_dict(state)
+    for step in range(6, 11):
+        move(half_way, seed=step)
+        resumed.update(step)
+    for name in uninterrupted.profiles:
+        assert equal(resumed.weights(name), uninterrupted.weights(name))
+    assert resumed.step == 10
+
+
+def test_a_missing_extra_or_misshaped_tensor_is_named_and_nothing_is_changed() -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.9)})
+    before = {name: tensor.clone() for name, tensor in bank.weights("ema").items()}
+    bad = {name: torch.ones_like(tensor) for name, tensor in before.items()}
+    bad["2.weight"] = torch.ones(3, 8, 1, 1)
+    del bad["1.bias"]
+    bad["head.weight"] = torch.ones(7)
+    with pytest.raises(ValueError, match="weights of 'ema'") as refused:
+        bank.load_weights("ema", bad)
+    message = str(refused.value)
+    assert "'1.bias' is missing (expected (8,))" in message
+    assert "'head.weight' is not known here ((7,))" in message
+    assert "'2.weight' has shape (3, 8, 1, 1), expected (3, 8, 3, 3)" in message
+    state = bank.state_dict()
+    state["averages"] = {"ema": bad}
+    with pytest.raises(ValueError, match="is missing"):
+        bank.load_state_dict(state)
+    assert equal(bank.weights("ema"), before)
+
+
+def test_a_state_with_three_of_many_tensors_is_refused() -> None:
+    model = small_model()
+    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.9)})
+    three = dict(list(bank.weights("ema").items())[:3])
+    with pytest.raises(ValueError, match=r"'1\.bias' is missing"):
+        bank.load_weights("ema", three)
+
+
+def test_other_profiles_in_a_state_are_refused_field_by_field() -> None:
+    model = small_model()
+    stored = AverageBank(
+        model.named_parameters(), {"ema": ConstantDecay(0.9), "p": PowerFunction(0.1), "old": Uniform()}
+    ).state_dict()
+    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.99), "p": Uniform(), "new": Uniform()})
+    with pytest.raises(ValueError, match="profiles: ") as refused:
+        bank.load_state_dict(stored)
+    message = str(refused.value)
+    assert "copy 'new' is missing" in message
+    assert "copy 'old' is not known here" in message
+    assert "ema.decay is 0.99 here and 0.9 in the state" in message
+    assert "p.kind is 'uniform' here and 'power_function' in the state" in message
+
+
+@pytest.mark.parametrize("state", [{}, {"version": 2}, b"\x80\x04pickle", "checkpoint.pt", None])
+def test_what_is_no_state_is_refused(state) -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"x": Uniform()})
+    with pytest.raises(ValueError, match="expected the state of a bank, version 1"):
+        bank.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["", "ema.999", "a b", "ema/1", "é"])
+def test_a_name_that_cannot_be_a_files_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name of an average: expected letters, digits"):
+        AverageBank([("w", torch.zeros(1))], {name: Uniform()})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
+        ({"rank": -1}, "rank=-1"),
+        ({"buffers": "keep"}, "expected 'copy' or 'average', got 'keep'"),
+        ({"device": "meta"}, "beside their parameters .* got 'meta'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AverageBank([("w", torch.zeros(1))], {"x": Uniform()}, **settings)
+
+
+def test_a_profile_that_is_none_and_a_parameter_that_is_not_floating_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x: expected a profile such as ConstantDecay\(0\.999\), got 0\.9"):
+        AverageBank([("w", torch.zeros(1))], {"x": 0.9})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"parameter 'w': .* not torch\.int64"):
+        AverageBank([("w", torch.zeros(1, dtype=torch.int64))], {"x": Uniform()})
+
+
+def test_an_unknown_copy_is_named_with_those_there_are() -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"x": Uniform(), "y": Uniform()})
+    with pytest.raises(KeyError, match="no copy is called 'z'; there are x, y"):
+        bank.weights("z")
+
+
+def test_the_one_hot_harness_finds_what_a_peer_does() -> None:
+    """The harness that benchmarks/conformance.py relies on, on a peer whose rule is plain in its source."""
+
+    def make(module: nn.Module):
+        averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+        def update() -> torch.Tensor:
+            averaged.update_parameters(module)
+            return averaged.module.weight
+
+        return update
+
+    measured = peer_weighting(50, make)
+    expected = np.concatenate([[0.0], ConstantDecay(0.9).weighting(50)])
+    expected[1] = 0.9**49  # its first call copies
+    np.testing.assert_allclose(measured, expected, atol=1e-6)

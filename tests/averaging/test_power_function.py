@@ -1,0 +1,66 @@
+"""Width, exponent, weights and inner products of power functions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_ema.averaging.power_function import (
+    exponent_to_std,
+    power_function_inner_product,
+    power_function_weighting,
+    std_to_exponent,
+)
+
+
+@given(st.floats(1e-6, 0.28867))
+def test_width_and_exponent_are_inverse(std: float) -> None:
+    assert exponent_to_std(std_to_exponent(std)) == pytest.approx(std, rel=1e-12)
+
+
+# From the roots of (g + 2)^2 (g + 3) = (g + 1) / std^2, worked with numpy.roots; 6.94 and 16.97 are printed in the paper.
+@pytest.mark.parametrize(("std", "exponent"), [(0.05, 16.97), (0.10, 6.94), (0.20, 1.826)])
+def test_exponents_are_the_papers(std: float, exponent: float) -> None:
+    assert std_to_exponent(std) == pytest.approx(exponent, abs=5e-3)
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    assert std_to_exponent(std) == pytest.approx(roots[np.isreal(roots)].real.max(), rel=1e-9)
+
+
+@pytest.mark.parametrize("std", [0.0, -0.1, 1 / math.sqrt(12), 0.4, math.nan, math.inf, True, "0.1", None])
+def test_a_width_that_no_power_function_has_is_refused(std) -> None:
+    with pytest.raises(ValueError, match=r"std: expected a number with 0 < std < 0\.288675"):
+        std_to_exponent(std)
+
+
+@pytest.mark.parametrize("exponent", [-0.81, math.nan, math.inf, True, "1"])
+def test_an_exponent_that_no_power_function_has_is_refused(exponent) -> None:
+    with pytest.raises(ValueError, match="exponent: expected a finite number of at least 0"):
+        exponent_to_std(exponent)
+
+
+def test_any_window_of_the_weighting_is_a_slice_of_the_whole() -> None:
+    whole = power_function_weighting(6.94, 1000)
+    assert whole.sum() == pytest.approx(1.0, abs=1e-12)
+    np.testing.assert_array_equal(power_function_weighting(6.94, 1000, 301, 700), whole[300:700])
+    np.testing.assert_array_equal(power_function_weighting(6.94, 1000, 991, 1010)[10:], np.zeros(10))
+
+
+@pytest.mark.parametrize(("std_a", "std_b"), [(0.05, 0.10), (0.20, 0.20), (0.05, 0.28)])
+def test_discrete_inner_products_approach_the_closed_form(std_a: float, std_b: float) -> None:
+    a, b = std_to_exponent(std_a), std_to_exponent(std_b)
+    step_a, step_b = 40_000, 100_000
+    discrete = power_function_weighting(a, step_a) @ power_function_weighting(b, step_b, 1, step_a)
+    assert discrete == pytest.approx(power_function_inner_product(step_a, a, step_b, b), rel=1e-6)
+    assert power_function_inner_product(step_b, b, step_a, a) == power_function_inner_product(step_a, a, step_b, b)
+
+
+def test_inner_products_check_their_range_and_do_not_overflow() -> None:
+    assert math.isfinite(power_function_inner_product(1e9, 9000.0, 1e3, 9000.0))
+    with pytest.raises(ValueError, match="steps: expected positive"):
+        power_function_inner_product(0, 1, 10, 1)
+    with pytest.raises(ValueError, match="exponents: expected"):
+        power_function_inner_product(10, -0.5, 10, 1)

@@ -1,0 +1,263 @@
+"""Profiles: decays and weightings against closed forms, composition, meaning, and refused values."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onehot import kept_weighting
+
+from ddpm_ema.averaging import (
+    PROFILES,
+    BiasCorrected,
+    ConstantDecay,
+    HardCopy,
+    PowerFunction,
+    Profile,
+    StochasticWeightAverage,
+    Uniform,
+    Warmup,
+    profile_from_dict,
+    profile_to_dict,
+    std_to_exponent,
+)
+
+EVERY_RULE: list[Profile] = [
+    ConstantDecay(0.97),
+    ConstantDecay(1.0),
+    ConstantDecay(0.0),
+    BiasCorrected(0.97),
+    BiasCorrected(0.0),
+    Warmup(0.97, inv_gamma=3.0, power=0.75),
+    PowerFunction(std=0.10),
+    Uniform(),
+    StochasticWeightAverage(start=40, every=20),
+    HardCopy(every=70),
+]
+STEPS = 300
+
+
+def closed_form(profile: Profile, steps: int) -> np.ndarray:
+    """The weight of the parameters after step i, i = 0..steps, from the rule's definition in the literature."""
+    w = [0.0] * (steps + 1)
+    if isinstance(profile, ConstantDecay):
+        d = profile.decay_per_step
+        w = [d**steps] + [(1 - d) * d ** (steps - i) for i in range(1, steps + 1)]
+    elif isinstance(profile, BiasCorrected):
+        d = profile.decay_per_step
+        total = sum(d ** (steps - i) for i in range(1, steps + 1))
+        w = [0.0] + [d ** (steps - i) / total for i in range(1, steps + 1)]
+    elif isinstance(profile, Warmup):
+        w = [1.0] + [0.0] * steps
+        for t in range(1, steps + 1):
+            d = min(profile.decay_per_step, 1 - (1 + t / profile.inv_gamma) ** -profile.power)
+            w = [d * x for x in w]
+            w[t] = 1 - d
+    elif isinstance(profile, PowerFunction):
+        g = std_to_exponent(profile.std) + 1
+        w = [0.0] + [(i / steps) ** g - ((i - 1) / steps) ** g for i in range(1, steps + 1)]
+    elif isinstance(profile, Uniform):
+        w = [0.0] + [1 / steps] * steps
+    elif isinstance(profile, StochasticWeightAverage):
+        taken = [i for i in range(1, steps + 1) if i >= profile.start and (i - profile.start) % profile.every == 0]
+        w = [1 / len(taken) if i in taken else 0.0 for i in range(steps + 1)] if taken else [1.0, *w[1:]]
+    elif isinstance(profile, HardCopy):
+        w[steps // profile.every * profile.every] = 1.0
+    return np.array(w)
+
+
+@pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
+@pytest.mark.parametrize("every", [1, 3, 10, 100])
+def test_an_average_updated_every_n_steps_gives_each_block_of_n_its_closed_form_weight(
+    profile: Profile, every: int
+) -> None:
+    expected = closed_form(profile, STEPS)
+    blocks = np.concatenate([expected[:1], expected[1:].reshape(-1, every).sum(axis=1)])
+
+    kept = kept_weighting(profile, STEPS, every)
+
+    np.testing.assert_allclose(kept[::every], blocks, atol=2e-6)
+    assert np.count_nonzero(kept) == np.count_nonzero(kept[::every])  # nothing lands between the updates
+
+
+@pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
+@pytest.mark.parametrize("steps", [1, 2, 39, 40, STEPS])
+def test_the_weighting_a_profile_writes_down_is_its_closed_form(profile: Profile, steps: int) -> None:
+    expected = closed_form(profile, steps)
+
+    weighting = profile.weighting(steps)
+
+    assert weighting.dtype == np.float64
+    assert weighting.shape == (steps,)
+    np.testing.assert_allclose(weighting, expected[1:], atol=1e-13)
+    assert profile.initial_weight(steps) == pytest.approx(expected[0], abs=1e-13)
+    assert weighting.sum() + profile.initial_weight(steps) == pytest.approx(1.0, abs=1e-12)
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    decay = draw(st.floats(0.0, 1.0 - 1e-9))
+    return draw(
+        st.sampled_from(
+            [
+                ConstantDecay(decay),
+                BiasCorrected(decay),
+                Warmup(decay, draw(st.floats(0.01, 1e4)), draw(st.floats(0.1, 3.0))),
+                PowerFunction(draw(st.floats(0.001, 0.288))),
+                Uniform(),
+                StochasticWeightAverage(draw(st.integers(1, 500)), draw(st.integers(1, 50))),
+                HardCopy(draw(st.integers(1, 500))),
+            ]
+        )
+    )
+
+
+@given(profile=profiles(), start=st.integers(0, 10**5), a=st.integers(1, 300), b=st.integers(1, 300))
+@settings(max_examples=300, deadline=None)
+def test_decays_compose(profile: Profile, start: int, a: int, b: int) -> None:
+    end = start + a + b
+    together = profile.decay(end, a + b)
+    apart = profile.decay(end, b) * profile.decay(start + a, a)
+    assert together == pytest.approx(apart, rel=1e-9, abs=1e-300)
+
+
+@given(profile=profiles(), step=st.integers(1, 10**6), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_decay_is_a_share(profile: Profile, step: int, data: st.DataObject) -> None:
+    num_steps = data.draw(st.integers(1, min(step, 10**4)))
+    assert 0.0 <= profile.decay(step, num_steps) <= 1.0
+
+
+def test_the_debiased_decay_is_exact_to_float64_where_the_plain_formula_cancels() -> None:
+    d, t = Fraction(999999, 1000000), 5
+    exact = float(d * (1 - d ** (t - 1)) / (1 - d**t))
+    assert BiasCorrected(float(d)).decay(t) == pytest.approx(exact, rel=1e-15)
+
+
+def test_the_debiased_average_is_adams_moment_divided_by_its_correction() -> None:
+    rng, decay, steps = np.random.default_rng(0), 0.98, 200
+    values = rng.normal(size=steps)
+    moment, ours = 0.0, 123.0  # a bad initial value: it must not matter
+    profile = BiasCorrected(decay)
+    for t, value in enumerate(values, start=1):
+        moment = decay * moment + (1 - decay) * value
+        keep = profile.decay(t)
+        ours = keep * ours + (1 - keep) * value
+        assert ours == pytest.approx(moment / (1 - decay**t), rel=1e-12, abs=1e-12)
+
+
+# std, centre = (gamma + 1) / (gamma + 2); the second is the figure that an average updated every N steps must not miss.
+@pytest.mark.parametrize(("std", "centre"), [(0.05, 0.9473), (0.10, 0.8881), (0.20, 0.7387)])
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_power_function_sits_where_the_paper_says_also_when_updated_every_n_steps(
+    std: float, centre: float, every: int
+) -> None:
+    steps = 2000
+    kept = kept_weighting(PowerFunction(std), steps, every)
+    times = np.arange(steps + 1) / steps
+    assert kept @ times == pytest.approx(centre, abs=0.5 * every / steps + 1e-3)
+    assert PowerFunction(std).centre(20_000) == pytest.approx(centre, abs=2e-4)
+    assert PowerFunction(std).sigma_rel(20_000) == pytest.approx(std, rel=1e-4)
+
+
+def test_a_profile_says_what_it_means() -> None:
+    steps = 20_000
+    assert ConstantDecay(0.999).effective_window(steps) == pytest.approx(1999, rel=1e-4)
+    assert ConstantDecay(0.999).centre(steps) == pytest.approx(1 - 999 / steps, rel=1e-6)
+    assert ConstantDecay(0.999).sigma_rel(steps) == pytest.approx(math.sqrt(0.999) / 0.001 / steps, rel=1e-4)
+    assert Uniform().effective_window(steps) == pytest.approx(steps)
+    assert Uniform().centre(steps) == pytest.approx(0.5, abs=1e-4)
+    assert Uniform().sigma_rel(steps) == pytest.approx(1 / math.sqrt(12), rel=1e-6)
+    assert HardCopy(3000).centre(steps) == pytest.approx(18_000 / steps)
+    assert HardCopy(3000).effective_window(steps) == 1.0
+    assert StochasticWeightAverage(10_001, 1000).effective_window(steps) == pytest.approx(10)
+    assert ConstantDecay(1.0).centre(steps) == 0.0  # frozen: all at the start
+    assert "88.8%" in PowerFunction(0.10).describe(steps)
+    assert "initial" in ConstantDecay(0.9999).describe(1000)
+
+
+def test_tau_is_one_minus_decay() -> None:
+    assert ConstantDecay.from_tau(0.005) == ConstantDecay(0.995)
+    assert 1.0 - ConstantDecay.from_tau(0.005).decay(7) == pytest.approx(0.005, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConstantDecay(1.5), r"decay: expected a number with 0 <= decay <= 1, got 1\.5"),
+        (lambda: ConstantDecay(-0.1), r"decay: .*got -0\.1"),
+        (lambda: ConstantDecay(float("nan")), r"decay: .*got nan"),
+        (lambda: ConstantDecay(True), r"decay: .*got True"),
+        (lambda: ConstantDecay("0.999"), r"decay: .*got '0\.999'"),
+        (lambda: ConstantDecay.from_tau(1.5), r"tau: .*got 1\.5"),
+        (lambda: BiasCorrected(1.0), r"decay: expected a number with 0 <= decay < 1 .*got 1\.0"),
+        (lambda: BiasCorrected(np.bool_(False)), r"decay: "),
+        (lambda: Warmup(0.999, inv_gamma=0.0), r"inv_gamma: expected a finite number above 0, got 0\.0"),
+        (lambda: Warmup(0.999, power=float("inf")), r"power: .*got inf"),
+        (lambda: PowerFunction(0.4), r"std: expected a number with 0 < std < 0\.288675 .*got 0\.4"),
+        (lambda: PowerFunction(0.0), r"std: .*got 0\.0"),
+        (lambda: PowerFunction(1 / math.sqrt(12)), r"std: "),
+        (lambda: PowerFunction(True), r"std: .*got True"),
+        (lambda: PowerFunction("0.1"), r"std: .*got '0\.1'"),
+        (lambda: StochasticWeightAverage(0, 10), r"start: expected a whole number of steps of at least 1, got 0"),
+        (lambda: StochasticWeightAverage(10, 2.5), r"every: .*got 2\.5"),
+        (lambda: HardCopy(True), r"every: .*got True"),
+        (lambda: HardCopy(float("nan")), r"every: .*got nan"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_field_value_and_range(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("step", "num_steps"), [(0, 1), (5, 0), (5, 6), (-1, 1)])
+@pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
+def test_an_update_for_no_step_or_more_than_there_were_is_refused(profile: Profile, step: int, num_steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"step={step}, num_steps={num_steps}"):
+        profile.decay(step, num_steps)
+
+
+@pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
+def test_a_profile_survives_json_pickle_and_comparison(profile: Profile) -> None:
+    stored = json.loads(json.dumps(profile_to_dict(profile)))
+    assert profile_from_dict(stored) == profile
+    assert pickle.loads(pickle.dumps(profile)) == profile
+    assert hash(profile_from_dict(stored)) == hash(profile)
+    assert eval(repr(profile)) == profile
+    assert PROFILES[stored["kind"]] is type(profile)
+
+
+def test_a_profile_is_immutable() -> None:
+    with pytest.raises(AttributeError):
+        ConstantDecay(0.9).decay_per_step = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"kind": "powerfunction", "std": 0.1},
+            r"kind: unknown profile 'powerfunction': did you mean 'power_function'\?",
+        ),
+        ({"kind": 3}, r"kind: unknown profile 3"),
+        ({"decay": 0.9}, r"profile: expected a mapping with a 'kind'"),
+        ({"kind": "constant", "decy": 0.9}, r"decy: unknown field of profile 'constant': did you mean 'decay'\?"),
+        ({"kind": "constant"}, r"decay: missing field of profile 'constant'"),
+        ({"kind": "uniform", "std": 0.1}, r"std: unknown field of profile 'uniform': expected no fields"),
+        ({"kind": "power_function", "std": 0.3}, r"std: expected a number with 0 < std < 0\.288675"),
+    ],
+)
+def test_bad_settings_name_the_field_and_the_nearest_name(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        profile_from_dict(settings)
+
+
+def test_optional_fields_have_defaults() -> None:
+    assert profile_from_dict({"kind": "warmup", "decay": 0.9}) == Warmup(0.9, inv_gamma=1.0, power=2 / 3)
+    assert profile_from_dict({"kind": "swa", "start": 5}) == StochasticWeightAverage(start=5, every=1)
