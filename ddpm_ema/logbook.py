@@ -42,7 +42,7 @@ class Window:
 
     def take(self, processes: Processes) -> dict[str, float | None]:
         """Means over the window and over all processes; starts a new window. A collective."""
-        sums = processes.sum_(self.sums.cpu())
+        sums = processes.sum_(self.sums.to("cpu", copy=True))
         self.sums.zero_()
         norm, steps = sums[_NORM] / processes.world_size, sums[_STEPS] / processes.world_size
         row: dict[str, float | None] = {"loss": (sums[_LOSS].sum() / sums[_COUNT].sum()).item()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> No
             save(trainer)
         finish_saving(trainer)
     finally:
+        batches.close()
         logbook.close()
         trainer.saver.close()
     _say(processes, f"{trainer.rundir.path}: complete at step {trainer.step}")
@@ -125,7 +126,7 @@ def _failed_write(trainer: Trainer) -> UserError | None:
     return None
 
 
-def _batches(trainer: Trainer) -> Iterator[list[Share]]:
+def _batches(trainer: Trainer) -> Generator[list[Share], None, None]:
     """This process's shares of every coming step, in order."""
     config, processes = trainer.config, trainer.processes
     training, size = config.training, len(trainer.dataset)
@@ -138,8 +139,12 @@ def _batches(trainer: Trainer) -> Iterator[list[Share]]:
                 yield streams.batch_indices(config.seed, step, positions, training.batch_size, size)
 
     keys, images = indices(), trainer.dataset.stream(indices())
-    for _ in range(trainer.step, training.steps):
-        yield [Share(positions, next(keys), next(images)) for positions in pieces]
+    try:
+        for _ in range(trainer.step, training.steps):
+            yield [Share(positions, next(keys), next(images)) for positions in pieces]
+    finally:
+        if hasattr(images, "close"):  # a cached data set has no workers to end
+            images.close()
 
 
 def log(trainer: Trainer) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ema import optimization
-from ddpm_ema.averaging import profile_to_dict
-from ddpm_ema.averaging.posthoc import write_snapshot
+from ddpm_ema.averaging.profiles import profile_to_dict
+from ddpm_ema.averaging.snapshots import write_snapshot
 from ddpm_ema.config import Config, to_yaml
 from ddpm_ema.errors import UserError
 from ddpm_ema.processes import say

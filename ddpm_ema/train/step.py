@@ -7,8 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from torch.nn.utils.clip_grad import clip_grads_with_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ddpm_ema import diffusion, model, optimization, streams
 from ddpm_ema.errors import DivergedError

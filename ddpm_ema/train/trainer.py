@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ema import data, diffusion, model, optimization, streams
-from ddpm_ema.averaging import AverageBank
+from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.logbook import Logbook, Window
@@ -97,7 +97,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
         config=config,
         processes=processes,
         rundir=rundir,
-        dataset=dataset.to(device) if config.data.storage == "device" else dataset,
+        dataset=dataset.to(device),
         objective=diffusion.Objective(config.diffusion).to(device),
         network=network,
         wrapped=processes.accelerator.prepare_model(network),
@@ -126,7 +126,7 @@ def describe(trainer: Trainer) -> str:
         f"device       {processes.device}, {precision}{', compiled' if config.training.compile else ''}",
         f"processes    {world}",
         f"global batch {batch} images ({', '.join(str(len(streams.partition(batch, r, world))) for r in range(world))} a process)",
-        f"data         {dataset.name}: {len(dataset)} images {tuple(dataset.image_shape)}",
+        f"data         {dataset}",
         f"parameters   {count:,}",
         f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
         f"output       {trainer.rundir.path}",
