@@ -62,8 +62,8 @@ def _is_done(path: Path, fingerprint: str, seed: int) -> bool:
     except UserError as error:
         print(f"{error}; training it anew")
         return False
-    if metadata.get("fingerprint") != fingerprint or metadata.get("seed") != str(seed):
+    if metadata.get("fingerprint") != fingerprint or metadata.get("seed") != seed:
         print(f"{path}: made from other data or another seed; training it anew")
         return False
-    print(f"{path}: already complete (accuracy {float(metadata['accuracy']):.1%}); nothing to do")
+    print(f"{path}: already complete (accuracy {metadata['accuracy']:.1%}); nothing to do")
     return True

@@ -140,6 +140,7 @@ def train_classifier(
         progress,
     )
     with torch.inference_mode():
+        _standardize(network, images, kept)
         parts = [
             network(images[part].to(device))[1].argmax(dim=1).cpu() == labels[part] for part in held_out.split(512)
         ]
@@ -170,6 +171,16 @@ def _optimize(
     network.eval()
 
 
+def _standardize(network: Classifier, images: Tensor, kept: Tensor) -> None:
+    """Sets mean and variance of the features over the images `kept` exactly; training left a moving average of shifted ones."""
+    norm, device = network.standardize, network.logits.weight.device
+    norm.running_mean.zero_()  # type: ignore[union-attr]
+    norm.running_var.fill_(1)  # type: ignore[union-attr]
+    features = torch.cat([network(images[part].to(device))[0] for part in kept.split(512)]).double()
+    norm.running_mean.copy_(features.mean(dim=0))  # type: ignore[union-attr]
+    norm.running_var.copy_(features.var(dim=0))  # type: ignore[union-attr]
+
+
 def _loss(network: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy plus the thumbnail's squared error, in units of the image's range."""
     features, logits = network(images)
@@ -197,25 +208,26 @@ def save_classifier(path: Path, trained: Trained, *, fingerprint: str, seed: int
     """Atomically, as safetensors; the metadata says what it is and what it was trained on."""
     metadata = {
         "format": FORMAT,
-        "architecture": json.dumps(asdict(trained.network.architecture)),
+        "architecture": asdict(trained.network.architecture),
         "fingerprint": fingerprint,
-        "seed": str(seed),
-        "accuracy": repr(trained.accuracy),
+        "seed": seed,
+        "accuracy": trained.accuracy,
     }
-    atomic_save(path, trained.network.state_dict(), metadata)
+    # One entry: safetensors writes several in an order that changes, and the file's sha256 names these features.
+    atomic_save(path, trained.network.state_dict(), {"ddpm_ema": json.dumps(metadata, sort_keys=True)})
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Of a classifier's file. Raises UserError where it is missing or something else."""
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Of a classifier's file: format, architecture, fingerprint, seed, accuracy. Raises UserError where it is missing or other."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("ddpm_ema", "{}"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
             f"the feature classifier is not at {path}: make it with scripts/train_features.py --config ..., "
             "or name another file with --evaluation.extractor-path"
         ) from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"{path} is no whole safetensors file ({error}); delete it and run scripts/train_features.py"
         ) from None
@@ -231,7 +243,7 @@ def load_classifier(path: Path) -> tuple[Classifier, str]:
     metadata = read_metadata(path)
     content = path.read_bytes()
     try:
-        network = Classifier(Architecture(**json.loads(metadata["architecture"])))
+        network = Classifier(Architecture(**metadata["architecture"]))
         network.load_state_dict(load(content))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run scripts/train_features.py") from None

@@ -132,7 +132,9 @@ def _open_published(settings: EvaluationSettings, device: torch.device | str) ->
     try:
         network = cls(name, layers, feature_extractor_weights_path=file, verbose=False)
     except Exception as error:  # whatever a state dict of another network, or a hub without network, raises
-        raise UserError(f"evaluation.extractor {name}: {weights.path} cannot be loaded: {error}") from None
+        reason = " ".join(str(error).split())
+        brief = reason if len(reason) < 300 else f"{reason[:300]} ..."
+        raise UserError(f"evaluation.extractor {name}: {weights.path} cannot be loaded: {brief}") from None
     return Extractor(
         network,
         name=name,
