@@ -106,6 +106,8 @@ class DiskStore(MemoryStore):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+        for partial in folder.glob(".*.partial"):  # what a kill left; whoever reads this folder holds its lock
+            partial.unlink(missing_ok=True)
         taken: set[int] = set()
         for path in sorted(folder.glob("block-*.safetensors")):
             try:
@@ -131,7 +133,8 @@ class DiskStore(MemoryStore):
                 "start again"
             ) from None
 
-    def clear(self) -> None:
-        """Deletes the files: the copy's row is on disk and nothing more will be asked of its features."""
-        for path in self.folder.glob("block-*.safetensors"):
+    @staticmethod
+    def clear_folder(folder: Path) -> None:
+        """Deletes a copy's blocks: its row is on disk and nothing more will be asked of its features."""
+        for path in folder.glob("block-*.safetensors"):
             path.unlink(missing_ok=True)

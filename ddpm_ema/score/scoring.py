@@ -128,7 +128,9 @@ class Scoring:
         score = self.measure.score(block, label.name, described)
         self.folder.finish(label.slug, score, block.images)
         if label.name != "raw" and not keep_features:
-            store.clear()  # raw's stay: later copies and sweeps are paired with any number of its images
+            DiskStore.clear_folder(
+                store.folder
+            )  # raw's stay: later copies and sweeps are paired with any number of its images
 
     def raw_score(self, count: int) -> Score | None:
         """Rank 0: raw over its first `count` images, or None where raw was not scored or its features are gone."""
@@ -154,11 +156,19 @@ class Scoring:
         results = results_of(
             self.config, self.studio.extractor, self.settings, self.step, scores, self.processes.world_size
         )
-        results |= sweep or {k: v for k, v in self.folder.results().items() if k.startswith("sweep")}
+        # A scoring without a sweep keeps what an earlier one found.
+        results |= sweep or {key: value for key, value in self.folder.results().items() if key.startswith("sweep")}
         slugs = {str(score.row["weights"]): slug for slug, score in done}
         self.folder.write_grid({row["weights"]: slugs[row["weights"]] for row in results["rows"]}, self.step)
         self.folder.write_results(results)
+        self._tidy()
         return results
+
+    def _tidy(self) -> None:
+        """Features that a search kept are no longer asked for."""
+        for path in self.folder.path.glob("copies/*/score.json"):
+            if not path.parent.name.startswith("raw-"):
+                DiskStore.clear_folder(path.parent)
 
 
 def _read_member(source: Source | None, place: int) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ class Search:
 
     def is_real(self, candidate: int) -> bool:
         """Whether the candidate's paired difference from the best is real, over the images that both have."""
+        if candidate == self.best:
+            return False
         common = min(self.counts[candidate], self.counts[self.best])
         return difference(self.estimate(candidate, common), self.estimate(self.best, common)).real
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.search import Search
 from ddpm_ema.score.together import on_main, only_on_main
 from ddpm_ema.score.weights import Source
+
+KEYS = ("sweep", "sweep_best", "sweep_search", "sweep_digest")
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ def _candidate(kind: str, value: float) -> Candidate:
 
 
 def sweep(scoring: Scoring) -> dict[str, Any]:
-    """What the settings ask for: `sweep` (rows), `sweep_best` and, of a search, `sweep_search`, on rank 0. A collective."""
+    """What the settings ask for, as keys of results.json: `sweep` (rows), `sweep_best`, `sweep_digest` and, of a search,
+    `sweep_search`. A collective; what is done already is taken from results.json."""
     settings = scoring.config.evaluation.sweep
     found: dict[str, Any] = {}
     for kind, wanted in candidates(settings).items():
-        run = Run(scoring, wanted)
-        part = run.search(kind) if settings.search else run.all()
+        part = Run(scoring, kind, wanted).run(settings.search)
         for key, value in part.items():
             found[key] = [*found.get(key, []), *value] if isinstance(value, list) else {**found.get(key, {}), **value}
     return found
@@ -82,11 +84,32 @@ def sweep(scoring: Scoring) -> dict[str, Any]:
 class Run:
     """One sweep over candidates of one kind."""
 
-    def __init__(self, scoring: Scoring, wanted: list[Candidate]) -> None:
-        self.scoring, self.candidates = scoring, wanted
+    def __init__(self, scoring: Scoring, kind: str, wanted: list[Candidate]) -> None:
+        self.scoring, self.kind, self.candidates = scoring, kind, wanted
         evaluation = scoring.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
         self._sources: dict[int, Source | None] = {}
+
+    def run(self, search: bool) -> dict[str, Any]:
+        """All candidates, or a search among them, unless results.json has it. A collective."""
+        places = range(len(self.candidates))
+        keys = [source.key if (source := self.source(place)) else "" for place in places]
+        identity = digest([self.kind, search, keys])
+        processes, folder = self.scoring.processes, self.scoring.folder
+        done = only_on_main(processes, lambda: _done(folder.results(), self.kind, identity))
+        if processes.broadcast(done is not None):
+            return done or {}
+        self._extend_raw()
+        part = self.search() if search else self.all()
+        return {**part, "sweep_digest": {self.kind: identity}} if processes.is_main else {}
+
+    def _extend_raw(self) -> None:
+        """Samples raw up to the candidates' number of images, so that they are paired with it. A collective."""
+        scoring = self.scoring
+        has_raw = scoring.processes.is_main and scoring.raw_score(scoring.config.evaluation.num_images) is not None
+        if scoring.processes.broadcast(has_raw):
+            raw = scoring.open("raw")
+            scoring.sample(raw, scoring.label(raw), self.most_images)
 
     def source(self, place: int) -> Source | None:
         """On rank 0; its key tells it from a copy of the same name scored over another number of images. A collective."""
@@ -103,14 +126,14 @@ class Run:
         """Every candidate over the same number of images. A collective."""
         for place in range(len(self.candidates)):
             self.score(place, self.most_images)
-        return self.summary(range(len(self.candidates)))
+        return self.summary(range(len(self.candidates)), _is_real)
 
     def score(self, place: int, count: int, keep_features: bool = False) -> None:
         candidate = self.candidates[place]
         more = {"sweep": candidate.kind, candidate.kind: candidate.value}
         self.scoring.score_source(self.source(place), count, more, keep_features)
 
-    def search(self, kind: str) -> dict[str, Any]:
+    def search(self) -> dict[str, Any]:
         """The best one, by a bracketing search. A collective."""
         scoring = self.scoring
         groups = scoring.config.evaluation.groups
@@ -121,11 +144,13 @@ class Run:
             scoring.sample(source, scoring.label(source), wanted[1])
         counts = scoring.processes.broadcast(search.counts)
         for place, count in counts.items():
-            self.score(place, count, keep_features=True)  # a restart asks for their estimates again
-        part = self.summary(sorted(counts))
-        if scoring.processes.is_main:
-            spent, whole = sum(counts.values()), len(self.candidates) * self.most_images
-            part["sweep_search"] = {kind: {"candidates": len(self.candidates), "images": spent, "of": whole}}
+            self.score(place, count, keep_features=True)  # until results.json has the sweep
+        if not scoring.processes.is_main:
+            return {}
+        told_apart = {self.candidates[c].name for c in counts if search.is_real(c)}
+        part = self.summary(sorted(counts), lambda score, _: score.row["weights"] in told_apart)
+        spent, whole = sum(counts.values()), len(self.candidates) * self.most_images
+        part["sweep_search"] = {self.kind: {"candidates": len(self.candidates), "images": spent, "of": whole}}
         return part
 
     def _estimate(self, place: int, count: int) -> Any:
@@ -134,8 +159,8 @@ class Run:
         assert measure is not None
         return measure.estimate(self.scoring.store(source.slug).block().first(count), source.name)
 
-    def summary(self, places: Iterable[int]) -> dict[str, Any]:
-        """Rank 0: rows in order of width, and which is best. {} elsewhere."""
+    def summary(self, places: Iterable[int], is_real: Callable[[Score, Score], bool]) -> dict[str, Any]:
+        """Rank 0: rows in order of width, which is best, and which are not told apart from it. {} elsewhere."""
         if not self.scoring.processes.is_main:
             return {}
         scores = [score for place in places if (score := self._finished(place)) is not None]
@@ -146,25 +171,27 @@ class Run:
             if count not in raws:
                 raws[count] = self.scoring.raw_score(count)
             rows.append({**score.row, **versus_raw(score, raws[count])})
-        return {"sweep": rows, "sweep_best": {rows[0]["sweep"]: best_of(scores)}}
+        best = min(scores, key=lambda score: score.estimate.unbiased)
+        close = [score.row["weights"] for score in scores if score is not best and not is_real(score, best)]
+        summary = {"weights": best.row["weights"], self.kind: best.row[self.kind], "not_told_apart": close}
+        return {"sweep": rows, "sweep_best": {self.kind: summary}}
 
     def _finished(self, place: int) -> Score | None:
         source = self._sources[place]
         return self.scoring.folder.finished(source.slug) if source else None
 
 
-def best_of(scores: list[Score]) -> dict[str, Any]:
-    """The lowest corrected distance, and the candidates whose paired difference from it is not real."""
-    best = min(scores, key=lambda score: score.estimate.unbiased)
-    close = [score.row["weights"] for score in scores if score is not best and not _is_real(score, best)]
-    return {"weights": best.row["weights"], best.row["sweep"]: best.row[best.row["sweep"]], "not_told_apart": close}
-
-
 def _is_real(score: Score, best: Score) -> bool:
-    """False where nothing can be said: fewer images were spent on candidates that a search saw to be worse."""
-    if score.estimate.counts != best.estimate.counts:
-        return score.estimate.interval95[0] > best.estimate.interval95[1]
     return difference(score.estimate, best.estimate).real
+
+
+def _done(results: Mapping[str, Any], kind: str, identity: str) -> dict[str, Any] | None:
+    """What results.json has of this very sweep."""
+    if results.get("sweep_digest", {}).get(kind) != identity:
+        return None
+    rows = [row for row in results["sweep"] if row.get("sweep") == kind]
+    parts = {key: {kind: results[key][kind]} for key in KEYS[1:] if kind in results.get(key, {})}
+    return {"sweep": rows, **parts}
 
 
 def describe(results: Mapping[str, Any]) -> str:
