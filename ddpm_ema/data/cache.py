@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ddpm_ema.data import convert
 from ddpm_ema.data.convert import Conversion
-from ddpm_ema.data.decode import Decoding, check_bad
+from ddpm_ema.data.decode import Decoding, Pixels, check_bad
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
@@ -51,8 +51,9 @@ class Fingerprint:
     def __init__(self, conversion: Conversion) -> None:
         self._hash = hashlib.sha256(json.dumps(digest_settings(conversion), sort_keys=True).encode())
 
-    def update(self, pixels: Any) -> None:
-        self._hash.update(memoryview(pixels).cast("B"))
+    def update(self, pixels: Pixels) -> None:
+        if len(pixels):
+            self._hash.update(pixels.data)
 
     def hexdigest(self, labels: Tensor | None) -> str:
         if labels is not None:

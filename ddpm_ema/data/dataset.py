@@ -19,8 +19,7 @@ from ddpm_ema.data.cache import Cached, Fingerprint, digest_settings, kept, open
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding, decode
 from ddpm_ema.data.folder import open_folder
-from ddpm_ema.data.hub import open_hub
-from ddpm_ema.data.library import open_digits, open_torchvision
+from ddpm_ema.data.library import open_digits
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
@@ -149,8 +148,13 @@ def _open(settings: DataSettings, split: str, cache_dir: Path) -> Source:
         return open_folder(settings.path, split)
     if settings.name is None:
         raise UserError(f"data.name: a {settings.source} source needs the name of a data set")
+    # Imported where they are needed: either library takes seconds to import.
     if settings.source == "torchvision":
+        from ddpm_ema.data.vision import open_torchvision
+
         return open_torchvision(settings.name, split, settings.path or cache_dir / "torchvision")
+    from ddpm_ema.data.hub import open_hub
+
     return open_hub(settings.name, split)
 
 

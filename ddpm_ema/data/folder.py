@@ -126,7 +126,7 @@ class _Walk:
             inside = f"{relative}/{entry.name}" if relative else entry.name
             if entry.name.startswith("."):
                 self.num_ignored += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 yield from self._folder(inside, (*above, (here.st_dev, here.st_ino)))
             else:
                 yield from self._file(entry, inside)
@@ -142,6 +142,13 @@ class _Walk:
             self.skipped.append(f"{printable(entry.path)}: {what}")
             return
         yield _File(relative, stat.st_size, stat.st_mtime_ns)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def printable(path: str) -> str:

@@ -1,20 +1,14 @@
-"""Image sets that libraries bring: the digits inside scikit-learn, and torchvision's by name."""
+"""Images that an object of a library gives by index, and the digits inside scikit-learn."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torchvision
-from PIL import Image
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
@@ -60,155 +54,3 @@ def open_digits(split: str) -> IndexedSource:
     images: npt.NDArray[np.uint8] = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     return IndexedSource("digits", len(images), images.__getitem__, labels, 10, ["scikit-learn"])
-
-
-def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
-    """A torchvision image set under `root`, downloaded if it is not there.
-
-    `name` is the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`.
-    Raises UserError for an unknown name, argument or split, or where the set is not there and cannot be downloaded.
-    """
-    kind, arguments = _parse(name)
-    parameters = _parameters(kind)
-    unknown = sorted(set(arguments) - set(parameters))
-    if unknown:
-        raise UserError(f"data.name: {kind.__name__} takes no {', '.join(unknown)}; known: {', '.join(parameters)}")
-    arguments |= _split_argument(kind.__name__, parameters, arguments, split)
-    data = _construct(kind, parameters, root, arguments)
-    if len(data) == 0:
-        raise UserError(f"data.name: {name} holds no images under {root}")
-    _check_images(name, data)
-    labels, num_classes = _labels(data)
-    identity = [split, *(f"{key}={value}" for key, value in sorted(arguments.items()))]
-    return IndexedSource(name, len(data), _Image(data), labels, num_classes, identity, str(root.resolve()))
-
-
-@dataclass(frozen=True)
-class _Image:
-    """The image of an (image, target, ...) item; a class, so that data workers can be sent it."""
-
-    data: Any
-
-    def __call__(self, index: int) -> Any:
-        return self.data[index][0]
-
-
-def _parse(name: str) -> tuple[Any, dict[str, Any]]:
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", name)
-    word = match[1] if match else name
-    sets = [known for known in torchvision.datasets.__all__ if known not in ("VisionDataset", "DatasetFolder")]
-    if match is None or word not in sets:
-        near = difflib.get_close_matches(word.upper(), {known.upper(): known for known in sets}, n=1, cutoff=0.5)
-        nearest = next((f"; did you mean {known}?" for known in sets if near and known.upper() == near[0]), "")
-        raise UserError(f"data.name: torchvision has no data set {name!r}{nearest}")
-    pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
-    return getattr(torchvision.datasets, word), {key.strip(): _value(text.strip()) for key, _, text in pairs}
-
-
-def _value(text: str) -> Any:
-    if text in ("True", "true", "False", "false"):
-        return text in ("True", "true")
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters, and its bases' where it hands on further keywords."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in kind.__mro__:
-        if "__init__" in vars(base):
-            own = dict(list(inspect.signature(base.__init__).parameters.items())[1:])
-            found = {**own, **found}
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
-                break
-    return {
-        key: parameter
-        for key, parameter in found.items()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
-
-
-def _split_argument(
-    name: str, parameters: dict[str, inspect.Parameter], given: dict[str, Any], split: str
-) -> dict[str, Any]:
-    """The keyword that says train or test to this class: `train=`, Omniglot's `background=`, or `split=`."""
-    for key in ("train", "background"):
-        if key in parameters and key not in given:
-            if split not in ("train", "test"):
-                raise UserError(f"data.split: {name} has the splits train and test, and no {split!r}")
-            return {key: split == "train"}
-    if "split" in parameters and "split" not in given:
-        return {"split": split}
-    if split != "train" and "split" not in given:
-        raise UserError(f"data.split: {name} has one split, train, and no {split!r}")
-    return {}
-
-
-def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, arguments: dict[str, Any]) -> Any:
-    missing = [
-        key
-        for key, parameter in parameters.items()
-        if parameter.default is parameter.empty and key not in ("root", *arguments)
-    ]
-    if missing:
-        raise UserError(f"data.name: {kind.__name__} also needs {missing[0]}: {kind.__name__}({missing[0]}=...)")
-    if "root" in parameters:
-        arguments = {"root": str(root), **arguments}
-    attempts = [{}, {"download": True}] if "download" in parameters and "download" not in arguments else [{}]
-    failures: list[Exception] = []
-    for attempt in attempts:
-        try:
-            return kind(**arguments, **attempt)
-        except ValueError as error:  # torchvision's own check of an argument
-            raise UserError(f"data.name, data.split: {kind.__name__}: {_line(error)}") from None
-        except (OSError, RuntimeError, ImportError) as error:  # not there; no network; a reading library is missing
-            failures.append(error)
-    how = "downloading it failed" if len(attempts) > 1 else "it has no download"
-    raise UserError(
-        f"torchvision's {kind.__name__} is not under {root} and {how} ({_line(failures[-1])}): copy the set there from a "
-        "machine that has it (data.path names the folder), or connect this one"
-    )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_images(name: str, data: Any) -> None:
-    item = data[0]
-    image = item[0] if isinstance(item, tuple) else None
-    if not isinstance(image, Image.Image) and not (isinstance(image, np.ndarray) and image.ndim in (2, 3)):
-        raise UserError(f"data.name: {name} gives {type(image).__name__} and not images; choose a set of images")
-
-
-def _labels(data: Any) -> tuple[Tensor | None, int | None]:
-    """The class of every image where the targets are classes; read off an attribute if one really holds them."""
-    size = len(data)
-    if not isinstance(data[0][1], (int, np.integer)) or isinstance(data[0][1], bool):
-        return None, None
-    probes = sorted({0, size // 3, size // 2, size - 1})
-    seen = [int(data[index][1]) for index in probes]
-    labels = next(
-        (found for found in _candidates(data) if len(found) == size and [int(found[i]) for i in probes] == seen), None
-    )
-    if labels is None:
-        labels = torch.tensor([int(data[index][1]) for index in range(size)])
-    if int(labels.min()) < 0:
-        return None, None  # STL10 marks images without a label by -1
-    num_classes = max(len(getattr(data, "classes", ())), int(labels.max()) + 1)
-    return labels, num_classes
-
-
-def _candidates(data: Any) -> list[Tensor]:
-    """Attributes in which torchvision's classes keep their targets, as int64 `[N]`."""
-    found = []
-    for name in ("targets", "labels", "_labels", "y", "_samples"):
-        value = getattr(data, name, None)
-        try:
-            if name == "_samples" and value is not None:
-                value = [target for _, target in value]
-            tensor = torch.as_tensor(np.asarray(value))
-        except (TypeError, ValueError, RuntimeError):
-            continue
-        if tensor.ndim == 1 and not tensor.is_floating_point():
-            found.append(tensor.to(torch.int64))
-    return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
 import signal
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,20 +72,55 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Running:
+    """A DataLoader at work. Its workers must be told to end: they ignore the signal that ends processes at exit."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        before = set(multiprocessing.active_children())
+        with _signals_held():
+            self.batches = iter(loader)
+        self._processes = set(multiprocessing.active_children()) - before
+        _running.add(self)
+
+    def close(self) -> None:
+        """End the workers, by force where they do not answer."""
+        if self._processes:
+            self.batches._shutdown_workers()  # type: ignore[attr-defined]  # what its __del__ calls, whenever that is
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+        self._processes.clear()
+
+
+_running: weakref.WeakSet[_Running] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing, at exit, waits for workers that an exception's traceback has kept from being closed."""
+    for running in list(_running):
+        running.close()
+
+
 def stream(
     source: Source, conversion: Conversion, index_batches: Iterable[list[int]], num_workers: int
 ) -> Iterator[Tensor]:
-    """uint8 `[n, C, H, W]` for each list of source indices, in order. UserError names an unreadable image."""
-    loader: DataLoader[Tensor | UserError] = DataLoader(
+    """uint8 `[n, C, H, W]` for each list of source indices, in order. UserError names an unreadable image.
+
+    Workers start with the first batch asked for, and end with the last one, with an error, or when this is closed.
+    """
+    loader: DataLoader[Any] = DataLoader(
         _Decoder(source, conversion),
         batch_sampler=_Batches(index_batches),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_unchanged,
     )
-    with _signals_held():
-        batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    running = _Running(loader)
+    try:
+        for batch in running.batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        running.close()
