@@ -162,6 +162,16 @@ def test_a_class_conditional_network_is_exported_with_code_that_gives_labels(tmp
     run_card(folder, tmp_path)
 
 
+def test_guidance_and_the_noise_of_ddim_are_in_the_cards_code(tmp_path: Path) -> None:
+    config = tiny(model={"class_conditional": True}, evaluation={"guidance_scale": 2.5, "eta": 0.5})
+    run = write_run(tmp_path / "run", config, steps=(10,), num_classes=10)
+    folder = export(run.path, "raw", tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert "without.lerp(prediction, 2.5)" in card
+    assert "scheduler.step(prediction, t, x_t, eta=0.5)" in card
+    run_card(folder, tmp_path)
+
+
 def test_learned_variance_exports_a_pipeline_that_samples(tmp_path: Path) -> None:
     config = tiny(diffusion={"variance": "learned"}, evaluation={"sampler": "ddpm", "num_inference_steps": 2})
     run_card(export(write_run(tmp_path / "run", config, steps=(10,)).path, "raw", tmp_path / "out"), tmp_path)
@@ -221,6 +231,8 @@ def test_a_folder_that_holds_something_is_refused_and_left_as_it_was(run: RunDir
     with pytest.raises(UserError, match="already holds something"):
         export(run.path, "raw", folder)
     assert [path.name for path in folder.iterdir()] == ["precious"]
+    with pytest.raises(UserError, match="already holds something"):  # before any file of the run is read
+        export(tmp_path / "no run at all", "raw", folder)
 
 
 def test_an_empty_folder_is_taken(run: RunDir, tmp_path: Path) -> None:

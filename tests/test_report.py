@@ -71,7 +71,10 @@ def scored(tmp_path: Path, **changes: Any) -> Scoring:
 
 
 def test_the_answer_comes_first_and_names_the_copy_its_gain_and_whether_the_next_is_told_apart(page: Page) -> None:
-    answer = "Ship power_0_10 : its distance is 24.7 ± 2.0 below raw \u2019s; the difference from ema_0_999_debiased (0.4 ± 0.6) is not real."
+    answer = (
+        "Ship power_0_10 : its distance is 24.7 ± 2.0 below raw \u2019s; "
+        "the difference from ema_0_999_debiased (0.4 ± 0.6) is not real."
+    )
     assert answer in page.text
     assert page.text.index("Ship") < page.text.index("The copies, best first")
 

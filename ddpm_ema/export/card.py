@@ -139,20 +139,17 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _sampling(config: Config, name: str, unet: Any, variant: bool) -> str:
-    """Runnable code with the sampler of the scoring settings; a class-conditional network needs a loop, with labels."""
-    settings = config.evaluation
+    """Runnable code with the sampler of the scoring settings: one call, or a loop where the call cannot say what is needed."""
+    settings, classes = config.evaluation, dict(unet.config)["num_class_embeds"]
     scheduler = SCHEDULERS.get(settings.sampler)
+    eta = f", eta={settings.eta:g}" if settings.sampler == "ddim" and settings.eta else ""
+    loop = classes is not None or bool(eta)
     imports = ", ".join(["DDPMPipeline", *([scheduler] if scheduler else [])])
-    lines = [f"from diffusers import {imports}", ""]
-    if dict(unet.config)["num_class_embeds"] is not None:
-        lines.insert(0, "import torch")
-    lines.append(
-        f'pipeline = DDPMPipeline.from_pretrained("path/to/this/folder"{f", variant={name!r}" if variant else ""})'
-    )
+    load = f'pipeline = DDPMPipeline.from_pretrained("path/to/this/folder"{f", variant={name!r}" if variant else ""})'
+    lines = [*(["import torch"] if loop else []), f"from diffusers import {imports}", "", load]
     if scheduler:
         lines.append(f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)")
-    classes = dict(unet.config)["num_class_embeds"]
-    lines += _loop(settings, classes - 1) if classes is not None else _call(settings)
+    lines += _loop(settings, classes, eta) if loop else _call(settings)
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
@@ -163,15 +160,27 @@ def _call(settings: EvaluationSettings) -> list[str]:
     ]
 
 
-def _loop(settings: EvaluationSettings, num_classes: int) -> list[str]:
+def _loop(settings: EvaluationSettings, num_class_embeds: int | None, eta: str) -> list[str]:
+    """The last class embedding means "no label"; guidance is without + scale (with - without) (Ho & Salimans 2022)."""
+    labels, predict = [], ["        prediction = unet(x_t, t).sample"]
+    if num_class_embeds is not None:
+        none = num_class_embeds - 1
+        labels = [f"labels = torch.arange(16) % {none}  # {none} itself means: no label"]
+        predict = ["        prediction = unet(x_t, t, class_labels=labels).sample"]
+        if settings.guidance_scale != 1:
+            predict += [
+                f"        without = unet(x_t, t, class_labels=torch.full_like(labels, {none})).sample",
+                f"        prediction = without.lerp(prediction, {settings.guidance_scale:g})",
+            ]
     return [
         "unet, scheduler = pipeline.unet, pipeline.scheduler",
-        f"labels = torch.arange(16) % {num_classes}  # {num_classes} itself means: no label",
+        *labels,
         "x_t = torch.randn(16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)",
         f"scheduler.set_timesteps({settings.num_inference_steps})",
         "with torch.inference_mode():",
         "    for t in scheduler.timesteps:",
-        "        x_t = scheduler.step(unet(x_t, t, class_labels=labels).sample, t, x_t).prev_sample",
+        *predict,
+        f"        x_t = scheduler.step(prediction, t, x_t{eta}).prev_sample",
         "images = pipeline.numpy_to_pil((x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())",
         'images[0].save("sample.png")',
     ]
