@@ -1,0 +1,253 @@
+"""Sampling: what each image depends on, and that our samplers are diffusers' samplers wherever those are exact."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers import scheduling_ddpm
+from torch import Tensor
+
+from ddpm_ema import sampling, streams
+from ddpm_ema.config import Config, DiffusionSettings, EvaluationSettings
+from ddpm_ema.diffusion import noise_scheduler
+from ddpm_ema.errors import UserError
+from ddpm_ema.model import build
+from ddpm_ema.sampling import Sampler, guided, labels_for, sample, to_uint8, trailing
+from ddpm_ema.streams import Stream
+
+SHAPE = (1, 8, 8)
+INDICES = torch.arange(6)
+
+
+def make(sampler: str, steps: int, diffusion: DiffusionSettings | None = None, **settings) -> Sampler:
+    evaluation = EvaluationSettings(sampler=sampler, num_inference_steps=steps, **settings)
+    return Sampler(noise_scheduler(diffusion or DiffusionSettings()).config, evaluation)
+
+
+def smooth(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    """A network that is cheap, nonlinear, and mixes pixels; it looks at the timestep, too."""
+    return torch.tanh(0.6 * x_t + 0.4 * x_t.flip(-1) + (timesteps[:, None, None, None] - 500) / 2000)
+
+
+def images(predict, sampler: Sampler, indices: Tensor = INDICES, seed: int = 3, shape=SHAPE) -> Tensor:
+    return sample(predict, sampler, seed=seed, indices=indices, image_shape=shape, device="cpu")
+
+
+def keyed(step: int, shape=SHAPE) -> Tensor:
+    return streams.normal(3, Stream.SAMPLE, step, INDICES, shape)
+
+
+class TestEqualsDiffusers:
+    """Where diffusers' own stepping is exact, ours gives its images, fed the same noise."""
+
+    def run(self, scheduler, predict, num_channels=1, **options) -> Tensor:
+        x_t = keyed(0)
+        for index, timestep in enumerate(scheduler.timesteps):
+            output = predict(x_t, torch.full((len(INDICES),), int(timestep)), None)
+            x_t = scheduler.step(output, timestep, x_t, **options.get(str(index), options.get("all", {}))).prev_sample
+        return to_uint8(x_t)
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+    @pytest.mark.parametrize("schedule", ["linear", "cosine"])
+    def test_ddim_without_noise(self, schedule, prediction):
+        settings = DiffusionSettings(schedule=schedule, prediction=prediction)
+        theirs = DDIMScheduler.from_config(noise_scheduler(settings).config, timestep_spacing="trailing")
+        theirs.set_timesteps(50)
+        expected = self.run(theirs, smooth, all={"use_clipped_model_output": True})
+        assert torch.equal(images(smooth, make("ddim", 50, settings)), expected)
+
+    def test_ddim_with_noise_at_any_eta(self):
+        theirs = DDIMScheduler(1000, timestep_spacing="trailing")
+        theirs.set_timesteps(20)
+        options = {
+            str(j): {"eta": 0.7, "variance_noise": keyed(j + 1), "use_clipped_model_output": True} for j in range(20)
+        }
+        assert torch.equal(images(smooth, make("ddim", 20, eta=0.7)), self.run(theirs, smooth, **options))
+
+    @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
+    def test_ancestral_over_all_timesteps(self, variance, monkeypatch):
+        settings = DiffusionSettings(num_train_timesteps=40, variance=variance)
+        both = (lambda *a: torch.cat([smooth(*a), -smooth(*a)], dim=1)) if variance == "learned" else smooth
+        theirs = DDPMScheduler.from_config(noise_scheduler(settings).config)
+        theirs.set_timesteps(40)
+        drawn = iter(range(1, 40))
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, **k: keyed(next(drawn)))
+        expected = self.run(theirs, both)
+        monkeypatch.undo()
+        assert torch.equal(images(both, make("ddpm", 40, settings)), expected)
+
+    @pytest.mark.parametrize("steps", [1, 2, 7, 25])
+    def test_dpm_solver(self, steps):
+        theirs = DPMSolverMultistepScheduler(1000, timestep_spacing="trailing")
+        theirs.set_timesteps(steps)
+        assert torch.equal(images(smooth, make("dpm_solver++", steps)), self.run(theirs, smooth))
+
+    def test_dpm_solver_twice_forgets_the_first_trajectory(self):
+        sampler = make("dpm_solver++", 9)
+        assert torch.equal(images(smooth, sampler), images(smooth, sampler))
+
+
+class TestWhatAnImageDependsOn:
+    @pytest.fixture(scope="class")
+    def network(self):
+        config = Config.model_validate(
+            {
+                "model": {
+                    "block_out_channels": [8, 16],
+                    "attention": [False, True],
+                    "layers_per_block": 1,
+                    "norm_num_groups": 4,
+                }
+            }
+        )
+        return build(config).eval()
+
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver++"])
+    def test_batches_of_16_and_of_50_give_the_same_images_to_rounding(self, network, sampler):
+        def predict(x_t, timesteps, labels):
+            return network(x_t, timesteps, return_dict=False)[0]
+
+        made = make(sampler, 6, eta=0.5)
+        whole = torch.arange(50)
+        by_50 = images(predict, made, whole)
+        by_16 = torch.cat([images(predict, made, part) for part in whole.split(16)])
+        backwards = images(predict, made, whole.flip(0)).flip(0)
+        for other in (by_16, backwards):
+            difference = (by_50.int() - other.int()).abs()
+            # A pixel that lies on the edge between two levels may round either way.
+            assert difference.max() <= 1
+            assert (difference > 0).double().mean() < 1e-3
+
+    def test_the_seed_and_the_index_change_an_image(self):
+        sampler = make("ddim", 5)
+        first = images(smooth, sampler)
+        assert not torch.equal(first, images(smooth, sampler, seed=4))
+        assert not torch.equal(first, images(smooth, sampler, INDICES + 6))
+
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver++"])
+    def test_no_global_generator_is_drawn_from(self, sampler):
+        before = torch.random.get_rng_state()
+        images(smooth, make(sampler, 5, eta=1.0))
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class TestTimesteps:
+    def test_any_number_of_steps_begins_at_the_last_noise_level_and_takes_that_many(self):
+        for steps in range(1, 1001):
+            timesteps = trailing(1000, steps)
+            assert len(set(timesteps)) == steps
+            assert timesteps == sorted(timesteps, reverse=True)
+            assert timesteps[0] == 999
+            assert timesteps[-1] >= 0
+
+    @pytest.mark.parametrize("steps", [1, 2, 10, 25, 30, 50, 100, 250, 1000])
+    def test_they_are_those_of_diffusers_where_diffusers_takes_as_many_steps(self, steps):
+        theirs = DDPMScheduler(1000, timestep_spacing="trailing")
+        theirs.set_timesteps(steps)
+        assert trailing(1000, steps) == theirs.timesteps.tolist()
+
+    @pytest.mark.parametrize("steps", [30, 50, 61, 300])
+    def test_ddim_goes_from_each_chosen_timestep_exactly_to_the_next(self, steps):
+        """A network that knows x_0 sees, at every step, the noise the image began with. diffusers' DDIM steps over
+        T // n levels, so at 30 steps of 1000 the noise level drifts away from the timestep it tells the network."""
+        x_0 = torch.linspace(-0.9, 0.9, 64).reshape(1, 1, 8, 8)
+        alphas_cumprod = noise_scheduler(DiffusionSettings()).alphas_cumprod
+        seen = []
+
+        def oracle(x_t, timesteps, labels):
+            alpha = alphas_cumprod[timesteps][:, None, None, None].double()
+            noise = (x_t.double() - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
+            seen.append(noise)
+            return noise.float()
+
+        made = images(oracle, make("ddim", steps))
+        for noise in seen:
+            torch.testing.assert_close(noise, keyed(0).double() - 0 * noise, atol=0.02, rtol=0.01)
+        assert (made.int() - to_uint8(x_0).int()).abs().max() <= 1
+
+    def test_dpm_solver_starts_a_cosine_schedule_where_predicted_noise_still_says_something(self):
+        cosine = make("dpm_solver++", 10, DiffusionSettings(schedule="cosine"))
+        assert cosine.timesteps[0] == 995
+        assert make("ddim", 10, DiffusionSettings(schedule="cosine")).timesteps[0] == 999
+        assert make("dpm_solver++", 10).timesteps[0] == 999
+
+    def test_more_steps_than_noise_levels_is_an_error_that_names_both(self):
+        with pytest.raises(UserError, match="2000 is more than the 1000 noise levels"):
+            make("ddim", 2000)
+
+    def test_a_seed_beyond_32_bits_is_an_error(self):
+        with pytest.raises(UserError, match="must be below"):
+            make("ddim", 5, seed=2**32)
+
+
+class TestDistribution:
+    @pytest.mark.parametrize(
+        ("sampler", "steps", "options", "close"),
+        [
+            ("ddim", 300, {}, 0.03),
+            ("dpm_solver++", 80, {}, 0.02),
+            # A reverse variance at its lower bound makes too little spread in few steps (Ho et al. 2020, section 3.2).
+            ("ddpm", 400, {}, 0.05),
+            ("ddim", 400, {"eta": 1.0}, 0.05),
+        ],
+    )
+    def test_gaussian_data_comes_back_with_its_mean_and_spread(self, sampler, steps, options, close):
+        """The best possible network for N(0.2, 0.3²) data is known in closed form."""
+        mean, std = 0.2, 0.3
+        settings = DiffusionSettings(variance="fixed_small")
+        alphas_cumprod = noise_scheduler(settings).alphas_cumprod
+
+        def best(x_t, timesteps, labels):
+            alpha = alphas_cumprod[timesteps][:, None, None, None]
+            return (1 - alpha).sqrt() * (x_t - alpha.sqrt() * mean) / (alpha * std**2 + 1 - alpha)
+
+        made = images(best, make(sampler, steps, settings, clip_sample=False, **options), torch.arange(150))
+        pixels = made.double() / 127.5 - 1
+        assert pixels.mean() == pytest.approx(mean, abs=4 * std / math.sqrt(pixels.numel()) + 0.003)
+        assert pixels.std() == pytest.approx(std, rel=close)
+
+    def test_the_last_step_adds_no_noise(self):
+        """diffusers' ancestral sampler adds some wherever its last timestep is not 0: at 10 steps of 1000 it is 99."""
+        made = images(lambda x_t, t, c: torch.zeros_like(x_t), make("ddpm", 1, DiffusionSettings(prediction="sample")))
+        assert set(made.unique().tolist()) == {128}
+
+
+class TestPixels:
+    def test_every_level_survives_the_round_trip(self):
+        levels = torch.arange(256).reshape(1, 1, 16, 16)
+        assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels.to(torch.uint8))
+
+    def test_they_are_rounded_to_the_nearest_level_not_down(self):
+        values = torch.tensor([-1.0, -0.9990, 0.4 / 127.5, 0.999, 1.0, 7.0]).reshape(1, 1, 2, 3)
+        assert to_uint8(values).flatten().tolist() == [0, 0, 128, 255, 255, 255]
+        dark = torch.full((1, 1, 4, 4), 99.6 / 127.5 - 1)
+        assert to_uint8(dark).unique().tolist() == [100]
+
+    def test_images_that_are_not_finite_are_named(self):
+        broken = torch.zeros(4, 1, 2, 2)
+        broken[2, 0, 1, 1] = math.nan
+        with pytest.raises(sampling.NonFiniteImages) as error:
+            to_uint8(broken)
+        assert error.value.positions == [2]
+
+
+class TestGuidance:
+    def test_it_goes_beyond_the_labelled_prediction_by_the_scale(self):
+        def predict(x_t, timesteps, labels):
+            return labels.float()[:, None, None, None].expand_as(x_t)
+
+        x_t, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+        made = guided(predict, 3.0, no_label=10)(x_t, t, torch.tensor([4, 7]))
+        assert made[:, 0, 0, 0].tolist() == [10 + 3 * (4 - 10), 10 + 3 * (7 - 10)]
+
+    def test_a_scale_of_one_costs_no_second_pass(self):
+        assert guided(smooth, 1.0, no_label=10) is smooth
+
+    def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_the_image(self):
+        known = torch.tensor([0] * 75 + [1] * 25)
+        drawn = labels_for(0, torch.arange(4000), known)
+        assert drawn.double().mean() == pytest.approx(0.25, abs=0.03)
+        assert torch.equal(drawn[1000:1010], labels_for(0, torch.arange(1000, 1010), known))
