@@ -88,8 +88,11 @@ class TestClassifier:
 
         halves = distance(features(images[order[:898]]), features(images[order[898:]]))
         blurred = ((images.float() + images.roll(1, -1).float()) / 2).round().to(torch.uint8)
-        assert distance(features(images.roll(1, -1)), features(images)) > 5 * halves
+        assert distance(features(images.roll(1, -1)), features(images)) > 20 * halves
         assert distance(features(blurred), features(images)) > 5 * halves
+        # Class means span 9 dimensions; without the thumbnail they hold 98% of the variance.
+        spectrum = torch.linalg.eigvalsh(metrics.statistics_of(features(images)).sigma).flip(0)
+        assert float(spectrum[:9].sum() / spectrum.sum()) < 0.95
 
     def test_features_have_unit_variance_over_the_training_set(self, extractor: Extractor) -> None:
         features = extractor(digits()[0])["features"]
