@@ -197,22 +197,32 @@ class TestExtractor:
         for name in ("features", "logits"):
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
 
-    def test_autocast_and_reduced_precision_outside_do_not_reach_inside_and_come_back(
-        self, extractor: Extractor
-    ) -> None:
+    def test_autocast_and_tf32_outside_do_not_reach_inside_and_come_back(self, extractor: Extractor) -> None:
+        seen = []
+
+        class Spy(torch.nn.Module):
+            def forward(self, images: Tensor) -> tuple[Tensor]:
+                switches = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+                seen.append((*switches, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+                return (images.flatten(1).float(),)
+
+        plain = {"name": "spy", "sha256": "", "layers": ("x", None), "channels": 1, "is_published_inception": False}
         images = digits()[0][:50]
         expected = extractor(images)["features"]
-        assert expected is not None
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
+        before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
         try:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             with torch.autocast("cpu", torch.bfloat16):
                 found = extractor(images)["features"]
-            assert torch.get_float32_matmul_precision() == "medium"
+                Extractor(Spy(), device="cpu", batch_size=50, **plain)(images)  # type: ignore[arg-type]
+            assert torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cudnn.allow_tf32
         finally:
-            torch.set_float32_matmul_precision(precision)
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+        assert seen[-1] == (False, False, "highest", False)
         assert found is not None
-        assert found.dtype == torch.float32
+        assert expected is not None
         assert torch.equal(found, expected)
         assert not found.requires_grad
 

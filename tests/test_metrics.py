@@ -124,6 +124,14 @@ class TestFrechetDistance:
         # With fewer images than dimensions the general eigenvalues of a singular product carry rounding of their own.
         assert fast == pytest.approx(slow, rel=1e-9 if n > 64 else 1e-7)
 
+    def test_a_singular_reference_will_do(self) -> None:
+        real, fake = statistics_of(gaussian(10, 24, 1)), statistics_of(gaussian(100, 24, 2, 1.1))
+        assert FrechetReference(real).distance(fake.mu, fake.sigma) == pytest.approx(
+            frechet_distance(fake, real), rel=1e-7
+        )
+        dead = Statistics(torch.zeros(3).double(), torch.diag(torch.tensor([4.0, 0.0, 1.0]).double()), 10)
+        assert FrechetReference(dead).distance(torch.zeros(3), torch.eye(3)) == pytest.approx(1 + 1 + 0, abs=1e-12)
+
     def test_it_is_torch_fidelitys_on_the_same_features(self) -> None:
         real, fake = gaussian(400, 16, 1, offset=0.5), gaussian(300, 16, 2, 1.2)
         theirs = fid_statistics_to_metric(fid_features_to_statistics(fake), fid_features_to_statistics(real), False)

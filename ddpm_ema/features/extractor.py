@@ -75,13 +75,15 @@ class Extractor:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """fp32 means fp32 inside: no TF32, no reduced-precision matrix products, no autocast. Restored afterwards."""
-    matmul = torch.get_float32_matmul_precision()
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def open_extractor(settings: EvaluationSettings, output_dir: Path, device: torch.device | str = "cpu") -> Extractor:

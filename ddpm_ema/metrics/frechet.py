@@ -44,8 +44,8 @@ def check_statistics(statistics: Statistics, name: str) -> None:
 class FrechetReference:
     """One side of the distance held fixed, so that many others are compared with it at the price of one `eigvalsh` each.
 
-    (Σ Σ_ref)^½ has the trace of (R Σ R)^½ with R = Σ_ref^½, which is symmetric: its eigenvalues are real, and found
-    several times faster than those of the product. Agrees with `frechet_distance` to rounding.
+    (Σ Σ_ref)^½ has the trace of (Lᵀ Σ L)^½ for any L with L Lᵀ = Σ_ref, which is symmetric: its eigenvalues are real, and
+    found several times faster than those of the product. Agrees with `frechet_distance` to rounding.
     """
 
     def __init__(self, statistics: Statistics, device: torch.device | str = "cpu") -> None:
@@ -56,19 +56,23 @@ class FrechetReference:
         self.trace = float(statistics.sigma.double().trace())
 
     @cached_property
-    def root(self) -> Tensor:
-        """Σ_ref^½, symmetric float64 [d, d]."""
-        values, vectors = torch.linalg.eigh(self.statistics.sigma.double().to(self.device))
+    def factor(self) -> Tensor:
+        """L, float64 [d, d], with L Lᵀ = Σ_ref: Cholesky's, or where Σ_ref is singular its symmetric root (20 times slower)."""
+        sigma = self.statistics.sigma.double().to(self.device)
+        lower, failed = torch.linalg.cholesky_ex(sigma)
+        if not failed:
+            return lower
+        values, vectors = torch.linalg.eigh(sigma)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def distance(self, mu: Tensor, sigma: Tensor) -> float:
         """To a Gaussian of mean `mu` [d] and covariance `sigma` [d, d]."""
         sigma = sigma.double().to(self.device)
         offset = mu.double().to(self.device) - self.mu
-        return self.of_parts(float(offset @ offset), float(sigma.trace()), self.root @ sigma @ self.root)
+        return self.of_parts(float(offset @ offset), float(sigma.trace()), self.factor.T @ sigma @ self.factor)
 
     def of_parts(self, squared_offset: float, trace: float, whitened: Tensor) -> float:
-        """From |mu − mu_ref|², tr Σ and any symmetric matrix with the nonzero eigenvalues of R Σ R."""
+        """From |mu − mu_ref|², tr Σ and any symmetric matrix with the nonzero eigenvalues of Lᵀ Σ L."""
         # Rounding leaves eigenvalues of a singular product a little below zero.
         root_trace = float(torch.linalg.eigvalsh(whitened).clamp(min=0).sqrt().sum())
         return squared_offset + trace + self.trace - 2 * root_trace

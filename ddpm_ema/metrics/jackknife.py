@@ -91,8 +91,8 @@ def estimate_features(
 ) -> Estimate:
     """The same from features [n, d] held in memory: less memory than `Moments`, and far less time where n < d.
 
-    Features are taken through R = Σ_ref^½ once. With fewer images than dimensions the nonzero eigenvalues of R Σ R are
-    those of the n × n Gram matrix; otherwise the d × d sums of a left-out group are taken from those of all.
+    Features are taken through L, L Lᵀ = Σ_ref, once. With fewer images than dimensions the nonzero eigenvalues of Lᵀ Σ L
+    are those of the n × n Gram matrix; otherwise the d × d sums of a left-out group are taken from those of all.
     Works on the reference's device.
     """
     check_finite(features, image_indices, copy=copy)
@@ -176,11 +176,11 @@ class _SumPath:
         self.count, self.total, self.squares, self.outer = self._sums(by_group.values())
 
     def _sums(self, groups: Any) -> tuple[int, Tensor, float, Tensor]:
-        """n, Σ(x−c), Σ|x−c|² and Σ R(x−c)(x−c)ᵀR with c the reference's mean."""
-        root = self.reference.root
-        count, total, squares, outer = 0, torch.zeros_like(root[0]), 0.0, torch.zeros_like(root)
+        """n, Σ(x−c), Σ|x−c|² and Σ Lᵀ(x−c)(x−c)ᵀL with c the reference's mean."""
+        factor = self.reference.factor
+        count, total, squares, outer = 0, torch.zeros_like(factor[0]), 0.0, torch.zeros_like(factor)
         for rows in groups:
-            whitened = rows @ root
+            whitened = rows @ factor
             count += len(rows)
             total += rows.sum(dim=0)
             squares += float(rows.square().sum())
@@ -193,7 +193,7 @@ class _SumPath:
             sums = self._sums([self.by_group[leave_out]])
             count, total, squares, outer = count - sums[0], total - sums[1], squares - sums[2], outer - sums[3]
         offset = total / count
-        whitened_offset = offset @ self.reference.root
+        whitened_offset = offset @ self.reference.factor
         sigma = (outer - count * torch.outer(whitened_offset, whitened_offset)) / (count - 1)
         trace = (squares - count * float(offset @ offset)) / (count - 1)
         return self.reference.of_parts(float(offset @ offset), trace, sigma)
@@ -206,7 +206,7 @@ class _GramPath:
         self.reference = reference
         self.rows = torch.cat(list(by_group.values()))
         self.groups = torch.cat([torch.full((len(rows),), g) for g, rows in by_group.items()]).to(reference.device)
-        whitened = self.rows @ reference.root
+        whitened = self.rows @ reference.factor
         self.gram = whitened @ whitened.T
 
     def distance(self, leave_out: int | None) -> float:
