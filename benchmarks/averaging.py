@@ -1,0 +1,215 @@
+"""How long one update of K averaged copies takes: ours, every peer at its fastest setting, and the floor memory allows.
+
+    python benchmarks/averaging.py [--copies 1 3 8] [--rounds 25] [--threads 2] [--device cpu] [--output FILE.json]
+
+All contenders follow one model (google/ddpm-cifar10-32, 35.7 M parameters, 328 tensors) and take turns, so that a slow
+moment of the machine falls on all of them; ratios are medians over the rounds of ours against theirs in the same round.
+Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from ema_pytorch import EMA
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ddpm_ema.averaging import AverageBank, ConstantDecay
+
+Update = Callable[[], None]
+DECAYS = [0.999, 0.9999, 0.99, 0.995, 0.9995, 0.9, 0.99995, 0.95]
+OURS, SPLIT, BARE, FLOOR = (
+    "ddpm_ema",
+    "ddpm_ema, one of 2 ranks",
+    "bare _foreach_lerp_ a copy",
+    "flat tensors, in blocks",
+)
+DIFFUSERS = "diffusers EMAModel (foreach)"
+
+CIFAR10_UNET: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+
+
+def ours(model: nn.Module, copies: int, rank: int = 0, world_size: int = 1) -> Update:
+    profiles = {f"copy_{k}": ConstantDecay(DECAYS[k % len(DECAYS)]) for k in range(copies)}
+    bank = AverageBank(model.named_parameters(), profiles, rank=rank, world_size=world_size)
+    return lambda: bank.update((bank.step or 0) + 1)
+
+
+def bare_foreach(model: nn.Module, copies: int) -> Update:
+    sources = [parameter.detach() for parameter in model.parameters()]
+    averages = [[source.clone() for source in sources] for _ in range(copies)]
+
+    def update() -> None:
+        for average, decay in zip(averages, DECAYS, strict=False):
+            torch._foreach_lerp_(average, sources, 1.0 - decay)
+
+    return update
+
+
+def floor(model: nn.Module, copies: int, block: int = 1 << 20) -> Update:
+    """What no real model offers: one contiguous parameter, every block of it read once for all copies."""
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    device = next(model.parameters()).device
+    source = torch.randn(numel, device=device)
+    averages = [source.clone().split(block) for _ in range(copies)]
+    blocks = range(len(averages[0]))
+    targets = [average[i] for i in blocks for average in averages]
+    sources = [part for part in source.split(block) for _ in averages]
+    weights = [1.0 - decay for _ in blocks for decay in DECAYS[:copies]]
+    return lambda: torch._foreach_lerp_(targets, sources, weights)
+
+
+def averaged_model(model: nn.Module, copies: int) -> Update:
+    peers = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) for decay in DECAYS[:copies]]
+    return lambda: [peer.update_parameters(model) for peer in peers] and None
+
+
+def timm_ema(model: nn.Module, copies: int) -> Update:
+    peers = [ModelEmaV3(model, decay=decay, foreach=True) for decay in DECAYS[:copies]]
+    return lambda: [peer.update(model) for peer in peers] and None
+
+
+def ema_pytorch(model: nn.Module, copies: int, use_foreach: bool) -> Update:
+    settings = {"update_every": 1, "update_after_step": 0, "include_online_model": False, "use_foreach": use_foreach}
+    peers = [EMA(model, beta=decay, **settings) for decay in DECAYS[:copies]]
+    return lambda: [peer.update() for peer in peers] and None
+
+
+def diffusers_ema(model: nn.Module, copies: int, foreach: bool) -> Update:
+    peers = [EMAModel(model.parameters(), decay=decay, foreach=foreach) for decay in DECAYS[:copies]]
+    return lambda: [peer.step(model.parameters()) for peer in peers] and None
+
+
+def contenders(model: nn.Module, copies: int) -> dict[str, Update]:
+    return {
+        OURS: ours(model, copies),
+        SPLIT: ours(model, copies, rank=0, world_size=2),
+        FLOOR: floor(model, copies),
+        BARE: bare_foreach(model, copies),
+        "torch AveragedModel": averaged_model(model, copies),
+        "timm ModelEmaV3 (foreach)": timm_ema(model, copies),
+        "ema-pytorch EMA (foreach)": ema_pytorch(model, copies, use_foreach=True),
+        "ema-pytorch EMA": ema_pytorch(model, copies, use_foreach=False),
+        DIFFUSERS: diffusers_ema(model, copies, foreach=True),
+        "diffusers EMAModel": diffusers_ema(model, copies, foreach=False),
+    }
+
+
+def measure(updates: dict[str, Update], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every update in every round; the order turns from round to round."""
+
+    def timed(update: Update) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        update()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    names = list(updates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 2):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds = timed(updates[name])
+            if number >= 2:  # the first two warm up
+                times[name].append(seconds)
+    return times
+
+
+def summarise(times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "contender": name,
+            "median_ms": statistics.median(seconds) * 1e3,
+            "fastest_ms": min(seconds) * 1e3,
+            "times_ours": statistics.median(t / o for t, o in zip(seconds, times[OURS], strict=True)),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the library promises at K = 3 on the CPU, and what was measured."""
+    against = {row["contender"]: row["times_ours"] for row in rows}
+    peers = {name: ratio for name, ratio in against.items() if name not in (OURS, SPLIT, BARE, FLOOR)}
+    quickest = min(peers, key=lambda name: peers[name])
+    return {
+        f"quickest peer ({quickest}) / ours >= 1": {"measured": peers[quickest], "met": peers[quickest] >= 1.0},
+        "diffusers foreach / ours >= 3.5": {"measured": against[DIFFUSERS], "met": against[DIFFUSERS] >= 3.5},
+        "ours / bare foreach <= 1.2": {"measured": 1 / against[BARE], "met": 1 / against[BARE] <= 1.2},
+        "one of 2 ranks / ours <= 0.55": {"measured": against[SPLIT], "met": against[SPLIT] <= 0.55},
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    packages = ("torch", "numpy", "diffusers", "timm", "ema-pytorch")
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--copies", type=int, nargs="+", default=[1, 3, 8], help="averaged copies kept")
+    parser.add_argument("--rounds", type=int, default=25, help="times that every contender takes its turn")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "averaging.json")
+    arguments = parser.parse_args()
+    if not 1 <= max(arguments.copies) <= len(DECAYS):
+        parser.error(f"--copies: at most {len(DECAYS)}")
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    model = UNet2DModel(**CIFAR10_UNET).to(device)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    report: dict[str, Any] = {"environment": environment(device), "parameters": numel, "copies": {}}
+    for copies in arguments.copies:
+        rows = summarise(measure(contenders(model, copies), arguments.rounds, device))
+        report["copies"][str(copies)] = {"rows": rows} | ({"targets": targets(rows)} if copies == 3 else {})
+        print(f"\nK = {copies} copies of {numel / 1e6:.1f} M parameters, {arguments.rounds} rounds, {device}")
+        for row in sorted(rows, key=lambda row: row["times_ours"]):
+            print(f"  {row['contender']:28s} {row['median_ms']:9.2f} ms  {row['times_ours']:6.2f} x ours")
+        for target, result in report["copies"][str(copies)].get("targets", {}).items():
+            print(f"  {'met ' if result['met'] else 'MISSED'}  {target}: {result['measured']:.2f}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nwritten to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
