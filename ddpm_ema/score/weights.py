@@ -73,7 +73,7 @@ class Shelf:
         name, _, step = text.partition("@")
         if not NAME.fullmatch(name):
             return self._folder(text)
-        checkpoint = self.rundir.checkpoint(int(step)) if step else self.checkpoint
+        checkpoint = self._checkpoint(int(step) if step else None, needed=not RECONSTRUCTED.fullmatch(name))
         if checkpoint is not None and name in checkpoint.names:
             return _stored(text, name, checkpoint)
         if RECONSTRUCTED.fullmatch(name):
@@ -85,6 +85,13 @@ class Shelf:
         raise UserError(
             f"evaluation.weights: {where} holds no {name!r}; there: {there}, and power_0_NNN by reconstruction"
         )
+
+    def _checkpoint(self, step: int | None, needed: bool) -> Checkpoint | None:
+        """Of one step. Reconstruction does without: snapshots are taken at steps of their own."""
+        if step is None:
+            return self.checkpoint
+        steps = [checkpoint.step for checkpoint in self.rundir.checkpoints()]
+        return self.rundir.checkpoint(step) if needed or step in steps else None
 
     def _by_width(self, name: str, step: int | None) -> Source:
         digits = name.partition("@")[0].removeprefix("power_0_")

@@ -1,0 +1,148 @@
+"""Run directories to score, made by hand: a tiny network, weights that differ, snapshots, a classifier nobody trained."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ema import cli, config, model, score
+from ddpm_ema.averaging import PowerFunction, write_snapshot
+from ddpm_ema.features import Architecture, Classifier, Trained, save_classifier
+from ddpm_ema.rundir import RunDir
+from runs import TINY, Launch, free_port
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["scored", "accelerate", "torch_fidelity"])
+
+STEPS = (4, 8)
+EVALUATION: dict[str, Any] = {
+    "num_images": 60,
+    "batch_size": 25,
+    "sampler": "ddim",
+    "num_inference_steps": 4,
+    "extractor": "classifier",
+    "groups": 10,
+    "kid_subsets": 4,
+    "kid_subset_size": 40,
+    "grid_images": 5,
+}
+
+
+def settings(output_dir: Path, **changes: Any) -> config.Config:
+    """The tiny configuration, with changes by dotted key (`evaluation__seed=1`)."""
+    tree = json.loads(json.dumps(TINY))
+    tree["output_dir"] = str(output_dir)
+    tree["evaluation"] = dict(EVALUATION)
+    tree["data"]["cache_dir"] = str(output_dir.parent / "cache")
+    for key, value in changes.items():
+        *parents, leaf = key.split("__")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return config.validate(tree)
+
+
+@lru_cache(maxsize=8)
+def _weights(seed: int, labels: bool) -> dict[str, Tensor]:
+    changes = {"model__class_conditional": True} if labels else {}
+    built = model.build(settings(Path("unused"), seed=seed, **changes), 10 if labels else None)
+    return {name: tensor.clone() for name, tensor in built.state_dict().items()}
+
+
+def weights(seed: int = 0, scale: float = 1.0, labels: bool = False) -> dict[str, Tensor]:
+    """The network's initial weights, times `scale`."""
+    return {name: tensor * scale for name, tensor in _weights(seed, labels).items()}
+
+
+def make_run(output_dir: Path, labels: bool = False, **changes: Any) -> config.Config:
+    """A trained run as far as scoring looks: two checkpoints, snapshots at both steps, a classifier."""
+    run = settings(output_dir, **({"model__class_conditional": True} if labels else {}), **changes)
+    rundir = RunDir(output_dir)
+    profiles = {"ema_0_9": {"kind": "constant", "decay": 0.9}, "power_0_10": {"kind": "power_function", "std": 0.10}}
+    manifest = {"settings": config.to_dict(run), "profiles": profiles}
+    for step in STEPS:
+        late = step / STEPS[-1]
+        files = {
+            "raw.safetensors": weights(0, 1 + 0.3 * late, labels),
+            "averages/ema_0_9.safetensors": weights(0, 1 + 0.1 * late, labels),
+            "averages/power_0_10.safetensors": weights(0, 1 + 0.2 * late, labels),
+        }
+        rundir.write_checkpoint(step, files, manifest)
+        for place, std in enumerate((0.05, 0.10)):
+            tensors = weights(0, 1 + (0.25 - 0.05 * place) * late, labels)
+            name = f"power_{std:.2f}".replace(".", "_")
+            path = rundir.snapshot_path(step, name)
+            write_snapshot(path, tensors, step, PowerFunction(std=std))
+    network = _classifier()
+    save_classifier(output_dir / "features.safetensors", Trained(network, 0.1), fingerprint="none", seed=0)
+    return run
+
+
+@lru_cache(maxsize=1)
+def _classifier() -> Classifier:
+    """Nobody trained it, but its features have the spread that a trained one's have."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network = Classifier(Architecture(channels=1, image_size=8, num_classes=10, width=4, dim=8)).eval()
+        features = network(torch.randint(0, 256, (500, 1, 8, 8)))[0]
+        network.standardize.running_mean.copy_(features.mean(dim=0))
+        network.standardize.running_var.copy_(features.var(dim=0))
+    return network
+
+
+def again(run: config.Config, **changes: Any) -> config.Config:
+    """The same run directory under other settings."""
+    tree = config.to_dict(run)
+    for key, value in changes.items():
+        section, leaf = key.split("__")
+        tree[section][leaf] = value
+    return config.validate(tree)
+
+
+def results(run: config.Config) -> dict[str, Any]:
+    """Scores the run in this process; results.json of its last step."""
+    return score.run(run)[-1]
+
+
+def figures(found: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """What of the rows does not depend on clocks: weights -> numbers."""
+    keys = ("frechet_distance", "frechet_distance_unbiased", "stderr", "kid", "precision", "recall", "inception_score")
+    return {row["weights"]: tuple(row[key] for key in keys) for row in found["rows"]}
+
+
+def start(run: config.Config, world_size: int = 1) -> Launch:
+    """Scores the run in processes of their own, which can be killed or stopped."""
+    port, stamp = free_port(), time.monotonic_ns()
+    folder = run.output_dir.parent
+    logs = [folder / f"score-{stamp}-rank{rank}.log" for rank in range(world_size)]
+    processes = [
+        CONTEXT.Process(target=_work, args=(config.to_dict(run), rank, world_size, port, str(logs[rank])))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return Launch(processes, logs)
+
+
+def _work(tree: dict[str, Any], rank: int, world_size: int, port: int, log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    code = cli.guard(score.run, config.validate(tree))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,352 @@
+"""Scoring: what a name means, what a row says, and what does and does not change the numbers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from PIL import Image
+from scored import again, figures, make_run, results, settings, weights
+
+from ddpm_ema import data, diffusion, metrics, model, sampling, score
+from ddpm_ema.errors import UserError
+from ddpm_ema.features import open_extractor
+from ddpm_ema.processes import Processes
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.score.blocks import Block, DiskStore
+from ddpm_ema.score.network import Network
+from ddpm_ema.score.results import settings_of, table
+from ddpm_ema.score.studio import even_batch, rounds
+from ddpm_ema.score.weights import Shelf
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("score") / "run")
+
+
+@pytest.fixture(scope="module")
+def scored(run):
+    return results(run)
+
+
+class TestTheWholeWay:
+    def test_every_copy_gets_a_row_from_the_best_to_the_worst(self, run, scored):
+        on_disk = json.loads(next((run.output_dir / "scores").glob("00000008-*/results.json")).read_text())
+        assert on_disk["rows"] == scored["rows"]
+        assert {row["weights"] for row in scored["rows"]} == {"raw", "ema_0_9", "power_0_10"}
+        distances = [row["frechet_distance_unbiased"] for row in scored["rows"]]
+        assert distances == sorted(distances)
+        for key in ("schema", "step", "metric", "extractor", "extractor_sha256", "reference", "num_images", "sampler"):
+            assert key in scored
+        assert (scored["schema"], scored["step"], scored["metric"]) == (1, 8, "fd")
+
+    def test_the_numbers_are_those_of_the_same_images_made_by_hand(self, run, scored):
+        """Sampled, read and compared here with nothing of the scorer: 60 images of raw against the digits."""
+        evaluation = run.evaluation
+        network = model.build(run).eval()
+        network.load_state_dict(RunDir(run.output_dir).checkpoint(8).weights("raw"))
+        images = sampling.sample(
+            lambda x, t, c: network(x, t, return_dict=False)[0],
+            sampling.Sampler(diffusion.noise_scheduler(run.diffusion).config, evaluation),
+            seed=evaluation.seed,
+            indices=torch.arange(60),
+            image_shape=(1, 8, 8),
+            device="cpu",
+        )
+        extractor = open_extractor(evaluation, run.output_dir)
+        real = data.load(run.data).batch(torch.arange(1797))
+        ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
+        row = next(row for row in scored["rows"] if row["weights"] == "raw")
+        assert row["frechet_distance"] == pytest.approx(metrics.frechet_distance(ours, theirs), rel=1e-3)
+
+    def test_differences_from_raw_are_paired_and_marked(self, scored):
+        rows = {row["weights"]: row for row in scored["rows"]}
+        for name in ("ema_0_9", "power_0_10"):
+            row = rows[name]
+            delta = row["frechet_distance_unbiased"] - rows["raw"]["frechet_distance_unbiased"]
+            low, high = row["interval"]
+            assert row["delta_vs_raw"] == pytest.approx(delta)
+            assert low < delta < high
+            assert row["real"] == (not low <= 0 <= high)
+            unpaired = (row["stderr"] ** 2 + rows["raw"]["stderr"] ** 2) ** 0.5
+            assert row["delta_stderr"] < unpaired
+        assert "delta_vs_raw" not in rows["raw"]
+        assert {frozenset((pair["a"], pair["b"])) for pair in scored["pairs"]} == {
+            frozenset(pair) for pair in (("raw", "ema_0_9"), ("raw", "power_0_10"), ("ema_0_9", "power_0_10"))
+        }
+
+    def test_the_grid_shows_a_labelled_row_a_copy(self, run, scored):
+        with Image.open(next((run.output_dir / "scores").glob("00000008-*/grid.png"))) as grid:
+            assert grid.height > 3 * 48
+            assert grid.width > 5 * 48
+
+    def test_a_complete_scoring_says_so_and_redoes_nothing(self, run, scored, capsys, monkeypatch):
+        monkeypatch.setattr(sampling, "sample", None)  # calling it would be an error
+        again_scored = results(run)
+        assert "already complete" in capsys.readouterr().err
+        assert again_scored["rows"] == scored["rows"]
+
+    def test_copies_scored_earlier_stay_in_the_table(self, run, scored):
+        found = results(again(run, evaluation__weights=["raw@4"]))
+        assert {row["weights"] for row in found["rows"]} == {"raw@4", "raw", "ema_0_9", "power_0_10"}
+
+    def test_every_checkpoint_is_scored_where_all_are_asked_for(self, run):
+        found = score.run(again(run, evaluation__steps="all", evaluation__weights=["raw"]))
+        assert [result["step"] for result in found] == [4, 8]
+        assert found[0]["rows"] != found[1]["rows"]
+
+    def test_figures_are_sorted_and_told_apart_in_the_printed_table(self, scored):
+        lines = table(scored).splitlines()
+        assert "FD (classifier)" in lines[0]
+        assert [line.split()[0] for line in lines[1:]] == [row["weights"] for row in scored["rows"]]
+        assert sum(word in " ".join(lines) for word in ("better", "worse", "not real")) >= 1
+
+
+class TestWhatChangesTheNumbers:
+    @pytest.mark.parametrize("batch_size", [16, 50])
+    def test_the_batch_size_does_not(self, tmp_path, scored, batch_size):
+        run = make_run(tmp_path / "run", evaluation__batch_size=batch_size)
+        found = results(run)
+        assert found["settings_digest"] == scored["settings_digest"]
+        for name, numbers in figures(scored).items():
+            # A pixel on the edge between two levels may round either way in another batch.
+            assert figures(found)[name] == pytest.approx(numbers, rel=0.01)
+
+    def test_only_settings_that_change_the_numbers_name_the_folder(self, run):
+        extractor = open_extractor(run.evaluation, run.output_dir)
+        origin = {"data": "f", "versions": {"torch": "1"}}
+
+        def digest(**changes):
+            return settings_of(again(run, **changes), extractor, origin)
+
+        for same in (
+            {"evaluation__batch_size": 7},
+            {"evaluation__grid_images": 2},
+            {"evaluation__weights": ["raw"]},
+            {"evaluation__extractor_batch_size": 3},
+            {"evaluation__eta": 0.5, "evaluation__sampler": "ddpm"},
+        ):
+            reference = digest(**({"evaluation__sampler": "ddpm"} if "evaluation__sampler" in same else {}))
+            assert digest(**same) == reference
+        for other in (
+            {"evaluation__seed": 1},
+            {"evaluation__num_inference_steps": 5},
+            {"evaluation__eta": 0.5},
+            {"evaluation__num_images": 61},
+            {"evaluation__mixed_precision": "bf16"},
+            {"evaluation__groups": 12},
+        ):
+            assert digest(**other) != digest()
+
+    def test_other_weights_under_the_same_name_are_scored_anew(self, tmp_path):
+        run = make_run(tmp_path / "run", evaluation__weights=["raw"])
+        first = results(run)
+        checkpoint = RunDir(run.output_dir).checkpoint(8)
+        files = {"raw.safetensors": weights(0, 0.8)}
+        RunDir(run.output_dir).write_checkpoint(8, files, {"settings": checkpoint.manifest["settings"], "profiles": {}})
+        second = results(run)
+        assert [row["weights"] for row in second["rows"]] == ["raw"]
+        assert second["rows"][0]["frechet_distance"] != first["rows"][0]["frechet_distance"]
+
+
+class TestNames:
+    @pytest.fixture
+    def shelf(self, run):
+        rundir = RunDir(run.output_dir)
+        return Shelf(rundir, rundir.checkpoint(8), dict(model.build(run).config))
+
+    def test_raw_and_averages_are_those_of_the_checkpoint(self, shelf):
+        source = shelf.source("ema_0_9")
+        assert source.profile == {"kind": "constant", "decay": 0.9}
+        torch.testing.assert_close(source.members[0](), weights(0, 1.1))
+
+    def test_a_name_with_a_step_is_that_of_an_earlier_checkpoint(self, shelf):
+        torch.testing.assert_close(shelf.source("raw@4").members[0](), weights(0, 1.15))
+        assert shelf.source("raw@4").key != shelf.source("raw").key
+
+    def test_a_width_that_was_not_kept_is_reconstructed_from_snapshots(self, shelf):
+        source = shelf.source("power_0_075")
+        assert source.profile["kind"] == "power_function"
+        assert source.reconstruction["amplification"] >= 1
+        made = source.members[0]()
+        factors = made["conv_in.weight"] / weights()["conv_in.weight"]
+        assert factors.min() > 1.1
+        assert factors.max() < 1.3
+
+    def test_a_pipeline_folder_gives_the_weights_that_were_saved(self, shelf, run, tmp_path):
+        network = model.build(run)
+        network.load_state_dict(weights(0, 1.3))
+        DDPMPipeline(network, diffusion.noise_scheduler(run.diffusion)).save_pretrained(tmp_path / "pipe")
+        torch.testing.assert_close(shelf.source(str(tmp_path / "pipe")).members[0](), weights(0, 1.3))
+
+    def test_a_pipeline_folder_is_scored_without_a_checkpoint_and_equals_raw(self, run, scored, tmp_path):
+        network = model.build(run)
+        network.load_state_dict(weights(0, 1.3))
+        folder = tmp_path / "pipe"
+        DDPMPipeline(network, diffusion.noise_scheduler(run.diffusion)).save_pretrained(folder)
+        alone = settings(tmp_path / "empty", evaluation__weights=[str(folder)])
+        (tmp_path / "empty").mkdir()
+        classifier = (run.output_dir / "features.safetensors").read_bytes()
+        (tmp_path / "empty" / "features.safetensors").write_bytes(classifier)
+        found = results(alone)
+        assert found["step"] == 0
+        assert figures(found)[str(folder)] == pytest.approx(figures(scored)["raw"], rel=1e-6)
+
+    def test_a_pipeline_of_another_network_is_refused_with_what_differs(self, shelf, tmp_path, run):
+        other = model.build(settings(tmp_path, model__layers_per_block=2))
+        DDPMPipeline(other, diffusion.noise_scheduler(run.diffusion)).save_pretrained(tmp_path / "pipe")
+        with pytest.raises(UserError, match="layers_per_block: 2 there, 1 here"):
+            shelf.source(str(tmp_path / "pipe"))
+
+    def test_an_ensemble_averages_predictions_not_weights(self, run):
+        network = Network(run, None, torch.device("cpu"), batch_size=4)
+        x_t, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 50)
+        first, second = weights(0), weights(1)
+        alone = []
+        for members in (first, second):
+            network.load([members], "one")
+            alone.append(network.predict(x_t, t, None))
+        network.load([first, second], "both")
+        torch.testing.assert_close(network.predict(x_t, t, None), (alone[0] + alone[1]) / 2)
+        network.load([first], "one")
+        torch.testing.assert_close(network.predict(x_t, t, None), alone[0])
+
+    def test_an_ensemble_is_scored_under_its_name(self, run):
+        found = results(again(run, evaluation__weights=["raw", "raw+ema_0_9"]))
+        row = next(row for row in found["rows"] if row["weights"] == "raw+ema_0_9")
+        assert row["profile"]["kind"] == "ensemble"
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("raw@5", "no checkpoint of step 5; steps there: 4, 8"),
+            ("power_0_95", "std"),
+            ("power_0_075@6", "step 6 was not stored; the nearest are 4, 8"),
+            ("no/such/folder", "no diffusers folder"),
+        ],
+    )
+    def test_a_name_that_means_nothing_is_refused_with_what_there_is(self, shelf, name, message):
+        with pytest.raises(UserError, match=message):
+            shelf.source(name)
+
+    def test_weights_of_another_model_are_refused_tensor_by_tensor(self, run):
+        network = Network(run, None, torch.device("cpu"), batch_size=4)
+        broken = weights()
+        broken["conv_in.weight"] = torch.zeros(3, 3)
+        del broken["conv_out.bias"]
+        with pytest.raises(UserError, match=r"lacks conv_out.bias; conv_in.weight is \[3, 3\], the model's is"):
+            network.load([broken], "ema")
+
+    def test_settings_of_another_model_than_the_one_trained_are_refused(self, run):
+        with pytest.raises(UserError, match=r"diffusion.schedule: 'linear' was trained, 'cosine' is set"):
+            score.run(again(run, diffusion__schedule="cosine"))
+
+
+class TestConditional:
+    def test_a_class_conditional_model_is_guided_and_says_so(self, tmp_path):
+        run = make_run(tmp_path / "run", labels=True, evaluation__weights=["raw"])
+        plain = results(run)
+        guided = results(again(run, evaluation__guidance_scale=2.0))
+        assert guided["guidance_scale"] == 2.0
+        assert figures(plain)["raw"] != figures(guided)["raw"]
+
+    def test_guidance_of_a_model_without_classes_is_an_error(self, run):
+        with pytest.raises(UserError, match="class-conditional"):
+            Network(again(run, evaluation__guidance_scale=2.0), None, torch.device("cpu"), 4)
+
+
+class TestWhileTraining:
+    @pytest.fixture(scope="class")
+    def evaluator(self, run):
+        quick = again(run, evaluation__every=1, evaluation__every_num_images=60)
+        return score.while_training(quick, Processes.start("cpu"), data.load(quick.data))
+
+    def test_its_rows_are_those_of_the_scorer(self, run, scored, evaluator):
+        checkpoint = RunDir(run.output_dir).checkpoint(8)
+        rows = evaluator(8, checkpoint.weights)
+        for row in rows:
+            expected = next(other for other in scored["rows"] if other["weights"] == row["weights"])
+            assert row["frechet_distance_unbiased"] == pytest.approx(expected["frechet_distance_unbiased"], rel=1e-3)
+            assert row["kid"] == pytest.approx(expected["kid"], rel=1e-3)
+        assert len(rows) == 3
+
+    def test_it_draws_from_no_generator_and_leaves_the_weights_alone(self, run, evaluator):
+        checkpoint = RunDir(run.output_dir).checkpoint(8)
+        held = {name: checkpoint.weights(name) for name in checkpoint.names}
+        before = torch.random.get_rng_state()
+        evaluator(8, lambda name: held[name])
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.testing.assert_close(held["raw"], checkpoint.weights("raw"), rtol=0, atol=0)
+
+
+class TestPieces:
+    def test_shares_are_even_and_whole(self):
+        for num_images, world, most in ((1797, 2, 256), (50_000, 8, 250), (7, 3, 256), (1, 1, 1), (513, 2, 256)):
+            batch = even_batch(num_images, world, most)
+            parts = list(rounds(list(range(num_images)), world * batch))
+            assert [index for part in parts for index in part] == list(range(num_images))
+            assert batch <= most
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+            assert len(parts) == -(-num_images // (world * most))
+
+    def test_compiled_networks_see_one_batch_size_only(self, run, monkeypatch):
+        """Fewer images are filled up, and what was filled in is cut off again."""
+        seen = []
+
+        def compiled(function, **options):
+            def call(x_t, timesteps, labels):
+                seen.append(len(x_t))
+                return function(x_t, timesteps, labels)
+
+            return call
+
+        monkeypatch.setattr(torch, "compile", compiled)
+        eager = Network(run, None, torch.device("cpu"), batch_size=4)
+        filled = Network(again(run, evaluation__compile=True), None, torch.device("cpu"), batch_size=4)
+        x_t = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
+        made = filled.predict(x_t, torch.full((3,), 9), None)
+        torch.testing.assert_close(made, eager.predict(x_t, torch.full((3,), 9), None))
+        assert seen == [4]
+
+    def test_blocks_come_back_as_they_were_kept(self, tmp_path):
+        blocks = [_block([3, 4]), _block([0, 1, 2])]
+        store = DiskStore(tmp_path)
+        for block in blocks:
+            store.add(block)
+        whole = DiskStore(tmp_path).block()
+        assert whole.indices.tolist() == [0, 1, 2, 3, 4]
+        assert whole.features[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert whole.first(3).indices.tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize("harm", ["truncate", "pickle", "repeat", "nan"])
+    def test_a_damaged_block_is_named_and_left_out(self, tmp_path, harm, capsys):
+        store = DiskStore(tmp_path)
+        store.add(_block([0, 1]))
+        store.add(_block([2, 3]))
+        bad = sorted(tmp_path.glob("block-*"))[1]
+        if harm == "truncate":
+            bad.write_bytes(bad.read_bytes()[:-3])
+        elif harm == "pickle":
+            torch.save({"indices": torch.tensor([2, 3])}, bad)
+        elif harm == "repeat":
+            bad.write_bytes(sorted(tmp_path.glob("block-*"))[0].read_bytes())
+        else:
+            block = _block([2, 3])
+            block.features[1, 0] = float("nan")
+            bad.unlink()
+            store.add(block)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert DiskStore(tmp_path).done() == {0, 1}
+        assert bad.name in capsys.readouterr().err
+
+
+def _block(indices: list[int]) -> Block:
+    numbers = torch.tensor(indices)
+    none = torch.zeros(0, dtype=torch.int64)
+    images = torch.zeros(0, 1, 8, 8, dtype=torch.uint8)
+    return Block(numbers, numbers.float()[:, None].expand(-1, 3).contiguous(), None, none, images)
