@@ -226,6 +226,28 @@ class TestExtractor:
         assert torch.equal(found, expected)
         assert not found.requires_grad
 
+    @pytest.mark.gpu
+    def test_on_a_gpu_with_tf32_allowed_features_and_distances_are_those_of_the_cpu(
+        self, trained_folder: Path, extractor: Extractor
+    ) -> None:
+        images, _ = digits()
+        expected = extractor(images)["features"]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        found = open_extractor(EvaluationSettings(extractor="classifier"), trained_folder, "cuda")(images)["features"]
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert found is not None
+        assert expected is not None
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+        statistics, indices = metrics.statistics_of(expected[900:]), torch.arange(900)
+        on_cpu, on_gpu = (
+            metrics.estimate_features(
+                features[:900], indices, 20, metrics.FrechetReference(statistics, features.device)
+            )
+            for features in (expected, expected.cuda())
+        )
+        assert on_gpu.unbiased == pytest.approx(on_cpu.unbiased, rel=1e-9)
+        assert on_gpu.stderr == pytest.approx(on_cpu.stderr, rel=1e-8)
+
     def test_no_images_give_no_features_and_other_input_is_refused(self, extractor: Extractor) -> None:
         assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8))["features"].shape == (0, 64)  # type: ignore[union-attr]
         for bad in (
