@@ -227,6 +227,7 @@ class TestExtractor:
         assert not found.requires_grad
 
     @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_on_a_gpu_with_tf32_allowed_features_and_distances_are_those_of_the_cpu(
         self, trained_folder: Path, extractor: Extractor
     ) -> None:
