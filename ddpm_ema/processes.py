@@ -45,7 +45,9 @@ class Processes:
         self.timeout = timeout
         self.control: dist.ProcessGroup | None = None
         if self.world_size > 1:
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+            self.control = group
 
     @classmethod
     def start(
@@ -259,7 +261,7 @@ def _roll_call(rank: int, world_size: int) -> str:
 
     def call() -> None:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"ddpm_ema/present/{rank}", b"1")
+        store.set(f"ddpm_ema/present/{rank}", "1")
         deadline = time.monotonic() + ROLL_CALL_SECONDS
         while time.monotonic() < deadline:
             gone = [r for r in range(world_size) if not store.check([f"ddpm_ema/present/{r}"])]

@@ -21,7 +21,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -241,32 +241,17 @@ class RunDir:
         target = self._checkpoints / step_folder(step)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-        try:
-            partial.mkdir(parents=True)
-            _require_space(partial, needed)
-            entries = {file: _write_entry(partial, file, tensors) for file, tensors in files.items()}
-            whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
-            atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
-            _move_into_place(partial, target)
-        except (OSError, SafetensorError) as error:
-            raise _write_error(error, target, needed) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with explained(target, needed):
+            try:
+                partial.mkdir(parents=True)
+                _require_space(partial, needed)
+                entries = {file: _write_entry(partial, file, tensors) for file, tensors in files.items()}
+                whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
+                atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
+                _move_into_place(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         return Checkpoint(target)
-
-    def write_snapshot(self, step: int, name: str, write: Callable[[Path], None]) -> None:
-        """`write(path)` makes the file at a temporary path, which is then renamed into place."""
-        path = self.snapshot_path(step, name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except (OSError, SafetensorError) as error:
-            raise _write_error(error, path, 0) from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def prune(self, keep: int, keep_every: int | None) -> None:
         """Deletes old checkpoints but the newest `keep` (at least two) and those at multiples of `keep_every`."""
@@ -420,6 +405,15 @@ def _move_into_place(partial: Path, target: Path) -> None:
 def _require_space(folder: Path, needed: int) -> None:
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def explained(target: Path, needed: int) -> Iterator[None]:
+    """Turns a failed write of `needed` bytes to `target` into a UserError that says what is there and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _write_error(error, target, needed) from None
 
 
 def _write_error(error: Exception, target: Path, needed: int) -> UserError:

@@ -117,7 +117,8 @@ def weightings(num: int = 200) -> dict[str, list[float]]:
     """Density of each average over training, in `num` equal parts."""
     t = (np.arange(num) + 0.5) / num
     rate = {"ema_0_999": 3.0, "ema_0_999_debiased": 3.0, "ema_0_9999_debiased": 0.3}
-    found = {name: (r * np.exp(-r * (1 - t))).tolist() for name, r in rate.items()}
+    kept = {name: 1.0 if name == "ema_0_999" else 1 - math.exp(-r) for name, r in rate.items()}
+    found = {name: (r * np.exp(-r * (1 - t)) / kept[name]).tolist() for name, r in rate.items()}
     for name, gamma in (("power_0_05", 16.97), ("power_0_10", 6.94)):
         found[name] = ((gamma + 1) * t**gamma).tolist()
     return found

@@ -104,18 +104,22 @@ def test_weights_that_nobody_keeps_are_an_error_that_names_the_nearest(tmp_path:
     assert "did you mean 'ema_0_999'?" in problems(text, tmp_path)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("[1, 2]", "mapping"), ("a: [1", "not YAML"), ("training: 3", "training")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("[1, 2]", "mapping"), ("a: [1", "not YAML"), ("training: 3", "training")]
+)
 def test_a_file_that_is_no_mapping_of_sections_says_so(text: str, expected: str, tmp_path: Path) -> None:
     assert expected in problems(text, tmp_path)
 
 
 def test_a_missing_file_is_one_message() -> None:
-    with pytest.raises(UserError, match="--config nowhere.yaml: No such file"):
+    with pytest.raises(UserError, match=r"--config nowhere\.yaml: No such file"):
         config.load("nowhere.yaml")
 
 
 def test_the_command_line_takes_both_forms_lists_switches_and_dashes() -> None:
-    arguments = "--config=a.yaml --training.steps 5 --training.batch-size=7 --evaluation.weights raw ema --training.no-compile"
+    arguments = (
+        "--config=a.yaml --training.steps 5 --training.batch-size=7 --evaluation.weights raw ema --training.no-compile"
+    )
     path, overrides = cli.split(arguments.split())
     assert path == "a.yaml"
     assert overrides == {

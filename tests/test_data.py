@@ -603,6 +603,7 @@ load("mmap")
     assert torch.equal(everything(load(folder, "mmap")), everything(load(folder)))
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_at_once_decode_once(folder: Path) -> None:
     script = """
 from ddpm_ema.data.decode import Decoding
@@ -681,6 +682,7 @@ except UserError as error:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_process_that_trains_is_killed(folder: Path) -> None:
     process = start(
         folder,

@@ -65,7 +65,9 @@ def test_a_script_is_under_20_lines_of_code(path: Path) -> None:
 
 def test_the_floor_table_of_the_documentation_names_every_unit() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    missing = [u for u in {unit(p) for p in SOURCES} - {"__init__"} if f"`{u}.py`" not in text and f"`{u}/`" not in text]
+    missing = [
+        u for u in {unit(p) for p in SOURCES} - {"__init__"} if f"`{u}.py`" not in text and f"`{u}/`" not in text
+    ]
     assert not missing
 
 

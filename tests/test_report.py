@@ -135,6 +135,11 @@ def test_what_was_trained_on_what_and_how_long_is_said(page: Page) -> None:
         assert fact in page.text
 
 
+def test_an_average_that_still_holds_initial_weights_says_how_much(page: Page) -> None:
+    """e^-3 of a plain 0.999 average after 3000 steps; the debiased ones hold none."""
+    assert re.findall(r"\d+% still the initial weights", page.text) == ["5% still the initial weights"]
+
+
 def test_how_the_numbers_were_made_is_said(page: Page) -> None:
     for fact in (
         "dpm_solver++, 25 network evaluations an image",

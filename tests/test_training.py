@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from runs import assert_bit_equal, exact, finish, settings, start, state, wait_until
 
+import runs
 from ddpm_ema import config
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.optimization import learning_rate
 from ddpm_ema.rundir import RunDir
+from runs import assert_bit_equal, exact, finish, settings, start, state, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 # The paper's learning rate: what rounding does to a weight in a step is a fraction of it, since Adam divides by the gradient.

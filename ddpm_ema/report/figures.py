@@ -46,7 +46,10 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
 
 
 def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
-    """Where in training each copy's weights come from, one row a copy, each on its own scale."""
+    """Where in training each copy's weights come from, one row a copy, each on its own scale.
+
+    A weighting is a density over [0, 1] in equal parts; what its integral lacks to 1 is the weight of the initial parameters.
+    """
     curves = {
         name: np.asarray(values, dtype=np.float64)
         for name, values in weightings.items()
@@ -63,6 +66,9 @@ def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
         axes.fill_between(times, base, height, color=look.colour, alpha=0.28, linewidth=0)
         axes.plot(times, height, color=look.colour, linestyle=look.dash)
         axes.axhline(base, color=LINE, linewidth=0.7)
+        initial = 1 - curve.mean()
+        if initial >= 0.005:
+            axes.text(0.01, base + 0.9, f"{initial:.0%} still the initial weights", va="top", fontsize=8.5, color=INK)
         axes.plot((curve @ times) / curve.sum(), base, look.marker, color=look.colour, markersize=5, clip_on=False)
     axes.set_yticks([len(curves) - 1 - row + 0.3 for row in range(len(curves))], list(curves))
     axes.set_ylim(-0.12, len(curves))
@@ -139,16 +145,21 @@ def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look, clo
         axes.plot(at, value, "o", color=look.colour, markerfacecolor=face, markersize=5, markeredgewidth=1.3)
     axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
     name = f"{x[best]:.4g}"
-    offset = (0, 14) if y[best] < (y.min() + y.max()) / 2 else (0, -18)
-    axes.annotate(
-        f"best: {name}", (x[best], y[best] + 2 * error[best]), offset, textcoords="offset points", ha="center"
-    )
+    above = y[best] < (y.min() + y.max()) / 2
+    side = {0: "left", len(x) - 1: "right"}.get(best, "center")
+    spot, offset = (x[best], y[best] + (2 if above else -2) * error[best]), (0, 9 if above else -16)
+    axes.annotate(f"best: {name}", spot, offset, textcoords="offset points", ha=side)
     axes.margins(y=0.16)
     _width_axis(axes, key)
     axes.set_ylabel(label)
     svg = to_svg(figure, f"sweep-{key}", f"{label} over the width of the average; best at {name}")
-    told = "filled marks cannot be told from it by their paired difference" if close else "no other is as good"
-    caption = f"Averages reconstructed after training. Bands are one and two standard errors; the ring is the lowest, {name}; {told}."
+    caption = (
+        f"Averages reconstructed after training. Bands are one and two standard errors; the ring is the lowest, {name}."
+    )
+    if close:
+        caption += " Filled marks cannot be told from it by their paired difference."
+    if best in (0, len(x) - 1):
+        caption += " It lies at the end of the range: a wider range may hold a better one."
     return Drawing(svg, f"{label} over {WIDTHS[key]}", caption)
 
 
@@ -188,8 +199,8 @@ def _width_axis(axes: Axes, key: str) -> None:
     axes.set_xlabel("constant decay")
 
 
-def curve(rows: Rows, key: str, title: str, label: str, caption: str) -> Drawing | None:
-    """One figure of metrics.jsonl over the step."""
+def curve(rows: Rows, key: str, title: str, label: str, caption: str, linear: bool = False) -> Drawing | None:
+    """One figure of metrics.jsonl over the step; `linear` keeps it from a logarithmic axis."""
     steps, values = _column(rows, key)
     if len(steps) < 2:
         return None
@@ -197,7 +208,8 @@ def curve(rows: Rows, key: str, title: str, label: str, caption: str) -> Drawing
     axes.plot(steps, values, color=INK, linewidth=1.4)
     _step_axis(axes)
     axes.set_ylabel(label)
-    _log_if_wide(axes, values)
+    if not linear:
+        _log_if_wide(axes, values)
     prefix = "curve-" + key.replace("/", "-").replace("_", "-")
     return Drawing(to_svg(figure, prefix, f"{title}: from {values[0]:.4g} to {values[-1]:.4g}"), title, caption)
 

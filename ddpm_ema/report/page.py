@@ -83,8 +83,22 @@ def facts(record: Record) -> list[tuple[str, str]]:
     seconds = sum(number(row.get("seconds")) or 0.0 for row in record.training)
     if seconds:
         found.append(("Time", duration(seconds) + _speed(record)))
-    found.append(("Copies", ", ".join(record.copies)))
+    found.append(("Copies", "; ".join(_copy(record, name) for name in record.copies)))
     return found
+
+
+def _copy(record: Record, name: str) -> str:
+    """`power_0_10 (power_function, std 0.1)`: a copy and the rule it is averaged by, where that is known."""
+    profiles = {**(record.settings.get("averages") or {}), **(record.manifest.get("profiles") or {})}
+    rule = profiles.get(name)
+    if not isinstance(rule, Mapping):
+        return name
+    fields = [f"{key} {_number(value)}" for key, value in rule.items() if key != "kind"]
+    return f"{name} ({', '.join([str(rule.get('kind', '?')), *fields])})"
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _network(record: Record) -> str:
@@ -232,8 +246,8 @@ def _curves(record: Record, look: Mapping[str, Look]) -> list[Drawing]:
         figures.quarters(rows, schedule),
         figures.distances(rows, look),
         figures.curve(rows, "grad_norm", "Gradient norm", "global norm", "Before clipping."),
-        figures.curve(rows, "learning_rate", "Learning rate", "learning rate", ""),
-        figures.curve(rows, "images_per_second", "Speed", "images/s", "Over all processes."),
+        figures.curve(rows, "learning_rate", "Learning rate", "learning rate", "", linear=True),
+        figures.curve(rows, "images_per_second", "Speed", "images/s", "Over all processes.", linear=True),
     ]
     if any(skipped):
         caption = "Steps that mixed precision skipped because a gradient overflowed; no average moved on them."

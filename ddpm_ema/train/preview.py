@@ -36,9 +36,8 @@ class Preview:
         self.network.load_state_dict(weights)
         mine = streams.partition(config.training.sample_images, processes.rank, processes.world_size)
         indices = torch.arange(mine.start, mine.stop)
-        labels = None
-        if config.model.class_conditional:
-            labels = indices % model.no_label(self.network)
+        classes = model.no_label(self.network)
+        labels = None if classes is None else indices % classes
         images = sampling.sample(
             lambda x, t, c: self.network(x, t, class_labels=c, return_dict=False)[0],
             self.sampler,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ema import optimization
-from ddpm_ema.averaging.profiles import profile_to_dict
+from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 from ddpm_ema.averaging.snapshots import write_snapshot
 from ddpm_ema.config import Config, to_yaml
 from ddpm_ema.errors import UserError
 from ddpm_ema.processes import say
-from ddpm_ema.rundir import RunDir, atomic_write, step_folder
+from ddpm_ema.rundir import RunDir, atomic_write, explained, step_folder
 from ddpm_ema.saving import check_dataset, host_copy, manifest_of
 from ddpm_ema.train.step import read_checks
 from ddpm_ema.train.trainer import Trainer
@@ -47,7 +49,7 @@ def save(trainer: Trainer) -> None:
             scaler=trainer.scaler.state_dict(),
             weightings={name: weighting_points(profile, step) for name, profile in bank.profiles.items()},
         )
-        trainer.saver.submit(lambda: _write(trainer.rundir, step, files, manifest, config))
+        trainer.saver.submit(functools.partial(_write, trainer.rundir, step, files, manifest, config))
 
 
 def _write(
@@ -93,11 +95,13 @@ def save_snapshots(trainer: Trainer) -> None:
                 continue
             tensors = gathered(trainer, name)
             if trainer.processes.is_main:
-                trainer.saver.submit(
-                    lambda name=name, profile=profile, tensors=tensors: rundir.write_snapshot(
-                        step, name, lambda path: write_snapshot(path, tensors, step, profile, dtype)
-                    )
-                )
+                path = rundir.snapshot_path(step, name)
+                trainer.saver.submit(functools.partial(_write_one, path, tensors, step, profile, dtype))
+
+
+def _write_one(path: Path, tensors: dict[str, Tensor], step: int, profile: Profile, dtype: torch.dtype) -> None:
+    with explained(path, sum(tensor.nbytes for tensor in tensors.values())):
+        write_snapshot(path, tensors, step, profile, dtype)
 
 
 def full_weights(trainer: Trainer, name: str) -> dict[str, Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ddpm_ema import diffusion, model, optimization, streams
@@ -62,9 +64,9 @@ def image_losses(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
     noise = streams.normal(seed, Stream.NOISE, step, positions, tuple(x_0.shape[1:]))
     timesteps = objective.timesteps(seed, step, positions)
     labels = None
-    if config.model.class_conditional:
+    if (no_label := model.no_label(trainer.network)) is not None:
         known = trainer.dataset.labels[share.indices].to(device)
-        labels = objective.drop_labels(known, model.no_label(trainer.network), seed, step, positions)
+        labels = objective.drop_labels(known, no_label, seed, step, positions)
     return objective.loss(_predictor(trainer), x_0, noise, timesteps, labels), timesteps
 
 
@@ -82,13 +84,14 @@ def _predictor(trainer: Trainer) -> diffusion.Predict:
     def predict(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             x_t = x_t.contiguous(memory_format=order)
-            return trainer.wrapped(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+            prediction: Tensor = trainer.wrapped(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+            return prediction
 
     return predict
 
 
-def _no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
-    return wrapped.no_sync() if hasattr(wrapped, "no_sync") else contextlib.nullcontext()
+def _no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _clip(trainer: Trainer) -> Tensor:

@@ -49,19 +49,26 @@ class Host:
     folder: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
+    def python(self, *arguments: str, mounts: Sequence[str] = (), label: str = "log") -> subprocess.Popen[bytes]:
+        """Starts `python ARGUMENTS` from the repository's root, after the shell commands in `mounts`."""
+        return self.run([sys.executable, *arguments], mounts=mounts, label=label)
+
     def run(
-        self, arguments: Sequence[str], *, mounts: Sequence[str] = (), label: str = "log"
+        self, command: Sequence[str], *, mounts: Sequence[str] = (), label: str = "log", **variables: str
     ) -> subprocess.Popen[bytes]:
-        """Starts `python ARGUMENTS` here, after the shell commands in `mounts`, in a mount and host name of its own."""
-        command = shlex.join([sys.executable, *arguments])
-        names = f"mount --bind {self.folder / 'hosts'} /etc/hosts"
-        names += "; mount --bind /dev/null /etc/resolv.conf"  # no name server: an unknown name fails at once
-        script = "; ".join(["set -e", f"hostname {self.name}", names, *mounts, f"exec {command}"])
+        """Starts a command here, with a host name and mounts of its own; its pid is the command's own."""
+        names = [
+            f"hostname {self.name}",
+            f"mount --bind {self.folder / 'hosts'} /etc/hosts",
+            "mount --bind /dev/null /etc/resolv.conf",  # no name server: an unknown name fails at once
+        ]
+        script = "; ".join(["set -e", *names, *mounts, f"exec {shlex.join(command)}"])
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": self.interface,
             "PYTHONUNBUFFERED": "1",
             "HOME": str(self.folder / "home"),
+            **variables,
         }
         with self.log(label).open("wb") as log:
             process = subprocess.Popen(

@@ -99,7 +99,7 @@ class Run:
                 join += ["--local-addr", host.address, *(["--rdzv-conf", "is_host=1"] if rank == 0 else [])]
             nodes = ["--nnodes", str(len(on)), "--nproc-per-node", str(processes)]
             command = ["-m", "ddpm_ema.launch", *nodes, *join, *arguments]
-            self.launchers.append(host.run(command, mounts=(mounts or {}).get(host.name, []), label=self.label))
+            self.launchers.append(host.python(*command, mounts=(mounts or {}).get(host.name, []), label=self.label))
 
     def log(self, host: Host) -> str:
         return host.log(self.label).read_text(errors="replace")
