@@ -15,9 +15,9 @@ FLOORS = {
     1: ["config", "streams", "rundir", "processes"],
     2: [
         *["data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["optimization", "saving", "logbook", "grids"],
+        *["optimization", "saving", "logbook", "grids", "reconstruction"],
     ],
-    3: ["train", "score", "report", "export", "reconstruction", "feature_training", "cli", "doctor", "launch"],
+    3: ["train", "score", "report", "export", "feature_training", "cli", "doctor", "launch"],
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 SOURCES = sorted((ROOT / "ddpm_ema").rglob("*.py"))

@@ -102,10 +102,13 @@ def estimate_features(
     present = membership.unique().tolist()
     _check_groups(len(features), present)
     counts = {g: int((membership == g).sum()) for g in present}
-    centred = features.to(reference.device).double() - reference.mu
-    by_group = {g: centred[(membership == g).to(reference.device)] for g in present}
+    members = {g: (membership == g).nonzero().squeeze(1).to(features.device) for g in present}
+
+    def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
+        return features[members[group]].to(reference.device).double() - reference.mu
+
     path = _GramPath if len(features) <= len(reference.mu) else _SumPath
-    return _estimate(path(by_group, reference).distance, counts, len(reference.mu))
+    return _estimate(path(rows, present, reference).distance, counts, len(reference.mu))
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
@@ -171,15 +174,16 @@ def _interval(centre: float, stderr: float, groups: int) -> tuple[float, float]:
 class _SumPath:
     """Left-out distances by subtracting a group's whitened d × d sums from those of all images."""
 
-    def __init__(self, by_group: Mapping[int, Tensor], reference: FrechetReference) -> None:
-        self.by_group, self.reference = by_group, reference
-        self.count, self.total, self.squares, self.outer = self._sums(by_group.values())
+    def __init__(self, rows: Callable[[int], Tensor], groups: Sequence[int], reference: FrechetReference) -> None:
+        self.rows, self.reference = rows, reference
+        self.count, self.total, self.squares, self.outer = self._sums(groups)
 
-    def _sums(self, groups: Any) -> tuple[int, Tensor, float, Tensor]:
+    def _sums(self, groups: Sequence[int]) -> tuple[int, Tensor, float, Tensor]:
         """n, Σ(x−c), Σ|x−c|² and Σ Lᵀ(x−c)(x−c)ᵀL with c the reference's mean."""
         factor = self.reference.factor
         count, total, squares, outer = 0, torch.zeros_like(factor[0]), 0.0, torch.zeros_like(factor)
-        for rows in groups:
+        for group in groups:
+            rows = self.rows(group)
             whitened = rows @ factor
             count += len(rows)
             total += rows.sum(dim=0)
@@ -190,7 +194,7 @@ class _SumPath:
     def distance(self, leave_out: int | None) -> float:
         count, total, squares, outer = self.count, self.total, self.squares, self.outer
         if leave_out is not None:
-            sums = self._sums([self.by_group[leave_out]])
+            sums = self._sums([leave_out])
             count, total, squares, outer = count - sums[0], total - sums[1], squares - sums[2], outer - sums[3]
         offset = total / count
         whitened_offset = offset @ self.reference.factor
@@ -202,10 +206,11 @@ class _SumPath:
 class _GramPath:
     """Left-out distances from the n × n Gram matrix of whitened features, rows of a group struck out, then centred."""
 
-    def __init__(self, by_group: Mapping[int, Tensor], reference: FrechetReference) -> None:
+    def __init__(self, rows: Callable[[int], Tensor], groups: Sequence[int], reference: FrechetReference) -> None:
         self.reference = reference
-        self.rows = torch.cat(list(by_group.values()))
-        self.groups = torch.cat([torch.full((len(rows),), g) for g, rows in by_group.items()]).to(reference.device)
+        parts = {group: rows(group) for group in groups}
+        self.rows = torch.cat(list(parts.values()))
+        self.groups = torch.cat([torch.full((len(part),), group) for group, part in parts.items()]).to(reference.device)
         whitened = self.rows @ reference.factor
         self.gram = whitened @ whitened.T
 

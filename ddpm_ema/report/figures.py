@@ -68,7 +68,9 @@ def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
         axes.axhline(base, color=LINE, linewidth=0.7)
         initial = 1 - curve.mean()
         if initial >= 0.005:
-            axes.text(0.01, base + 0.9, f"{initial:.0%} still the initial weights", va="top", fontsize=8.5, color=INK)
+            inside = curve[: len(curve) // 2].max() > 0.5 * curve.max()  # the text stands where the line is not
+            text, y = f"{initial:.0%} still the initial weights", base + (0.08 if inside else 0.55)
+            axes.text(0.01, y, text, va="bottom", fontsize=8.5, color=INK)
         axes.plot((curve @ times) / curve.sum(), base, look.marker, color=look.colour, markersize=5, clip_on=False)
     axes.set_yticks([len(curves) - 1 - row + 0.3 for row in range(len(curves))], list(curves))
     axes.set_ylim(-0.12, len(curves))
