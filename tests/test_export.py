@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -293,10 +293,24 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_the_script_answers_a_mistake_with_one_message_and_exit_code_2(run: RunDir, tmp_path: Path) -> None:
+def test_the_script_answers_a_mistake_with_one_message_and_exit_code_2(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = Path(__file__).parents[1] / "scripts" / "export.py"
-    command = [sys.executable, str(script), str(run.path), "nonsense", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(script), str(run.path), "nonsense", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*no weights 'nonsense'.*\n", capsys.readouterr().err)
+
+
+def test_the_script_writes_the_folder_and_says_how_to_load_it(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, folder = Path(__file__).parents[1] / "scripts" / "export.py", tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", [str(script), str(run.path), "ema_0_999@50", "--output", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    assert f"DDPMPipeline.from_pretrained({str(folder)!r})" in capsys.readouterr().out
+    assert_same(DDPMPipeline.from_pretrained(folder), run.checkpoint(50).weights("ema_0_999"))
