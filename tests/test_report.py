@@ -150,6 +150,18 @@ def test_how_the_numbers_were_made_is_said(page: Page) -> None:
         assert fact in page.text
 
 
+def test_the_command_that_exports_the_best_copy_names_its_step_and_is_left_out_for_an_ensemble(
+    page: Page, tmp_path: Path
+) -> None:
+    assert re.search(r"python scripts/export.py \S+ power_0_10@3000 --output FOLDER", page.text)
+    rows = two_rows(5.0, 10.0, 0.6)
+    rows[1]["weights"] = "raw+ema"
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    text = Page(report.write(tmp_path).read_text()).text
+    assert "Ship raw+ema" in text
+    assert "scripts/export.py" not in text
+
+
 def test_a_copy_has_one_colour_in_the_table_and_in_every_legend(run: Path) -> None:
     source = (run / "report.html").read_text()
     variable = looks(read(run).copies)["power_0_10"].variable

@@ -60,6 +60,7 @@ def _content(record: Record, look: Mapping[str, Look]) -> dict[str, Any]:
         "others": [other for other in record.scorings if other is not scoring],
         "warnings": warnings(record, scoring),
         "commands": _commands(record),
+        "export": _export_command(record, scoring),
         "versions": record.manifest.get("versions") or {},
     }
 
@@ -331,9 +332,17 @@ def _commands(record: Record) -> dict[str, str]:
         "score": f"accelerate launch scripts/sample_and_score.py --config {config}",
         "sweep": f"accelerate launch scripts/sample_and_score.py --config {config} --evaluation.sweep.stds 0.02:0.25:12",
         "steps": f"accelerate launch scripts/sample_and_score.py --config {config} --evaluation.steps all",
-        "export": f"python scripts/export.py {folder} NAME --output FOLDER",
         "report": f"python scripts/report.py {folder}",
     }
+
+
+def _export_command(record: Record, scoring: Scoring | None) -> str | None:
+    """How to export the best copy; None for one that is no single copy of this run (an ensemble, another's folder)."""
+    best = verdict.judge(scoring).best if scoring else None
+    if scoring is None or best is None or not re.fullmatch(r"[\w-]+(@\d+)?", best):
+        return None
+    name = best if "@" in best else f"{best}@{scoring.step}"
+    return f"python scripts/export.py {shlex.quote(str(record.path))} {name} --output FOLDER"
 
 
 def _name_marker(record: Record) -> Any:
