@@ -641,3 +641,50 @@ def test_when_accelerate_s_launcher_is_gone_the_trainer_saves_and_ends(tmp_path:
     newest, _ = RunDir(run.output_dir).newest_whole()
     assert newest is not None
     assert newest.step >= 3
+
+
+LAUNCHES = {
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    "ours": ["-m", "ddpm_ema.launch", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_every_launcher_gives_two_cpu_processes_that_train_the_same_run(
+    fifty_steps: config.Config, tmp_path: Path, launcher: str
+) -> None:
+    run = settings(tmp_path / "run", **FIFTY, training__world_size=2)
+    path = tmp_path / "settings.yaml"
+    path.write_text(config.to_yaml(run))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": str(runs.free_port()),
+    }
+    port = ["--master_port" if launcher != "accelerate" else "--main_process_port", environment["MASTER_PORT"]]
+    command = [sys.executable, *LAUNCHES[launcher], *port, "scripts/train.py", "--config", str(path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "processes    2" in result.stderr
+    assert_same_run(run, fifty_steps)
+
+
+def test_compiling_without_a_compiler_is_an_error_before_any_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddpm_ema.errors import UserError
+    from ddpm_ema.train.trainer import check_capabilities
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="training.compile: torch.compile needs a C"):
+        check_capabilities(settings(tmp_path / "run", training__compile=True))
+
+
+def test_an_unknown_tracker_is_an_error_that_lists_those_there_are(tmp_path: Path) -> None:
+    launch = start(settings(tmp_path / "run", training__trackers=["tensorbord"]))
+    assert launch.wait() == [2]
+    assert "tensorboard" in launch.output()

@@ -119,7 +119,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     """host-a and host-b, joined by a cable. `folder` takes their logs and home folders."""
     tag = f"dd{os.getpid() % 100000}"
     names = ["a", "b"]
-    hosts = [Host(f"host-{n}", f"{tag}-{n}", f"{tag}{n}", f"10.77.0.{i}", folder) for i, n in enumerate(names, start=1)]
+    hosts = [Host(f"host-{n}", f"{tag}-{n}", "eth0", f"10.77.0.{i}", folder) for i, n in enumerate(names, start=1)]
     (folder / "home").mkdir(exist_ok=True)
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in hosts))
     try:
