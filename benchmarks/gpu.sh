@@ -4,7 +4,7 @@
 # OUT receives small JSON, PNG and log files; IMAGES is a folder of images (none: digits). PYTHON names the interpreter.
 # SECONDS_TRAINING bounds the training run: it is stopped as a scheduler would stop it, and what it reached is scored.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:?usage: benchmarks/gpu.sh OUT [IMAGES]}
 images=${2:-}
 python=${PYTHON:-python3}

@@ -680,7 +680,7 @@ def test_compiling_without_a_compiler_is_an_error_before_any_data_is_read(
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="training.compile: torch.compile needs a C"):
+    with pytest.raises(UserError, match=r"training\.compile: torch\.compile needs a C"):
         check_capabilities(settings(tmp_path / "run", training__compile=True))
 
 
@@ -688,3 +688,14 @@ def test_an_unknown_tracker_is_an_error_that_lists_those_there_are(tmp_path: Pat
     launch = start(settings(tmp_path / "run", training__trackers=["tensorbord"]))
     assert launch.wait() == [2]
     assert "tensorboard" in launch.output()
+
+
+@pytest.mark.parametrize("step", [7, 200, 300, 12_345])
+def test_the_weighting_that_a_manifest_carries_is_a_smooth_density_at_any_step(step: int) -> None:
+    from ddpm_ema import PowerFunction, Uniform
+    from ddpm_ema.train.state import weighting_points
+
+    assert weighting_points(Uniform(), step) == pytest.approx([1.0] * 200)
+    points = weighting_points(PowerFunction(std=0.1), step)
+    assert sum(points) / 200 == pytest.approx(1.0)
+    assert points == sorted(points), "a power function only rises"

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ def save(trainer: Trainer) -> None:
             trainer.dataset,
             processes.world_size,
             {name: profile_to_dict(profile) for name, profile in bank.profiles.items()},
+            parameters=sum(p.numel() for p in trainer.network.parameters()),
             window=window,
             skipped_steps=trainer.skipped_steps,
             scaler=trainer.scaler.state_dict(),
@@ -75,12 +77,12 @@ def finish_saving(trainer: Trainer) -> None:
         _wait_for_writer(trainer)
 
 
-def weighting_points(profile: Any, step: int) -> list[float]:
+def weighting_points(profile: Profile, step: int) -> list[float]:
     """The profile's weighting of the steps so far as a density over [0, 1] at 200 points, for the report."""
-    weighting = torch.from_numpy(profile.weighting(step))
-    bins = (torch.arange(step) * WEIGHTING_POINTS) // step
-    density = torch.zeros(WEIGHTING_POINTS, dtype=torch.float64).index_add_(0, bins, weighting)
-    return (density * WEIGHTING_POINTS).tolist()
+    cumulative = np.concatenate([[0.0], np.cumsum(profile.weighting(step))])  # float64 [step + 1]
+    edges = np.linspace(0, step, WEIGHTING_POINTS + 1)
+    density: list[float] = (np.diff(np.interp(edges, np.arange(step + 1), cumulative)) * WEIGHTING_POINTS).tolist()
+    return density
 
 
 def save_snapshots(trainer: Trainer) -> None:
