@@ -218,7 +218,8 @@ class EvaluationSettings(Section):
     """Sampling and scoring. The same for every copy, so that copies can be compared image by image."""
 
     weights: tuple[str, ...] = ()
-    """Which weights: raw, names under averages, power_0_075 (reconstructed), NAME@STEP, a diffusers folder, or A+B (prediction ensemble). Empty means raw and every average."""
+    """Which weights: raw, names under averages, power_0_075 (reconstructed), NAME@STEP, a diffusers folder, or A+B
+    (prediction ensemble). Empty means raw and every average."""
     steps: tuple[Positive, ...] | Literal["last", "all"] = "last"
     """Which checkpoints: the last, all that are kept, or a list of steps."""
     num_images: Annotated[int, Field(ge=2)] = 50_000

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_runs import assert_bit_equal, exact, rows, settings, state
 
 from ddpm_ema import AverageBank, BiasCorrected, ConstantDecay, PowerFunction, streams, train
-from runs import assert_bit_equal, exact, rows, settings, state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

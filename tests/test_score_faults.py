@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
 from ddpm_ema import score
@@ -17,7 +18,6 @@ from ddpm_ema.rundir import RunDir
 from ddpm_ema.score import together
 from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.together import on_main
-from runs import wait_until
 
 CLOSE = 0.01  # pixels on the edge between two levels may round either way in another batch
 # Enough rounds and steps that a signal falls among them.

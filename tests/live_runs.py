@@ -23,7 +23,7 @@ from ddpm_ema import cli, config, train
 from ddpm_ema.rundir import RunDir
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["runs", "accelerate", "ddpm_ema.train"])
+CONTEXT.set_forkserver_preload(["live_runs", "accelerate", "ddpm_ema.train"])
 
 TINY: dict[str, Any] = {
     "data": {"source": "digits", "image_size": 8, "channels": 1},
