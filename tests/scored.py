@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from live_runs import TINY, Launch, free_port
 from torch import Tensor
 
 from ddpm_ema import cli, config, model, score
 from ddpm_ema.averaging import PowerFunction, write_snapshot
 from ddpm_ema.features import Architecture, Classifier, Trained, save_classifier
 from ddpm_ema.rundir import RunDir
-from runs import TINY, Launch, free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["scored", "accelerate", "torch_fidelity"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,8 @@ class Network:
         self._compiled = settings.compile
         self._forward: Callable[..., Tensor] = self._run
         if settings.compile:
+            # diffusers asks for its torch version inside the network: that answer does not change.
+            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
             self._forward = torch.compile(self._run, dynamic=False)
         scale = settings.guidance_scale
         if self.no_label is None and scale != 1.0:

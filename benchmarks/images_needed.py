@@ -1,0 +1,112 @@
+"""How many images are enough: distances, errors and paired differences over N, and bf16 against fp32 sampling, on a real run.
+
+    python benchmarks/images_needed.py --config configs/digits.yaml [--output-dir runs/digits] [--evaluation.weights raw power_0_10]
+        [--evaluation.num-images 6000] [--bench.output benchmarks/results/images_needed.json]
+
+Samples `evaluation.num_images` images of each copy once (raw and every average unless `evaluation.weights` names some), and
+compares the first N of them, N from 300 up. The last copy is sampled in bf16, too: same noise, so the difference is paired.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ddpm_ema import cli, config, metrics
+from ddpm_ema.features import open_extractor
+from ddpm_ema.processes import Processes
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.score.blocks import Block, MemoryStore
+from ddpm_ema.score.measure import Measure
+from ddpm_ema.score.reference import load_split, open_reference, reference_split
+from ddpm_ema.score.studio import Studio
+from ddpm_ema.score.weights import Shelf
+
+SIZES = (300, 500, 1000, 1500, 2000, 3000, 5000, 6000, 10_000, 20_000, 50_000)
+
+
+def sample(run: config.Config, processes: Processes, extractor: Any, dataset: Any, name: str) -> Block:
+    """Features of every image of one copy."""
+    count = run.evaluation.num_images
+    labels = dataset.labels if run.model.class_conditional else None
+    studio = Studio.build(
+        run, processes, extractor, num_images=count, num_classes=dataset.num_classes, known_labels=labels
+    )
+    rundir, store = RunDir(run.output_dir), MemoryStore()
+    source = Shelf(rundir, rundir.newest_whole()[0], dict(studio.network.unet.config)).source(name)
+    studio.network.load([member() for member in source.members], name)
+    studio.extend(f"{name} {run.evaluation.mixed_precision}", store, count)
+    return store.block()
+
+
+def curve(measure: Measure, blocks: dict[str, Block], sizes: list[int]) -> list[dict[str, Any]]:
+    """One row for each N."""
+    rows = []
+    for size in sizes:
+        estimates = {name: measure.estimate(block.first(size), name) for name, block in blocks.items()}
+        row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
+        for name, found in estimates.items():
+            row["copies"][name] = {"plain": found.distance, "corrected": found.unbiased, "stderr": found.stderr}
+        pairs = [(first, second) for first, second in pairwise(estimates)] + [
+            (next(iter(estimates)), list(estimates)[-1])
+        ]
+        for a, b in dict.fromkeys(pairs):
+            d = metrics.difference(estimates[a], estimates[b])
+            unpaired = (estimates[a].stderr ** 2 + estimates[b].stderr ** 2) ** 0.5
+            row["differences"][f"{a} − {b}"] = {
+                "delta": d.delta,
+                "stderr": d.stderr,
+                "unpaired": unpaired,
+                "real": d.real,
+            }
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        copies = "  ".join(
+            f"{name}: {c['plain']:.2f} / {c['corrected']:.2f} ± {c['stderr']:.2f}" for name, c in row["copies"].items()
+        )
+        differences = "  ".join(
+            f"{name}: {d['delta']:.2f} ± {d['stderr']:.2f} ({d['unpaired']:.2f}){'' if d['real'] else ' not real'}"
+            for name, d in row["differences"].items()
+        )
+        print(f"N = {row['images']}\n  {copies}\n  {differences}")
+
+
+def bench(run: config.Config, output: Path) -> None:
+    processes = Processes.start(run.training.device)
+    extractor = open_extractor(run.evaluation, run.output_dir, processes.device)
+    dataset = load_split(run, processes, reference_split(run))
+    reference, _ = open_reference(run, processes, extractor, dataset)
+    assert reference is not None
+    measure = Measure(reference, run.evaluation, processes.device)
+    names = list(run.evaluation.weights or ("raw", *run.averages))
+    blocks = {name: sample(run, processes, extractor, dataset, name) for name in names}
+    count = run.evaluation.num_images
+    rows = curve(measure, blocks, sorted({size for size in SIZES if size < count} | {count}))
+    show(rows)
+    bf16 = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"mixed_precision": "bf16"})})
+    in_bf16 = sample(bf16, processes, extractor, dataset, names[-1])
+    precision = curve(measure, {f"{names[-1]} in bf16": in_bf16, f"{names[-1]} in fp32": blocks[names[-1]]}, [count])
+    show(precision)
+    settings = config.to_dict(run)["evaluation"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"settings": settings, "curve": rows, "bf16": precision[0]}, indent=1) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    output = Path("benchmarks/results/images_needed.json")
+    if "--bench.output" in arguments:
+        place = arguments.index("--bench.output")
+        output = Path(arguments[place + 1])
+        arguments = arguments[:place] + arguments[place + 2 :]
+    return cli.guard(lambda: bench(cli.parse(arguments, __doc__ or ""), output))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
