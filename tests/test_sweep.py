@@ -151,5 +151,6 @@ class TestSweep:
     def test_a_run_without_snapshots_is_told_how_to_get_them(self, tmp_path):
         run = make_run(tmp_path / "run", evaluation__sweep={"stds": "0.05:0.15:3"}, evaluation__weights=["raw"])
         (run.output_dir / "snapshots").rename(tmp_path / "gone")
-        with pytest.raises(UserError, match="snapshots-every"):
+        with pytest.raises(UserError, match="snapshots_every"):
             results(run)
+        assert not list(run.output_dir.glob("scores/*/copies/*")), "said before anything is sampled"

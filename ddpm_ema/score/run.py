@@ -18,7 +18,7 @@ from ddpm_ema.score.reference import is_file, load_split, open_reference, refere
 from ddpm_ema.score.results import table
 from ddpm_ema.score.scoring import Scoring, checkpoints
 from ddpm_ema.score.studio import Studio
-from ddpm_ema.score.sweep import candidates, describe, sweep
+from ddpm_ema.score.sweep import candidates, describe, prepare, sweep
 from ddpm_ema.score.together import on_main, only_on_main
 from ddpm_ema.score.weights import Source
 
@@ -101,6 +101,7 @@ def _score(scoring: Scoring) -> dict[str, Any]:
     names = list(dict.fromkeys(config.evaluation.weights or ("raw", *config.averages)))
     # All names first: a wrong one is an error at once.
     sources = only_on_main(processes, lambda: [scoring.shelf.source(name) for name in names]) or []
+    runs = prepare(scoring)
     complete = processes.broadcast(_is_complete(scoring, sources))
     start = time.perf_counter()
     if not complete:
@@ -108,11 +109,11 @@ def _score(scoring: Scoring) -> dict[str, Any]:
             range(len(names)), desc=f"step {scoring.step}", unit="copy", disable=not processes.is_main, leave=False
         ):
             scoring.score_source(sources[place] if sources else None)
-    swept = sweep(scoring)
+    swept = sweep(runs, config.evaluation.sweep.search)
     results = only_on_main(processes, lambda: scoring.write(sources, swept))
     if results is None:
         return {}
-    head = "already complete" if complete and not swept else f"done in {time.perf_counter() - start:.0f} s"
+    head = "already complete" if complete and not runs else f"done in {time.perf_counter() - start:.0f} s"
     say(f"\n{scoring.folder.results_path}: {head}")
     _show(results)
     return results

@@ -13,6 +13,7 @@ from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import SweepSettings, digest
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import difference
+from ddpm_ema.reconstruction import name_of
 from ddpm_ema.score.measure import Score, versus_raw
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.search import Search
@@ -60,41 +61,46 @@ def _range(field: str, text: str) -> tuple[float, float, int]:
 
 def _candidate(kind: str, value: float) -> Candidate:
     value = float(f"{value:.6g}")
-    text = f"{value:.6g}".replace(".", "_")
     try:
-        if kind == "std":
-            return Candidate(kind, value, f"power_{text}", PowerFunction(std=value))
-        return Candidate(kind, value, f"ema_{text}_debiased", BiasCorrected(decay=value))
+        profile: Profile = PowerFunction(std=value) if kind == "std" else BiasCorrected(decay=value)
     except ValueError as error:
         raise UserError(f"evaluation.sweep.{kind}s: {error}") from None
+    return Candidate(kind, value, name_of(profile), profile)
 
 
-def sweep(scoring: Scoring) -> dict[str, Any]:
-    """What the settings ask for, as keys of results.json: `sweep` (rows), `sweep_best`, `sweep_digest` and, of a search,
-    `sweep_search`. A collective; what is done already is taken from results.json."""
-    settings = scoring.config.evaluation.sweep
+def prepare(scoring: Scoring) -> list[Run]:
+    """What the settings ask for, every candidate resolved: one that cannot be had is an error now. A collective."""
+    return [Run(scoring, kind, wanted) for kind, wanted in candidates(scoring.config.evaluation.sweep).items()]
+
+
+def sweep(runs: Iterable[Run], search: bool) -> dict[str, Any]:
+    """The keys of results.json that tell of the sweep: `sweep` (rows), `sweep_best`, `sweep_digest` and, of a search,
+    `sweep_search`, on rank 0. A collective; what is done already is taken from results.json."""
     found: dict[str, Any] = {}
-    for kind, wanted in candidates(settings).items():
-        part = Run(scoring, kind, wanted).run(settings.search)
-        for key, value in part.items():
+    for run in runs:
+        for key, value in run.run(search).items():
             found[key] = [*found.get(key, []), *value] if isinstance(value, list) else {**found.get(key, {}), **value}
     return found
 
 
 class Run:
-    """One sweep over candidates of one kind."""
+    """One sweep over candidates of one kind. `sources` are theirs, on rank 0."""
 
     def __init__(self, scoring: Scoring, kind: str, wanted: list[Candidate]) -> None:
         self.scoring, self.kind, self.candidates = scoring, kind, wanted
         evaluation = scoring.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
-        self._sources: dict[int, Source | None] = {}
+        found = only_on_main(scoring.processes, lambda: [self._source(candidate) for candidate in wanted])
+        self.sources: list[Source | None] = list(found) if found is not None else [None] * len(wanted)
+
+    def _source(self, candidate: Candidate) -> Source:
+        """Its key tells it from a copy of the same name scored over another number of images."""
+        source = self.scoring.shelf.reconstructed(candidate.name, candidate.profile)
+        return replace(source, key=digest([source.key, self.most_images]))
 
     def run(self, search: bool) -> dict[str, Any]:
         """All candidates, or a search among them, unless results.json has it. A collective."""
-        places = range(len(self.candidates))
-        keys = [source.key if (source := self.source(place)) else "" for place in places]
-        identity = digest([self.kind, search, keys])
+        identity = digest([self.kind, search, [source.key for source in self.sources if source]])
         processes, folder = self.scoring.processes, self.scoring.folder
         done = only_on_main(processes, lambda: _done(folder.results(), self.kind, identity))
         if processes.broadcast(done is not None):
@@ -111,17 +117,6 @@ class Run:
             raw = scoring.open("raw")
             scoring.sample(raw, scoring.label(raw), self.most_images)
 
-    def source(self, place: int) -> Source | None:
-        """On rank 0; its key tells it from a copy of the same name scored over another number of images. A collective."""
-        if place not in self._sources:
-            self._sources[place] = only_on_main(self.scoring.processes, lambda: self._reconstructed(place))
-        return self._sources[place]
-
-    def _reconstructed(self, place: int) -> Source:
-        candidate = self.candidates[place]
-        source = self.scoring.shelf.reconstructed(candidate.name, candidate.profile)
-        return replace(source, key=digest([source.key, self.most_images]))
-
     def all(self) -> dict[str, Any]:
         """Every candidate over the same number of images. A collective."""
         for place in range(len(self.candidates)):
@@ -131,7 +126,7 @@ class Run:
     def score(self, place: int, count: int, keep_features: bool = False) -> None:
         candidate = self.candidates[place]
         more = {"sweep": candidate.kind, candidate.kind: candidate.value}
-        self.scoring.score_source(self.source(place), count, more, keep_features)
+        self.scoring.score_source(self.sources[place], count, more, keep_features)
 
     def search(self) -> dict[str, Any]:
         """The best one, by a bracketing search. A collective."""
@@ -140,7 +135,7 @@ class Run:
         first = max(10 * groups, self.most_images // 8)
         search = Search(len(self.candidates), first, self.most_images, self._estimate)
         while (wanted := on_main(scoring.processes, search.next)) is not None:
-            source = self.source(wanted[0])
+            source = self.sources[wanted[0]]
             scoring.sample(source, scoring.label(source), wanted[1])
         counts = scoring.processes.broadcast(search.counts)
         for place, count in counts.items():
@@ -154,7 +149,7 @@ class Run:
         return part
 
     def _estimate(self, place: int, count: int) -> Any:
-        source, measure = self._sources[place], self.scoring.measure
+        source, measure = self.sources[place], self.scoring.measure
         assert source is not None
         assert measure is not None
         return measure.estimate(self.scoring.store(source.slug).block().first(count), source.name)
@@ -177,7 +172,7 @@ class Run:
         return {"sweep": rows, "sweep_best": {self.kind: summary}}
 
     def _finished(self, place: int) -> Score | None:
-        source = self._sources[place]
+        source = self.sources[place]
         return self.scoring.folder.finished(source.slug) if source else None
 
 

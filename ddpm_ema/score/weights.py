@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 import diffusers
 from torch import Tensor
 
-from ddpm_ema.averaging import PowerFunction, profile_to_dict
-from ddpm_ema.averaging.posthoc import Snapshot, posthoc_coefficients, reconstruct
+from ddpm_ema.averaging import posthoc_coefficients, profile_to_dict
 from ddpm_ema.averaging.profiles import Profile
-from ddpm_ema.config import NAME, RECONSTRUCTED, digest
+from ddpm_ema.config import NAME, digest
 from ddpm_ema.errors import UserError
+from ddpm_ema.reconstruction import reconstruct_from, snapshots_of, target_named
 from ddpm_ema.rundir import Checkpoint, RunDir, file_sha256
 
 UNET2D: Any = diffusers.UNet2DModel
@@ -73,11 +73,12 @@ class Shelf:
         name, _, step = text.partition("@")
         if not NAME.fullmatch(name):
             return self._folder(text)
-        checkpoint = self._checkpoint(int(step) if step else None, needed=not RECONSTRUCTED.fullmatch(name))
+        target = target_named(name)
+        checkpoint = self._checkpoint(int(step) if step else None, needed=target is None)
         if checkpoint is not None and name in checkpoint.names:
             return _stored(text, name, checkpoint)
-        if RECONSTRUCTED.fullmatch(name):
-            return self._by_width(text, int(step) if step else None)
+        if target is not None:
+            return self.reconstructed(text, target, int(step) if step else None)
         if Path(name).is_dir():
             return self._folder(text)
         where = checkpoint.path if checkpoint else self.rundir.path
@@ -93,37 +94,23 @@ class Shelf:
         steps = [checkpoint.step for checkpoint in self.rundir.checkpoints()]
         return self.rundir.checkpoint(step) if needed or step in steps else None
 
-    def _by_width(self, name: str, step: int | None) -> Source:
-        digits = name.partition("@")[0].removeprefix("power_0_")
-        try:
-            profile = PowerFunction(std=float(f"0.{digits}"))
-        except ValueError as error:
-            raise UserError(f"evaluation.weights: {name}: {error}") from None
-        return self.reconstructed(name, profile, step)
-
     def reconstructed(self, name: str, target: Profile, step: int | None = None) -> Source:
-        """`target` at `step` (None: the checkpoint's) from the run's snapshots. They are read when the weights are."""
-        step = step if step is not None else self.checkpoint.step if self.checkpoint else 0
-        paths = sorted(path for paths in self.rundir.snapshots().values() for path in paths)
-        if not paths:
-            raise UserError(
-                f"{self.rundir.path}: no snapshots to reconstruct {name} from; train with "
-                "--checkpoints.snapshots-every and two power_function averages"
-            )
+        """`target` at `step` (None: the checkpoint's) from the run's snapshots, whose tensors are read when asked for."""
+        at = step if step is not None else self.checkpoint.step if self.checkpoint else 0
+        used = [snapshot for snapshot in snapshots_of(self.rundir) if snapshot.step <= at]
+        if all(snapshot.step != at for snapshot in used):
+            reconstruct_from(self.rundir, target, at)  # refuses, and names the nearest steps
         try:
-            used = [s for s in map(Snapshot.open, paths) if s.step <= step]
-            if all(s.step != step for s in used):
-                reconstruct(map(Snapshot.open, paths), step, target)  # names the nearest steps
-            found = posthoc_coefficients([s.step for s in used], [s.profile for s in used], step, target)
+            found = posthoc_coefficients([s.step for s in used], [s.profile for s in used], at, target)
             warnings = found.warnings(max(s.roundoff() for s in used))
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.rundir.path}: {name} cannot be reconstructed: {error}") from None
         profile = profile_to_dict(target)
         return Source(
             name=name,
-            key=digest([step, profile, [_sha256(s.path, s.path.stat().st_mtime_ns) for s in used]]),
+            key=digest([at, profile, [_sha256(s.path, s.path.stat().st_mtime_ns) for s in used]]),
             profile=profile,
-            members=(lambda: reconstruct(used, step, target).weights,),
+            members=(lambda: reconstruct_from(self.rundir, target, at).result.weights,),
             reconstruction={
                 "profile_error": found.profile_error,
                 "condition_number": found.condition_number,
