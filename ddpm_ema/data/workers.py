@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 import weakref
@@ -53,6 +54,21 @@ class _Batches:
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let this worker end once the process that started it is gone, killed or not.
+
+    PyTorch's own watch takes the parent to be whoever it is when the worker looks first, which may be too late.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -115,6 +131,7 @@ def stream(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_unchanged,
+        worker_init_fn=_end_with_parent,
     )
     running = _Running(loader)
     try:
