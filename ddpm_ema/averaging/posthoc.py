@@ -193,17 +193,24 @@ def combine(
 ) -> Iterator[tuple[str, Tensor]]:
     """The sum of coefficient x snapshot, tensor by tensor, fp32 on the CPU, summed in float64.
 
-    The tensors go through in parts of at most an eighth of the model, so that the float64 sums take a quarter of it; only one
-    file is open at a time.
+    The tensors go through in parts of at most an eighth of the model, so that the float64 sums take a quarter of it, in one
+    buffer for all parts; only one file is open at a time.
     """
-    for names in _parts(shapes):
-        sums = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
+    parts = list(_parts(shapes))
+    buffer = torch.empty(max((_numel(part, shapes) for part in parts), default=0), dtype=torch.float64)
+    for part in parts:
+        zeros = buffer[: _numel(part, shapes)].zero_()
+        slices = torch.split(zeros, [shapes[name].numel() for name in part])
+        sums = {name: flat.view(shapes[name]) for name, flat in zip(part, slices, strict=True)}
         for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
-            for name, tensor in snapshot.tensors(names):
+            for name, tensor in snapshot.tensors(part):
                 sums[name].add_(tensor, alpha=float(coefficient))  # promotes block-wise, without a float64 copy
-                del tensor
-        for name in names:
-            yield name, sums.pop(name).float()
+        for name, total in sums.items():
+            yield name, total.float()
+
+
+def _numel(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> int:
+    return sum(shapes[name].numel() for name in names)
 
 
 def _parts(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

@@ -100,6 +100,26 @@ def test_lower_precision_on_an_accelerator_is_converted_in_bounded_parts(monkeyp
     assert parts == [[0, 1], [2], [3, 4]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_kept_together_are_those_kept_alone_bit_for_bit(dtype: torch.dtype) -> None:
+    model = small_model().to(dtype)
+    profiles = {
+        "a": ConstantDecay(0.9),
+        "p": PowerFunction(0.1),
+        "h": HardCopy(3),
+        "d": BiasCorrected(0.99),
+        "u": Uniform(),
+    }
+    together = AverageBank(model.named_parameters(), profiles)
+    alone = {name: AverageBank(model.named_parameters(), {name: profile}) for name, profile in profiles.items()}
+    for step in range(1, 9):
+        move(model, seed=step)
+        for bank in (together, *alone.values()):
+            bank.update(step)
+    for name, bank in alone.items():
+        assert equal(together.weights(name), bank.weights(name))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_floating_dtype_is_averaged_in_fp32(dtype: torch.dtype) -> None:
     parameter = torch.zeros(5, dtype=dtype)

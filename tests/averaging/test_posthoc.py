@@ -29,8 +29,10 @@ from ddpm_ema.averaging import (
     find_snapshots,
     posthoc_coefficients,
     reconstruct,
+    std_to_exponent,
     write_snapshot,
 )
+from ddpm_ema.averaging.power_function import power_function_inner_product
 
 STDS = (0.05, 0.10)
 
@@ -94,6 +96,16 @@ def test_the_figures_are_those_of_an_independent_calculation(every, target, erro
     ours = posthoc_coefficients(*grid(10_000, every), 10_000, target)
     assert ours.profile_error == pytest.approx(error, rel=0.06)
     assert ours.amplification == pytest.approx(amplification, rel=0.06)
+
+
+@pytest.mark.parametrize(("every", "condition"), [(1000, 1.1e3), (500, 1.4e4), (200, 5.9e5), (100, 1.0e7)])
+def test_the_condition_number_is_that_of_the_inner_products(every: int, condition: float) -> None:
+    steps, stds = grid(10_000, every)
+    pairs = [(step, std_to_exponent(std)) for step, std in zip(steps, stds, strict=True)]
+    gram = np.array([[power_function_inner_product(*a, *b) for b in pairs] for a in pairs])
+    ours = posthoc_coefficients(steps, stds, 10_000, 0.07).condition_number
+    assert ours == pytest.approx(np.linalg.cond(gram), rel=0.02)
+    assert ours == pytest.approx(condition, rel=0.05)
 
 
 @given(target=st.sampled_from([0.07, 0.12, 0.2]), index=st.integers(0, 9))
