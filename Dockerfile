@@ -69,9 +69,7 @@ ENV HF_HUB_OFFLINE=${OFFLINE} \
 USER 10001:10001
 RUN python -m ddpm_ema.doctor --output-dir /runs
 
-# A container's health is its exit code (0, 2, 3 or 75) and its newest checkpoint; a probe that opens the GPU could run training out of memory.
-HEALTHCHECK NONE
-
+# No HEALTHCHECK: a probe that opens the GPU could run training out of memory. Health is the exit code (0, 2, 3 or 75).
 # tini reaps what data workers leave and passes SIGTERM to the launcher, which has every rank save before it goes.
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python", "-m", "ddpm_ema.doctor", "--output-dir", "/runs"]

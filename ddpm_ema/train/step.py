@@ -56,17 +56,18 @@ def image_losses(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
     seed, step, positions = config.seed, trainer.step, share.positions
     if config.model.dropout > 0:
         torch.manual_seed(streams.seed_for(seed, Stream.DROPOUT, step, int(positions[0])))
-    positions = positions.to(device, non_blocking=True)
+    # Numbers that are few are drawn on the host: on CUDA each would cost a hundred launches of tiny kernels.
     x_0 = normalise(share.images.to(device, non_blocking=True))  # fp32 [n, C, H, W] in [-1, 1]
     if config.data.horizontal_flip:
         flipped = streams.uniform(seed, Stream.FLIP, step, positions) < 0.5  # bool [n]
-        x_0 = torch.where(flipped[:, None, None, None], x_0.flip(-1), x_0)
-    noise = streams.normal(seed, Stream.NOISE, step, positions, tuple(x_0.shape[1:]))
-    timesteps = objective.timesteps(seed, step, positions)
+        flipped = flipped.to(device, non_blocking=True)[:, None, None, None]
+        x_0 = torch.where(flipped, x_0.flip(-1), x_0)
+    noise = streams.normal(seed, Stream.NOISE, step, positions.to(device, non_blocking=True), tuple(x_0.shape[1:]))
+    timesteps = objective.timesteps(seed, step, positions).to(device, non_blocking=True)
     labels = None
     if (no_label := model.no_label(trainer.network)) is not None:
-        known = trainer.dataset.labels[share.indices].to(device)
-        labels = objective.drop_labels(known, no_label, seed, step, positions)
+        labels = objective.drop_labels(trainer.dataset.labels[share.indices], no_label, seed, step, positions)
+        labels = labels.to(device, non_blocking=True)
     return objective.loss(_predictor(trainer), x_0, noise, timesteps, labels), timesteps
 
 
