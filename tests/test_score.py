@@ -342,6 +342,7 @@ class TestPieces:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert DiskStore(tmp_path).done() == {0, 1}
+        assert not bad.exists()
         assert bad.name in capsys.readouterr().err
 
 

@@ -13,10 +13,12 @@ from scored import again, make_run, results, start, weights
 
 from ddpm_ema import score
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
+from ddpm_ema.features import open_extractor
 from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score import together
 from ddpm_ema.score.network import check_capabilities
+from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.together import on_main
 
 CLOSE = 0.01  # pixels on the edge between two levels may round either way in another batch
@@ -154,6 +156,42 @@ class TestWhatIsMissing:
         found = results(run)
         assert any("feature dimensions" in text for text in found["rows"][0]["warnings"])
         assert found["warnings"]
+
+
+class TestCollectives:
+    """Ranks agree to stop once a sampling step, so each must ask as often as the others, or all of them hang."""
+
+    class Asked:
+        count = 0
+
+        def agreed(self, processes):
+            self.count += 1
+            return False
+
+    @pytest.fixture
+    def studio(self, tmp_path):
+        run = make_run(tmp_path / "run")
+        processes = Processes.start("cpu")
+        extractor = open_extractor(run.evaluation, run.output_dir)
+        return Studio.build(
+            run, processes, extractor, num_images=4, num_classes=None, known_labels=None, stop=self.Asked()
+        )
+
+    def test_a_rank_without_images_asks_as_often_as_one_with_them(self, studio):
+        for images in ([0, 1], []):
+            studio.stop.count = 0
+            studio._sample("raw", images, lambda done: None, 2)
+            assert studio.stop.count == len(studio.sampler) == 4
+
+    def test_a_rank_out_of_memory_goes_on_asking_and_says_what_to_lower(self, studio):
+        def full(x_t, timesteps, labels):
+            raise torch.OutOfMemoryError("no room")
+
+        studio.network.predict = full
+        answer = studio._sample("raw", [0, 1], lambda done: None, 2)
+        assert isinstance(answer, UserError)
+        assert "--evaluation.batch-size" in str(answer)
+        assert studio.stop.count == 4
 
 
 class TestWaiting:
