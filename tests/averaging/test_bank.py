@@ -92,14 +92,6 @@ def test_the_average_of_a_bf16_model_moves_over_10_000_steps_where_a_bf16_averag
     assert torch.equal(frozen, torch.full((16,), 1.0, dtype=torch.bfloat16))  # the trap is real
 
 
-def test_lower_precision_on_an_accelerator_is_converted_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddpm_ema.averaging import kernels
-
-    sources = [torch.randn(n) for n in (5, 3, 9, 2, 2)]
-    parts = list(kernels._parts(range(5), sources, limit=8))
-    assert parts == [[0, 1], [2], [3, 4]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_kept_together_are_those_kept_alone_bit_for_bit(dtype: torch.dtype) -> None:
     model = small_model().to(dtype)
