@@ -1,0 +1,50 @@
+"""benchmarks/conformance.py tells right from wrong: ours is as documented, and the known traps of the peers are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ddpm_ema.averaging import ConstantDecay, PowerFunction
+
+for peer in ("ema_pytorch", "timm", "diffusers", "matplotlib"):
+    pytest.importorskip(peer)
+
+
+@pytest.fixture(scope="module")
+def conformance() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "conformance.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_conformance", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ours_is_as_documented_also_when_updated_every_100_steps(conformance: ModuleType) -> None:
+    for contender in (
+        conformance.ours(ConstantDecay(0.99)),
+        conformance.ours(PowerFunction(0.10)),
+        conformance.ours(PowerFunction(0.10), every=20),
+    ):
+        assert conformance.judge(contender, 2000)["as_documented"], contender.name
+
+
+def test_a_power_function_that_takes_the_decay_of_one_step_for_many_is_found(conformance: ModuleType) -> None:
+    found = conformance.judge(conformance.karras_average(0.10), 10_000)
+    assert found["centre_documented"] == pytest.approx(0.888, abs=1e-3)
+    assert found["centre_measured"] == pytest.approx(0.073, abs=1e-3)
+    assert not found["as_documented"]
+    assert conformance.judge(conformance.karras_average(0.10, update_every=1), 2000)["as_documented"]
+
+
+def test_a_hidden_warm_up_is_found(conformance: ModuleType) -> None:
+    found = conformance.judge(conformance.diffusers_average(0.9999), 2000)
+    assert not found["as_documented"]
+    assert found["centre_measured"] == pytest.approx(0.9, abs=0.01)
