@@ -70,6 +70,6 @@ USER 10001:10001
 RUN python -m ddpm_ema.doctor --output-dir /runs
 
 # No HEALTHCHECK: a probe that opens the GPU could run training out of memory. Health is the exit code (0, 2, 3 or 75).
-# tini reaps what data workers leave and passes SIGTERM to the launcher, which has every rank save before it goes.
-ENTRYPOINT ["/usr/bin/tini", "--"]
+# tini reaps what data workers leave (-s: also where it is not process 1) and passes SIGTERM to the launcher, which has every rank save before it goes.
+ENTRYPOINT ["/usr/bin/tini", "-s", "--"]
 CMD ["python", "-m", "ddpm_ema.doctor", "--output-dir", "/runs"]

@@ -96,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     # torchrun insists on handling some signal; the ones that mean "stop" are the relay's.
     options.signals_to_handle = "SIGUSR2"
+    if options.nnodes in ("1", "1:1") and options.local_addr is None:
+        options.local_addr = "127.0.0.1"  # one node needs no name, and a container's may not resolve
     try:
         run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

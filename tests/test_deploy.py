@@ -81,7 +81,7 @@ def test_the_image_runs_as_a_fixed_user_under_tini_and_checks_itself_as_that_use
     [user] = [text for name, text in steps if name == "USER"]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user), "Kubernetes' runAsNonRoot needs a number"
     [entrypoint] = [json.loads(text) for name, text in steps if name == "ENTRYPOINT"]
-    assert entrypoint == ["/usr/bin/tini", "--"]
+    assert entrypoint == ["/usr/bin/tini", "-s", "--"]
     doctor = next(i for i, (name, text) in enumerate(steps) if name == "RUN" and "ddpm_ema.doctor" in text)
     assert doctor > steps.index(("USER", user))
     for path in JOBS:

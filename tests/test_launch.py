@@ -95,3 +95,24 @@ def test_bad_settings_on_a_rank_are_the_launchers_exit_code_without_a_traceback(
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 2
     assert "Traceback" not in errors
+
+
+RENDEZVOUS = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another host name and other mounts need root")
+def test_one_node_needs_no_host_name_that_resolves(tmp_path: Path):
+    script = tmp_path / "rank.py"
+    script.write_text(RENDEZVOUS)
+    names = tmp_path / "nsswitch.conf"
+    names.write_text("hosts: files\n")
+    unresolved = f'hostname nameless && mount --bind {names} /etc/nsswitch.conf && exec "$@"'
+    nameless = ["unshare", "--uts", "--mount", "sh", "-c", unresolved, "sh"]
+    command = [*nameless, sys.executable, "-m", "ddpm_ema.launch", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60, check=False)
+    assert done.returncode == 0
