@@ -236,3 +236,4 @@ def test_published_reference_statistics_are_read_and_their_origin_is_recorded(tm
     assert "stats.npz" in found["reference"]
     assert len(found["reference_origin"]["sha256"]) == 64
     assert "kid" not in found["rows"][0]
+    assert any("its extractor cannot be checked" in text for text in found["warnings"])

@@ -54,7 +54,7 @@ def open_reference(
         if reference is None:
             return None
         found[:] = [reference]
-        return {**reference.origin, "size": reference.statistics.count}
+        return {**reference.origin, "size": reference.statistics.count, "notes": list(reference.warnings)}
 
     if dataset is None:
         path = Path(config.evaluation.reference)

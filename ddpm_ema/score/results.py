@@ -36,7 +36,7 @@ def settings_of(config: Config, extractor: Extractor, reference: Mapping[str, An
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
-        "reference": {key: value for key, value in reference.items() if key != "versions"},
+        "reference": {key: value for key, value in reference.items() if key not in ("versions", "notes")},
         "groups": evaluation.groups,
         "kid_subsets": evaluation.kid_subsets,
         "kid_subset_size": evaluation.kid_subset_size,
@@ -111,8 +111,9 @@ def results_of(
     step: int,
     scores: Sequence[Score],
     world_size: int,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """results.json but for the sweep."""
+    """results.json but for the sweep. `notes` are warnings about the reference."""
     raw = next((score for score in scores if score.row["weights"] == "raw"), None)
     found = rows(scores, raw)
     return {
@@ -127,7 +128,7 @@ def results_of(
         "settings_digest": digest(settings),
         "rows": found,
         "pairs": pairs([score for row in found for score in scores if score.row["weights"] == row["weights"]]),
-        "warnings": list(dict.fromkeys(warning for row in found for warning in row["warnings"])),
+        "warnings": list(dict.fromkeys([*notes, *(warning for row in found for warning in row["warnings"])])),
         "versions": _versions(),
         "world_size": world_size,
     }

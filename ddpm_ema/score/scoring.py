@@ -48,6 +48,7 @@ class Scoring:
         self.config, self.processes, self.studio = config, processes, studio
         self.step = processes.broadcast(checkpoint.step if checkpoint else 0)
         self.settings = settings_of(config, studio.extractor, origin)
+        self.notes: list[str] = list(origin.get("notes", ()))
         rundir = RunDir(config.output_dir)
         self.folder = ScoreFolder(rundir.score_dir(self.step, digest(self.settings)))
         self.shelf = Shelf(rundir, checkpoint, dict(studio.network.unet.config))
@@ -153,9 +154,8 @@ class Scoring:
             if not score.row.get("sweep")
         ]
         scores = [score for _, score in done]
-        results = results_of(
-            self.config, self.studio.extractor, self.settings, self.step, scores, self.processes.world_size
-        )
+        world, notes = self.processes.world_size, self.notes
+        results = results_of(self.config, self.studio.extractor, self.settings, self.step, scores, world, notes)
         # A scoring without a sweep keeps what an earlier one found.
         results |= sweep or {key: value for key, value in self.folder.results().items() if key.startswith("sweep")}
         slugs = {str(score.row["weights"]): slug for slug, score in done}
