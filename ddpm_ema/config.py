@@ -226,7 +226,7 @@ class EvaluationSettings(Section):
     """Images sampled from every copy."""
     batch_size: Positive = 256
     """Images one process samples at once. Changes memory and speed, not the images."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Image i's noise is a function of this seed, i and the sampling step."""
     sampler: Literal["ddpm", "ddim", "dpm_solver++"] = "ddpm"
     """Ancestral DDPM, DDIM, or DPM-Solver++ (2M)."""

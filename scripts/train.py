@@ -1,6 +1,6 @@
 """Train a DDPM U-Net while averaged copies of its weights are kept, and go on where the run directory stands.
 
-    accelerate launch scripts/train.py --config configs/digits.yaml --training.steps 500 --output-dir runs/x
+accelerate launch scripts/train.py --config configs/digits.yaml --training.steps 500 --output-dir runs/x
 """
 
 import functools

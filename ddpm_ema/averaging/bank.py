@@ -15,6 +15,7 @@ from ddpm_ema.averaging.hooks import UpdateHandle, update_after_steps
 from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_name, clean_named
 from ddpm_ema.averaging.offload import HostMirror
 from ddpm_ema.averaging.profiles import Profile, profile_to_dict
+from ddpm_ema.averaging.storage import fp32_copies
 
 STATE_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -96,7 +97,7 @@ class AverageBank:
         self._averaged = {name: sources[name] for name in averaged}
         self._copied = {name: sources[name] for name in copied}
         self._device = next((source.device for source in sources.values()), torch.device("cpu"))
-        self._averages = {k: {n: _fp32_copy(s) for n, s in self._averaged.items()} for k in self._profiles}
+        self._averages = {name: fp32_copies(self._averaged) for name in self._profiles}
         self._copies = {k: {n: s.detach().clone() for n, s in self._copied.items()} for k in self._profiles}
 
     @property
@@ -161,8 +162,8 @@ class AverageBank:
         """One copy's parameters: what this process owns, so everything when `world_size` is 1.
 
         Returns:
-            clean parameter name -> fp32 tensor. These are the live averages, not clones: they move at the next update, and
-            writing to them changes the bank.
+            clean parameter name -> fp32 tensor. These are the live averages, not clones: they move at the next update,
+            writing to them changes the bank, and they are views of one block of memory.
 
         Raises:
             KeyError: there is no such copy.
@@ -404,8 +405,3 @@ def _first_names(parameters: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _elsewhere(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device.type != device.type or (device.index is not None and tensor.device.index != device.index)
-
-
-def _fp32_copy(tensor: Tensor) -> Tensor:
-    """A copy in fp32 with the same memory layout, so that an update runs through both in order."""
-    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
