@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 KUBERNETES = ROOT / "configs/kubernetes"
 SLURM = ROOT / "configs/slurm"
 ACCELERATE = ROOT / "configs/accelerate"
+KILLED_BY_TERM = 128 + signal.SIGTERM  # stopped before Python could catch a signal
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
@@ -130,7 +131,7 @@ def test_the_jobset_passes_through_jobsets_own_types_without_losing_a_field():
 def test_a_pod_has_shared_memory_a_grace_period_and_exit_codes_that_are_the_codes_of_the_program(path: Path):
     spec = job_of(path)["spec"]
     rules = [rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
-    assert rules == [[EXIT_BAD_INPUT, EXIT_DIVERGED], [EXIT_STOPPED]]
+    assert rules == [[EXIT_BAD_INPUT, EXIT_DIVERGED], [EXIT_STOPPED, KILLED_BY_TERM]]
     pod = spec["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] >= 300
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -147,13 +148,18 @@ def test_stops_after_a_save_are_not_counted_and_bad_settings_are_not_tried_again
     # What the Job controller writes when a rule of podFailurePolicy matches.
     message = "Container train for pod default/ddpm-ema-nodes-0-1-x2b4c failed with exit code {} matching FailJob rule at index 0"
     actions = {}
-    for code in (EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED):
+    for code in (EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, KILLED_BY_TERM):
         for rule in jobset["spec"]["failurePolicy"]["rules"]:
             if any(re.search(p, message.format(code)) for p in rule["onJobFailureMessagePatterns"]):
                 actions[code] = rule["action"]
                 break
     restart = "RestartJobSetAndIgnoreMaxRestarts"
-    assert actions == {EXIT_BAD_INPUT: "FailJobSet", EXIT_DIVERGED: "FailJobSet", EXIT_STOPPED: restart}
+    assert actions == {
+        EXIT_BAD_INPUT: "FailJobSet",
+        EXIT_DIVERGED: "FailJobSet",
+        EXIT_STOPPED: restart,
+        KILLED_BY_TERM: restart,
+    }
 
 
 @every_job
@@ -307,7 +313,9 @@ def test_every_node_gets_the_same_rendezvous_its_own_rank_and_the_arguments_as_t
     ]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (2, False), (3, False), (1, False), (0, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(75, True), (143, True), (2, False), (3, False), (1, False), (0, False)]
+)
 def test_only_a_stop_after_a_save_puts_the_job_back_into_the_queue(slurm: FakeSlurm, code: int, requeued: bool):
     job = slurm.start(f"exit={code}")
     job.communicate(timeout=30)

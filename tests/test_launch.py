@@ -46,6 +46,12 @@ def wait_for(*paths: Path) -> None:
         time.sleep(0.05)
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, from /proc."""
+    [mask] = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize(
     ("codes", "stopped", "expected"),
     [
@@ -83,7 +89,9 @@ def test_a_stop_while_waiting_for_other_nodes_ends_the_launcher_at_once(tmp_path
     free_port = "0"  # nobody listens there: the rendezvous would be tried for minutes
     options = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", free_port)
     launcher = start(tmp_path, options=options)
-    time.sleep(4)
+    while not catches(launcher.pid, signal.SIGTERM):
+        time.sleep(0.05)
+    time.sleep(3)  # it imports torch, and then waits in the rendezvous: a stop must end either
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=30)
     assert launcher.returncode == 75

@@ -6,7 +6,8 @@
 #   SRUN_OPTIONS    more options of srun, such as "--container-image=registry.example.com/ddpm_ema:0.1.0"
 #   MAX_REQUEUES    how often a job may go back into the queue by itself  (1000)
 #
-# Exit code 75 means "saved, start me again": the job is put back into the queue under its own id, and appends to its log.
+# Exit code 75 means "saved, start me again", and 143 "stopped before it could catch a signal": the job is put back into the
+# queue under its own id, and appends to its log.
 # 2 (bad settings), 3 (diverged) and crashes end it. A node that fails is Slurm's to requeue (--requeue).
 set -euo pipefail
 
@@ -37,8 +38,8 @@ while kill -0 "$step" 2>/dev/null; do # the wait was interrupted by the trap, an
     wait "$step" || code=$?
 done
 
-if [[ $code == 75 && ${SLURM_RESTART_COUNT:-0} -lt ${MAX_REQUEUES:-1000} ]]; then
-    echo "job $SLURM_JOB_ID saved and stopped; back into the queue"
+if [[ ($code == 75 || $code == 143) && ${SLURM_RESTART_COUNT:-0} -lt ${MAX_REQUEUES:-1000} ]]; then
+    echo "job $SLURM_JOB_ID stopped; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -135,7 +135,7 @@ def test_a_preempted_job_saves_goes_back_into_the_queue_and_finishes_under_its_o
     text = log.read_text()
     stopped = re.search(r"at step (\d+); saved, start again", text)
     assert stopped, text
-    assert f"job {job} saved and stopped; back into the queue" in text
+    assert f"job {job} stopped; back into the queue" in text
     assert f"step-{int(stopped[1]):08d}" in text.partition("back into the queue")[2], "it went on elsewhere"
     assert state["NumNodes"] == "2"
     assert newest(output) == 60
