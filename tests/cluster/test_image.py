@@ -58,11 +58,9 @@ class Container:
         self.entrypoint, self.command, self.user = settings["Entrypoint"], settings["Cmd"], settings["User"]
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        volume = ["--volume", f"{self.runs}:/runs"]
+        given = ["--volume", f"{self.runs}:/runs", "--env", "OMP_NUM_THREADS=1"]
         # With chroot isolation buildah runs a command as it stands; the entrypoint is the engine's to add.
-        return buildah(
-            "run", "--isolation", "chroot", *volume, self.name, "--", *self.entrypoint, *command, check=False
-        )
+        return buildah("run", "--isolation", "chroot", *given, self.name, "--", *self.entrypoint, *command, check=False)
 
 
 @pytest.fixture(scope="module")
