@@ -251,6 +251,7 @@ def test_with_dropout_a_resumed_run_is_still_bit_equal(tmp_path: Path) -> None:
     assert_bit_equal(state(run), state(whole))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_on_other_numbers_of_processes_sees_the_same_stream(
     fifty_steps: config.Config, tmp_path: Path
 ) -> None:
@@ -622,7 +623,7 @@ def processes_below(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
-@pytest.mark.parametrize("stop", ["launcher alone", "launcher killed"])
+@pytest.mark.parametrize("stop", ["launcher alone", pytest.param("launcher killed", marks=pytest.mark.slow)])
 def test_when_accelerate_s_launcher_is_gone_the_trainer_saves_and_ends(tmp_path: Path, stop: str) -> None:
     run = settings(tmp_path / "run", training__steps=100_000, checkpoints__every=100_000)
     path = tmp_path / "settings.yaml"
