@@ -50,7 +50,7 @@ class Sampler:
     level. DDPM and DDIM run over the respaced chain whose `alphas_cumprod` are those at the chosen timesteps: a step then
     goes exactly to the next chosen timestep, where diffusers' DDIM goes to `t - T // n`, another one unless n divides T.
 
-    Raises UserError for more steps than there are noise levels, or a seed of more than 32 bits.
+    Raises UserError for more steps than there are noise levels.
     """
 
     def __init__(self, noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> None:
@@ -60,8 +60,6 @@ class Sampler:
                 f"evaluation.num_inference_steps: {steps} is more than the {levels} noise levels of the model; "
                 f"set at most {levels}"
             )
-        if settings.seed >= 2**32:
-            raise UserError(f"evaluation.seed: {settings.seed} must be below 2**32")
         self.kind = settings.sampler
         self.eta = settings.eta if settings.sampler == "ddim" else 0.0
         base = DDPMScheduler.from_config(dict(noise_scheduler_config))

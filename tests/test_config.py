@@ -168,3 +168,9 @@ def test_every_setting_has_a_description() -> None:
     for field in config.Config.model_fields.values():
         for name, setting in getattr(field.annotation, "model_fields", {}).items():
             assert setting.description, name
+
+
+@pytest.mark.parametrize("key", ["seed", "evaluation.seed"])
+def test_a_seed_beyond_32_bits_is_an_error_because_it_is_half_of_a_key(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}: input should be less than 4294967296"):
+        config.load(None, {key: [str(2**32)]})
