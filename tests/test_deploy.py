@@ -274,7 +274,7 @@ class FakeSlurm:
             "(( code > worst )) && worst=$code; }; done; exit $worst",
             # Stands for `python -m ddpm_ema.launch ...` on a node.
             "python": 'echo "$SLURM_NODEID: $*" >>"$CALLS"; for a in "$@"; do case $a in exit=*) exit "${a#exit=}";; '
-            'wait) echo $$ >"$CALLS.task"; trap "sleep 0.5; exit 75" TERM; while :; do sleep 0.05; done;; esac; done',
+            'wait) echo $$ >"$CALLS.task"; trap "sleep 0.5; exit 75" TERM; for _ in {1..400}; do sleep 0.05; done;; esac; done',
         }
         for name, body in programs.items():
             (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
