@@ -224,12 +224,12 @@ class StopFlag:
 def _accelerator(device: str, timeout: float, trackers: Sequence[str], project_dir: Path | None) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    cpu = device == "cpu" or not torch.cuda.is_available()
     handlers = [
-        # NCCL's watchdog kills the process without a message, so the control plane gets to speak first.
-        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60)),
+        # NCCL's watchdog kills the process without a message, so there the control plane gets to speak first.
+        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout if cpu else timeout + 60)),
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
-    cpu = device == "cpu" or not torch.cuda.is_available()
     return Accelerator(
         cpu=cpu,
         mixed_precision="no",  # the trainer casts by itself: averages must know which fp16 steps were skipped
