@@ -122,8 +122,9 @@ def describe(trainer: Trainer) -> str:
     dataset = trainer.dataset
     precision = {"no": "fp32"}.get(config.training.mixed_precision, config.training.mixed_precision)
     split = f", each process keeps 1/{world}" if trainer.split else ""
+    threads = f" ({torch.get_num_threads()} of {os.cpu_count()} cores)" if processes.device.type == "cpu" else ""
     lines = [
-        f"device       {processes.device}, {precision}{', compiled' if config.training.compile else ''}",
+        f"device       {processes.device}{threads}, {precision}{', compiled' if config.training.compile else ''}",
         f"processes    {world}",
         f"global batch {batch} images ({', '.join(str(len(streams.partition(batch, r, world))) for r in range(world))} a process)",
         f"data         {dataset}",
