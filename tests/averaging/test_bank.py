@@ -187,6 +187,30 @@ def test_a_copy_that_does_not_move_is_not_touched_and_one_that_is_replaced_forge
     assert bank.weights("frozen")["w"]._version == version
 
 
+ODD_TENSORS = {
+    "odd": torch.arange(7.0),
+    "channels_last": torch.arange(240.0).view(3, 5, 4, 4).to(memory_format=torch.channels_last),
+    "transposed": torch.arange(30.0).view(6, 5).t(),
+    "expanded": torch.arange(4.0)[:, None].expand(4, 3),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.empty(0, 3),
+    "bf16": torch.arange(9, dtype=torch.bfloat16),
+}
+
+
+def test_copies_are_fp32_with_the_values_and_layout_of_any_tensor_and_memory_of_their_own() -> None:
+    before = {name: tensor.clone() for name, tensor in ODD_TENSORS.items()}
+    copies = AverageBank(ODD_TENSORS.items(), {"ema": ConstantDecay(0.5)}).weights("ema")
+    for name, copy_ in copies.items():
+        assert copy_.dtype is torch.float32
+        assert torch.equal(copy_, ODD_TENSORS[name].float())
+        if name != "expanded":  # which has no memory of its own to lay out
+            assert copy_.stride() == ODD_TENSORS[name].stride()
+        copy_.fill_(99.0)
+    for name, tensor in ODD_TENSORS.items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_channels_last_parameters_keep_their_layout_in_the_bank() -> None:
     model = small_model().to(memory_format=torch.channels_last)
     bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.5)})
