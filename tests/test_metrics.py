@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ddpm_ema import metrics
@@ -170,6 +171,16 @@ class TestOtherScores:
             metrics.kernel_distance(gaussian(1, 2), gaussian(10, 2))
         with pytest.raises(UserError, match="at least 2 images"):
             metrics.inception_score(gaussian(1, 2))
+
+    @pytest.mark.parametrize("size", [120, 50], ids=["all images", "some"])
+    def test_kernel_distance_is_torch_fidelitys_over_the_subsets_that_it_draws(self, size: int) -> None:
+        features, reference = gaussian(120, 32, 1, 1.1), gaussian(300, 32, 2)
+        theirs = kid_features_to_metric(
+            features, reference, kid_subsets=7, kid_subset_size=size, rng_seed=5, verbose=False
+        )
+        ours = metrics.kernel_distance(features, reference, subsets=7, subset_size=size, seed=5)
+        assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+        assert ours.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
 
     def test_kernel_distance_is_unbiased_seeded_and_capped_at_the_images_there_are(self) -> None:
         same = metrics.kernel_distance(gaussian(400, 8, 1), gaussian(400, 8, 2), subsets=50, subset_size=200)

@@ -16,7 +16,7 @@ from ddpm_ema.features.classifier import (
     save_classifier,
     train_classifier,
 )
-from ddpm_ema.features.extractor import CLASSIFIER, Extractor, open_extractor
+from ddpm_ema.features.extractor import CLASSIFIER, Extractor, full_precision, open_extractor
 
 __all__ = [
     "CLASSIFIER",
@@ -24,6 +24,7 @@ __all__ = [
     "Classifier",
     "Extractor",
     "Trained",
+    "full_precision",
     "load_classifier",
     "open_extractor",
     "read_metadata",

@@ -12,6 +12,7 @@ import torch
 
 from ddpm_ema import metrics
 from ddpm_ema.config import EvaluationSettings
+from ddpm_ema.features import full_precision
 from ddpm_ema.metrics import Estimate, FrechetReference, Reference
 from ddpm_ema.score.blocks import Block
 
@@ -49,6 +50,8 @@ class Measure:
         """All figures. `more` goes into the row (profile, warnings, what a sweep says of a candidate)."""
         start = time.perf_counter()
         estimate = self.estimate(block, name)
+        with full_precision(self.device):  # also beside a training that allows TF32
+            others = {**self._kernel_distance(block), **self._inception_score(block), **self._precision_recall(block)}
         row: dict[str, Any] = {
             "weights": name,
             **more,
@@ -57,9 +60,7 @@ class Measure:
             "frechet_distance_unbiased": estimate.unbiased,
             "stderr": estimate.stderr,
             "interval95": list(estimate.interval95),
-            **self._kernel_distance(block),
-            **self._inception_score(block),
-            **self._precision_recall(block),
+            **others,
         }
         row["warnings"] = [*more.get("warnings", ()), *estimate.warnings]
         row["seconds"] = block.seconds + time.perf_counter() - start
@@ -71,7 +72,7 @@ class Measure:
             return {}
         settings = self.settings
         kid = metrics.kernel_distance(
-            block.features,
+            block.features.to(self.device),
             features,
             subsets=settings.kid_subsets,
             subset_size=settings.kid_subset_size,
