@@ -59,7 +59,9 @@ class Processes:
         trackers: Sequence[str] = (),
         project_dir: Path | None = None,
     ) -> Processes:
-        """Joins the launch this process is part of. Raises UserError for a device or a number of processes that is not there."""
+        """Joins the launch this process is part of. Raises UserError for a device or a number of processes that is not there,
+        StoppedError where the processes do not find each other within `timeout` seconds.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("training.device: cuda was asked for, and there is no CUDA device here; use auto or cpu")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,7 +70,12 @@ class Processes:
                 f"training.world_size: {expected} processes were asked for, the launch gives {launched}. Two CPU processes are "
                 "`torchrun --nproc_per_node 2 scripts/train.py ...`; `accelerate launch --cpu --num_processes 2` gives one"
             )
-        return cls(_accelerator(device, timeout, trackers, project_dir), timeout)
+        try:
+            return cls(_accelerator(device, timeout, trackers, project_dir), timeout)
+        except (RuntimeError, dist.DistError) as error:
+            if launched == 1 or not _is_communication(error):
+                raise
+            raise StoppedError(_never_met(launched, timeout, error)) from None
 
     def gather(self, value: T) -> list[T]:
         """A small picklable value from every rank, in rank order, on every rank."""
@@ -279,6 +286,15 @@ def _roll_call(rank: int, world_size: int) -> str:
     if not ranks:
         return "the connection between ranks broke, though all still answer"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} no longer answer{'' if len(ranks) > 1 else 's'}"
+
+
+def _never_met(launched: int, timeout: float, error: Exception) -> str:
+    rank, address, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"rank {rank} of {launched} on {socket.gethostname()}: the processes did not all meet at {address}:{port} within "
+        f"{timeout:.0f} s (training.timeout), or one ended meanwhile: look at the output of the other ranks, check that every one of "
+        f"them was started and can reach that address, and start all of them again ({_first_line(error)})"
+    )
 
 
 def _quietly(work: Callable[[], None]) -> None:
