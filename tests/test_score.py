@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 
@@ -10,12 +11,14 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 from scored import again, figures, make_run, results, settings, weights
+from tqdm import TqdmWarning, tqdm
 
 from ddpm_ema import data, diffusion, metrics, model, sampling, score
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
+from ddpm_ema.score import studio
 from ddpm_ema.score.blocks import Block, DiskStore
 from ddpm_ema.score.network import Network
 from ddpm_ema.score.results import settings_of, table
@@ -292,6 +295,14 @@ class TestPieces:
             assert batch <= most
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
             assert len(parts) == -(-num_images // (world * most))
+
+    def test_shares_that_add_up_to_more_by_rounding_do_not_take_the_bar_past_its_end(self):
+        with tqdm(total=1797, disable=False, file=io.StringIO()) as bar, warnings.catch_warnings():
+            warnings.simplefilter("error", TqdmWarning)
+            for _ in range(15):
+                studio._advance(bar, 1797 / 15 * (1 + 1e-12))
+                bar.refresh()
+            assert bar.n == 1797
 
     def test_compiled_networks_see_one_batch_size_only(self, run, monkeypatch):
         """Fewer images are filled up, and what was filled in is cut off again."""

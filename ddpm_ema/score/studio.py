@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Studio:
             for images in rounds(missing, world * self.network.batch_size):
                 start = time.perf_counter()
                 mine = images[slice(*_ends(streams.partition(len(images), self.processes.rank, world)))]
-                part = self._sample(name, mine, lambda done: bar.update(done), len(images))
+                part = self._sample(name, mine, partial(_advance, bar), len(images))
                 parts = self._gather(part)
                 if self.processes.is_main:
                     block = Block.join(parts)
@@ -178,6 +179,11 @@ def _not_finite(name: str, images: Sequence[int], what: str = "pixels") -> UserE
         "broken or overflow in this precision: try --evaluation.mixed-precision no, or leave the copy out of "
         "--evaluation.weights"
     )
+
+
+def _advance(bar: Any, done: float) -> None:
+    """Not past the end: shares of a round add up to it but for rounding, which tqdm warns of."""
+    bar.update(min(done, bar.total - bar.n))
 
 
 def _ends(part: range) -> tuple[int, int]:
