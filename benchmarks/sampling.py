@@ -201,7 +201,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.machine()}
     machine |= {"cores": os.cpu_count(), "device": arguments.device}
-    result: dict[str, Any] = {"machine": machine, "batch": arguments.batch, "rounds": arguments.rounds}
+    # A part that is not measured now keeps what was measured before.
+    result: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result |= {"machine": machine, "batch": arguments.batch, "rounds": arguments.rounds}
     if "speed" in arguments.parts:
         result["speed"] = speed(arguments, device)
     if "outside" in arguments.parts:

@@ -19,11 +19,15 @@ from ddpm_ema.features.weights import obtain, published
 CLASSIFIER = "classifier"
 
 
+CPU_BATCH = 16
+"""Images of 299 × 299 pixels and the like that a CPU is given at once: activations of more of them fall out of its caches."""
+
+
 class Extractor:
     """`extractor(images uint8 [n, c, h, w]) -> {"features": fp32 [n, dim], "logits": fp32 [n, k] | None}`, on its device.
 
     `name`, `sha256` of the weights file, `feature_layer`, `dim`, and `is_published_inception`: only then is the Fréchet
-    distance a FID. Evaluation mode, no gradients, no autocast, no TF32. `batch_size` images a pass.
+    distance a FID. Evaluation mode, no gradients, no autocast, no TF32. At most `batch_size` images a pass.
     """
 
     def __init__(
@@ -39,6 +43,10 @@ class Extractor:
         batch_size: int,
     ) -> None:
         self.network = network.eval().requires_grad_(False).to(device)
+        if torch.device(device).type == "cpu" and not hasattr(network, "architecture"):
+            # Networks of ImageNet's size: nearly twice as fast on CPUs, features equal to rounding.
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            batch_size = min(batch_size, CPU_BATCH)
         self.name, self.sha256 = name, sha256
         self.feature_layer, self.logits_layer = layers
         self.channels = channels
