@@ -177,7 +177,8 @@ def _sweep_shares(points: Sequence[Row], key: str, look: Look) -> Drawing:
         if error.any():
             axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.18, linewidth=0)
         axes.plot(x, y, color=look.colour, linestyle=dash, marker=marker, markersize=4)
-        axes.annotate(share, (x[-1], y[-1]), (-2, 6), textcoords="offset points", ha="right")
+        up = 6 if y[-1] >= y[0] else -14  # the side that the line does not come from
+        axes.annotate(share, (x[-1], y[-1]), (-2, up), textcoords="offset points", ha="right")
     axes.margins(y=0.16)
     _width_axis(axes, key)
     axes.set_ylabel("share of images")
