@@ -219,7 +219,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 3, 8], help="averaged copies kept")
-    parser.add_argument("--processes", type=int, default=7, help="fresh processes that measure everything")
+    parser.add_argument(
+        "--processes", type=int, default=None, help="fresh ones that measure (7; on CUDA, which recycles all, 3)"
+    )
     parser.add_argument(
         "--rounds", type=int, default=9, help="times that every contender takes its turn in each of them"
     )
@@ -232,14 +234,15 @@ def main() -> None:
         parser.error(f"--copies: 1 to {len(DECAYS)}")
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    processes = arguments.processes or (7 if device.type == "cpu" else 3)
     if arguments.one:
         arguments.output.write_text(json.dumps(one_process(arguments.copies[0], arguments.rounds, device)))
         return
     numel = sum(parameter.numel() for parameter in UNet2DModel(**CIFAR10_UNET).parameters())
-    counts = {"processes": arguments.processes, "rounds": arguments.rounds}
+    counts = {"processes": processes, "rounds": arguments.rounds}
     report: dict[str, Any] = {"environment": environment(device), "parameters": numel, **counts, "copies": {}}
     for copies in arguments.copies:
-        rows = summarise([fresh_process(copies, arguments) for _ in range(arguments.processes)])
+        rows = summarise([fresh_process(copies, arguments) for _ in range(processes)])
         report["copies"][str(copies)] = {"rows": rows} | ({"targets": targets(rows)} if copies == 3 else {})
         show(copies, numel, report)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
