@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed  ## .venv with pinned versions, the package editable, every extra
 
-demo: install    ## train, score and report on handwritten digits: under six minutes on two cores
+demo: install    ## train, score and report on handwritten digits: about six minutes on two cores
 	$(BIN)/python scripts/train_features.py --config $(CONFIG)
 	$(LAUNCH) scripts/train.py --config $(CONFIG)
 	$(LAUNCH) scripts/sample_and_score.py --config $(CONFIG)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from live_runs import free_port
 
 ALONE = """
 import sys
@@ -15,13 +15,6 @@ from ddpm_ema import cli
 from ddpm_ema.processes import Processes
 sys.exit(cli.guard(lambda: Processes.start("cpu", timeout=3)))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-    return port
 
 
 @pytest.mark.parametrize("rank", [0, 1], ids=["which keeps the rendezvous", "which asks for it"])

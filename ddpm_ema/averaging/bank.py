@@ -403,8 +403,7 @@ def _first_names(parameters: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _fp32_copies(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each tensor, with its layout and on its device. (One block on huge pages for all of them saved 4% of an update in a
-    loop of updates, and between real training steps cost several times that in stalls on virtual machines.)"""
+    """A copy of each tensor, with its layout and on its device."""
     return {name: source.detach().to(torch.float32, copy=True) for name, source in sources.items()}
 
 

@@ -1,10 +1,9 @@
-"""KID, Inception score, precision and recall from features in memory, seeded, as torch-fidelity computes them."""
+"""KID, Inception score, precision and recall from features in memory, by torch-fidelity's own functions, seeded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,36 +24,20 @@ class KernelDistance:
 def kernel_distance(
     features: Tensor, reference: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """Kernel distance, cubic polynomial kernel (Bińkowski et al. 2018, section 4); unbiased, so it may be below zero.
+    """Kernel distance, cubic polynomial kernel (Bińkowski et al. 2018); unbiased, so it may be below zero.
 
     features fp32 [n, d], reference fp32 [m, d]. `subset_size` is capped at the smaller of n and m. The subsets depend on
-    (seed, n, m) alone: the same images for every copy. They are those that torch-fidelity's `kid_features_to_metric` draws
-    and so is the figure, to its rounding; it takes powers element by element in NumPy and is several times slower.
-    Works on the features' device. Raises UserError for fewer than 2 images.
+    (seed, n, m) alone: the same images for every copy. Raises UserError for fewer than 2 images.
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
     size = min(subset_size, len(features), len(reference))
     if size < 2:
         raise UserError("the kernel distance needs at least 2 images on both sides: raise --evaluation.num-images")
-    reference = reference.to(features.device)
-    drawn = np.random.RandomState(seed)
-    within = _mean_kernel(features) if size == len(features) else None  # every subset is all of them
-    found = []
-    for _ in range(subsets):
-        chosen = torch.from_numpy(drawn.choice(len(features), size, replace=False))
-        against = reference[torch.from_numpy(drawn.choice(len(reference), size, replace=False))]
-        own = _mean_kernel(features[chosen]) if within is None else within
-        found.append(own + _mean_kernel(against) - 2 * _mean_kernel(features[chosen], against))
-    return KernelDistance(mean=float(np.mean(found)), std=float(np.std(found)))
-
-
-def _mean_kernel(x: Tensor, y: Tensor | None = None) -> float:
-    """Mean of (xᵀy/d + 1)³ over all pairs of rows; without `y`, over all pairs of different rows of x."""
-    inner = torch.addmm(torch.ones((), device=x.device), x, (x if y is None else y).T, alpha=1 / x.shape[1])
-    kernel = inner.square().mul_(inner)
-    if y is not None:
-        return float(kernel.mean(dtype=torch.float64))
-    rest = kernel.sum(dtype=torch.float64) - kernel.diagonal().sum(dtype=torch.float64)
-    return float(rest) / (len(x) * (len(x) - 1))
+    result = kid_features_to_metric(
+        features.cpu(), reference.cpu(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
+    )
+    return KernelDistance(mean=float(result[KEY_METRIC_KID_MEAN]), std=float(result[KEY_METRIC_KID_STD]))
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:

@@ -72,7 +72,7 @@ class Measure:
             return {}
         settings = self.settings
         kid = metrics.kernel_distance(
-            block.features.to(self.device),
+            block.features,
             features,
             subsets=settings.kid_subsets,
             subset_size=settings.kid_subset_size,
