@@ -9,9 +9,11 @@ environment are torchrun's own. Restarts are the scheduler's: leave --max-restar
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -87,6 +89,27 @@ def exit_code(codes: Iterable[int], stopped: bool) -> int:
     return killed[0] if killed else EXIT_DONE
 
 
+def _stay_on_this_host(options: argparse.Namespace) -> None:
+    """One node: no name of its own is needed (a container's may not resolve), and never torchrun's c10d store.
+
+    torchrun takes that store for `--standalone`, and where no master port is named. It listens on every interface, and the
+    launcher unpickles what it finds there, so that whoever reaches the port would run code as the user who trains. The
+    static rendezvous on a free port reads no pickle.
+    """
+    if options.local_addr is None:
+        options.local_addr = "127.0.0.1"
+    if options.standalone or (options.rdzv_backend == "static" and not options.rdzv_endpoint):
+        options.standalone = False
+        options.master_addr = "127.0.0.1"
+        options.master_port = options.master_port or _free_port()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs torchrun's launcher in this process and returns the exit code of its ranks."""
     relay = StopRelay()  # before torch, whose import takes long enough for a stop to fall into it
@@ -96,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     # torchrun insists on handling some signal; the ones that mean "stop" are the relay's.
     options.signals_to_handle = "SIGUSR2"
-    if options.nnodes in ("1", "1:1") and options.local_addr is None:
-        options.local_addr = "127.0.0.1"  # one node needs no name, and a container's may not resolve
+    if options.nnodes in ("1", "1:1"):
+        _stay_on_this_host(options)
     try:
         run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

@@ -67,8 +67,9 @@ class Processes:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if expected is not None and launched != expected:
             raise UserError(
-                f"training.world_size: {expected} processes were asked for, the launch gives {launched}. Two CPU processes are "
-                "`torchrun --nproc_per_node 2 scripts/train.py ...`; `accelerate launch --cpu --num_processes 2` gives one"
+                f"training.world_size: {expected} processes were asked for, the launch gives {launched}. Two CPU processes "
+                "are `python -m ddpm_ema.launch --nproc-per-node 2 scripts/train.py ...`; "
+                "`accelerate launch --cpu --num_processes 2` gives one"
             )
         try:
             return cls(_accelerator(device, timeout, trackers, project_dir), timeout)

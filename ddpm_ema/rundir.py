@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 
 SCHEMA = 1
@@ -81,13 +82,6 @@ def atomic_save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes and syncs one safetensors file in place."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

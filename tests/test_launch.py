@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ddpm_ema import launch
@@ -124,3 +125,38 @@ def test_one_node_needs_no_host_name_that_resolves(tmp_path: Path):
     command = [*nameless, sys.executable, "-m", "ddpm_ema.launch", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60, check=False)
     assert done.returncode == 0
+
+
+ATTACK = """
+import base64, os, pickle, sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+class Payload:
+    def __reduce__(self):
+        return os.system, ("id -u > " + sys.argv[1],)
+os.setgid(12345), os.setuid(12345)
+for port in sys.argv[2:]:
+    store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=timedelta(seconds=5))
+    for key in {key.rpartition("/")[2] for key in store.list_keys()} | {"torch.rendezvous.none"}:
+        if key.startswith("torch.rendezvous"):
+            store.set(key, base64.b64encode(pickle.dumps(Payload())))
+print("written")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+def test_another_user_of_the_node_who_writes_to_the_rendezvous_runs_no_code(tmp_path: Path):
+    launcher = start(tmp_path, options=("--standalone",))
+    wait_for(tmp_path / "up-0", tmp_path / "up-1")
+    listening = [c.laddr.port for c in psutil.Process(launcher.pid).net_connections("tcp") if c.status == "LISTEN"]
+    assert listening
+    (tmp_path / "stolen").mkdir(mode=0o777)
+    (tmp_path / "stolen").chmod(0o777)
+    attack = [sys.executable, "-c", ATTACK, str(tmp_path / "stolen" / "uid"), *map(str, listening)]
+    done = subprocess.run(attack, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "written\n", done.stderr
+    time.sleep(7)  # torchrun's heartbeat, at which it would read the state, comes every five seconds
+    assert not (tmp_path / "stolen" / "uid").exists()
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, errors

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm_ema.averaging import Uniform, write_snapshot
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import CorruptCheckpointError, RunDir, _Lock, atomic_save, atomic_write, read_tensors
 
@@ -55,6 +56,21 @@ def test_a_checkpoint_gives_back_bit_for_bit_what_was_written(rundir: RunDir) ->
     back = checkpoint.weights("raw")
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert (checkpoint.manifest["step"], checkpoint.manifest["seed"], checkpoint.manifest["schema"]) == (4, 7, 1)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint = RunDir(tmp_path).write_checkpoint(1, files(), {})
+        atomic_save(tmp_path / "features.safetensors", {"w": torch.ones(2)})
+        write_snapshot(tmp_path / "step-00000001" / "ema.safetensors", {"w": torch.ones(2)}, 1, Uniform())
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 3 + len(files())
+    assert checkpoint.path / "manifest.json" in written
+    assert {path.stat().st_mode & 0o777 for path in written} == {mode}
 
 
 def test_the_order_of_checkpoints_comes_from_their_steps_and_not_from_clocks(rundir: RunDir) -> None:

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.naming import check_tensors, clean_named
 from ddpm_ema.averaging.profiles import ConstantDecay, FloatArray, Profile, Uniform, Warmup, check_steps, weighting_of
 from ddpm_ema.averaging.snapshots import open_safetensors
@@ -214,8 +214,8 @@ def write_diffusers_ema(
     state = {**_diffusers_settings(profile), "optimization_step": int(step)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(stored, folder / _WEIGHTS, metadata={"format": "pt"})
+    stored = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
+    save_tensors(folder / _WEIGHTS, stored, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**model_config, **state}, indent=2, sort_keys=True) + "\n")
 
 

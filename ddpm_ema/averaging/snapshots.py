@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 
 ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -105,12 +105,10 @@ def write_snapshot(
         raise ValueError(f"step: expected at least 1 completed step, got {step!r}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(stored, temporary, metadata={"step": str(step), "profile": json.dumps(profile_to_dict(profile))})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        save_tensors(temporary, stored, {"step": str(step), "profile": json.dumps(profile_to_dict(profile))})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

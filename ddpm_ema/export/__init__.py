@@ -55,6 +55,8 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
         pipeline.save_pretrained(partial, variant=copy.name if variant else None)
         text = card.render(config, rundir, copy.name, copy.step, copy.profile, unet, variant, copy.warnings)
         (partial / "README.md").write_text(text, encoding="utf-8")
+        for path in partial.rglob("*.safetensors"):  # safetensors makes them 0600; the card is what the umask allows
+            path.chmod((partial / "README.md").stat().st_mode & 0o777)
     return target
 
 

@@ -261,11 +261,11 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mo
     path = tmp_path / "x.safetensors"
     write_snapshot(path, {"w": torch.ones(3)}, 7, PowerFunction(0.1))
 
-    def half(tensors, target, metadata) -> None:
+    def half(target, tensors, metadata) -> None:
         Path(target).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(snapshots, "save_file", half)
+    monkeypatch.setattr(snapshots, "save_tensors", half)
     with pytest.raises(OSError, match="No space left"):
         write_snapshot(path, {"w": torch.zeros(3)}, 8, PowerFunction(0.1))
     assert Snapshot.open(path).step == 7
