@@ -60,7 +60,7 @@ def curve(measure: Measure, blocks: dict[str, Block], sizes: list[int]) -> list[
                 "delta": d.delta,
                 "stderr": d.stderr,
                 "unpaired": unpaired,
-                "real": d.real,
+                "significant": d.significant,
             }
         rows.append(row)
     return rows
@@ -72,7 +72,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{name}: {c['plain']:.2f} / {c['corrected']:.2f} ± {c['stderr']:.2f}" for name, c in row["copies"].items()
         )
         differences = "  ".join(
-            f"{name}: {d['delta']:.2f} ± {d['stderr']:.2f} ({d['unpaired']:.2f}){'' if d['real'] else ' not real'}"
+            f"{name}: {d['delta']:.2f} ± {d['stderr']:.2f} ({d['unpaired']:.2f}){'' if d['significant'] else ' not significant'}"
             for name, d in row["differences"].items()
         )
         print(f"N = {row['images']}\n  {copies}\n  {differences}")

@@ -24,6 +24,9 @@ DDPMScheduler: Any = diffusers.DDPMScheduler
 DDIMScheduler: Any = diffusers.DDIMScheduler
 DPMSolverMultistepScheduler: Any = diffusers.DPMSolverMultistepScheduler
 
+PROTOCOL = 2
+"""Raised whenever the same settings give other images or features on purpose; part of every scoring's identity."""
+
 Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
 """(x_t float32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None) -> float32 `[n, C or 2C, H, W]`."""
 

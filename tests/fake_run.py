@@ -69,7 +69,7 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
             interval = [delta - 2.1 * error, delta + 2.1 * error]
             pairs.append({"a": a, "b": b, "delta": delta, "stderr": error, "interval": interval})
     return {
-        "schema": 1,
+        "schema": 2,
         "step": step,
         "metric": "fd",
         "extractor": "classifier",
@@ -198,7 +198,7 @@ def make_run(run: Path) -> Path:
         "std": {
             "weights": rows[0]["weights"],
             "std": rows[0]["std"],
-            "not_told_apart": [row["weights"] for row in rows[1:4]],
+            "not_significantly_worse": [row["weights"] for row in rows[1:4]],
         }
     }
     grid(write_results(run, results(sweep=rows, sweep_best=best)) / "grid.png")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: ["averaging", "errors"],
-    1: ["config", "streams", "rundir", "processes"],
+    1: ["config", "numbers", "streams", "rundir", "processes"],
     2: [
         *["data", "model", "diffusion", "sampling", "features", "metrics"],
         *["optimization", "saving", "logbook", "grids", "reconstruction"],

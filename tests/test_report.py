@@ -15,10 +15,11 @@ import pytest
 
 from ddpm_ema import report
 from ddpm_ema.errors import UserError
+from ddpm_ema.numbers import figure, with_error
 from ddpm_ema.report.drawing import looks
 from ddpm_ema.report.page import duration
 from ddpm_ema.report.record import Scoring, read
-from ddpm_ema.report.verdict import figure, judge, with_error
+from ddpm_ema.report.verdict import judge
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -73,7 +74,7 @@ def scored(tmp_path: Path, **changes: Any) -> Scoring:
 def test_the_answer_comes_first_and_names_the_copy_its_gain_and_whether_the_next_is_told_apart(page: Page) -> None:
     answer = (
         "Ship power_0_10 : its distance is 24.7 ± 2.0 below raw \u2019s; "
-        "the difference from ema_0_999_debiased (0.4 ± 0.6) is not real."
+        "the difference from ema_0_999_debiased (0.40 ± 0.60) is not significant."
     )
     assert answer in page.text
     assert page.text.index("Ship") < page.text.index("The copies, best first")
@@ -84,7 +85,7 @@ def test_rows_stand_from_the_lowest_corrected_distance_to_the_highest(page: Page
     expected = ["power_0_10", "ema_0_999_debiased", "power_0_05", "ema_0_999 ", "ema_0_9999_debiased", "raw "]
     places = [table.rindex(name) for name in expected]
     assert places == sorted(places)
-    assert "2.7 ± 0.8 3.90 \u221224.7 ± 2.0 \u221228.9 to \u221220.5 better 0.0039 0.889 0.741" in table
+    assert "2.70 ± 0.80 3.90 \u221224.7 ± 2.0 \u221228.9 to \u221220.5 better 0.0039 0.889 0.741" in table
 
 
 def test_the_page_needs_no_other_file_and_runs_no_script(run: Path, page: Page) -> None:
@@ -364,19 +365,19 @@ def two_rows(average: float, raw: float, stderr: float) -> list[dict[str, Any]]:
 def test_an_average_whose_gain_is_not_real_is_not_recommended(tmp_path: Path) -> None:
     sentence = judge(scored(tmp_path, rows=two_rows(9.6, 10.0, 0.6), pairs=[])).sentence
     assert sentence.startswith(
-        "No average is shown to be better than raw: the best, ema, is 0.4 ± 0.6 below it, which is not real."
+        "No average is shown to be better than raw: the best, ema, is 0.40 ± 0.60 below it, which is not significant."
     )
 
 
 def test_raw_is_recommended_where_averages_are_really_worse(tmp_path: Path) -> None:
     verdict = judge(scored(tmp_path, rows=two_rows(14.0, 10.0, 0.6), pairs=[]))
     assert verdict.best == "raw"
-    assert verdict.sentence.startswith("Ship raw: no average is better: the nearest, ema, is 4.0 ± 0.6 above it.")
+    assert verdict.sentence.startswith("Ship raw: no average is better: the nearest, ema, is 4.00 ± 0.60 above it.")
 
 
 def test_raw_and_an_average_that_cannot_be_told_apart_are_both_named(tmp_path: Path) -> None:
     verdict = judge(scored(tmp_path, rows=two_rows(10.4, 10.0, 0.6), pairs=[]))
-    assert verdict.sentence.startswith("Ship raw or ema: the difference between them (0.4 ± 0.6) is not real")
+    assert verdict.sentence.startswith("Ship raw or ema: the difference between them (0.40 ± 0.60) is not significant")
 
 
 def test_a_single_copy_is_compared_with_nothing(tmp_path: Path) -> None:
@@ -386,14 +387,14 @@ def test_a_single_copy_is_compared_with_nothing(tmp_path: Path) -> None:
 def test_without_raw_the_lowest_is_named_with_its_distance(tmp_path: Path) -> None:
     sentence = judge(scored(tmp_path, names=("power_0_05", "power_0_10"))).sentence
     assert sentence == (
-        "Ship power_0_10: its FD (classifier) is 2.7 ± 0.8, the lowest of those scored; "
-        "the difference from power_0_05 (2.2 ± 0.6) is real."
+        "Ship power_0_10: its FD (classifier) is 2.70 ± 0.80, the lowest of those scored; "
+        "the difference from power_0_05 (2.20 ± 0.60) is significant."
     )
 
 
 def test_an_unpaired_runner_up_is_not_called_real_or_unreal(tmp_path: Path) -> None:
     sentence = judge(scored(tmp_path, pairs=[])).sentence
-    assert "ema_0_999_debiased comes 0.4 behind, no paired error of that was computed" in sentence
+    assert "ema_0_999_debiased comes 0.40 behind, no paired error of that was computed" in sentence
 
 
 def test_every_copy_that_ties_with_the_best_is_named(tmp_path: Path) -> None:
@@ -407,17 +408,17 @@ def test_every_copy_that_ties_with_the_best_is_named(tmp_path: Path) -> None:
 
 def test_a_width_of_the_sweep_that_beats_every_copy_is_mentioned_with_its_caveat(tmp_path: Path) -> None:
     notes = judge(scored(tmp_path, sweep=fake_run.sweep_rows())).notes
-    assert notes[-1].startswith("The sweep found power_0_140 lower still, at 2.6 ± 0.8; the lowest of many")
+    assert notes[-1].startswith("The sweep found power_0_140 lower still, at 2.55 ± 0.78; the lowest of many")
 
 
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        (12.23, 0.94, "12.2 ± 0.9"),
+        (12.23, 0.94, "12.23 ± 0.94"),
         (24.7, 2.04, "24.7 ± 2.0"),
-        (0.412, 0.056, "0.41 ± 0.06"),
-        (-3.2, 0.5, "\u22123.2 ± 0.5"),
-        (123.4, 45.6, "123.4 ± 45.6"),
+        (0.412, 0.056, "0.412 ± 0.056"),
+        (-3.2, 0.5, "\u22123.20 ± 0.50"),
+        (123.4, 45.6, "123 ± 46"),
         (1.5, None, "1.50"),
         (None, 0.5, "\u2013"),
     ],

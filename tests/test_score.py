@@ -45,7 +45,7 @@ class TestTheWholeWay:
         assert distances == sorted(distances)
         for key in ("schema", "step", "metric", "extractor", "extractor_sha256", "reference", "num_images", "sampler"):
             assert key in scored
-        assert (scored["schema"], scored["step"], scored["metric"]) == (1, 8, "fd")
+        assert (scored["schema"], scored["step"], scored["metric"]) == (2, 8, "fd")
 
     def test_the_numbers_are_those_of_the_same_images_made_by_hand(self, run, scored):
         """Sampled, read and compared here with nothing of the scorer: 60 images of raw against the digits."""
@@ -74,7 +74,7 @@ class TestTheWholeWay:
             low, high = row["interval"]
             assert row["delta_vs_raw"] == pytest.approx(delta)
             assert low < delta < high
-            assert row["real"] == (not low <= 0 <= high)
+            assert row["significant"] == (not low <= 0 <= high)
             unpaired = (row["stderr"] ** 2 + rows["raw"]["stderr"] ** 2) ** 0.5
             assert row["delta_stderr"] < unpaired
         assert "delta_vs_raw" not in rows["raw"]
@@ -106,7 +106,7 @@ class TestTheWholeWay:
         lines = table(scored).splitlines()
         assert "FD (classifier)" in lines[0]
         assert [line.split()[0] for line in lines[1:]] == [row["weights"] for row in scored["rows"]]
-        assert sum(word in " ".join(lines) for word in ("better", "worse", "not real")) >= 1
+        assert sum(word in " ".join(lines) for word in ("better", "worse", "not significant")) >= 1
 
 
 class TestWhatChangesTheNumbers:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import Config, EvaluationSettings
+from ddpm_ema.numbers import figure, metric_label, with_error
 from ddpm_ema.rundir import RunDir
 
 HEADER = """---
@@ -111,12 +112,13 @@ def _spellings(name: str, step: int, results: Mapping[str, Any]) -> set[tuple[st
 
 
 def _score(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    metric = "FID" if results["metric"] == "fid" else f"FD ({results['extractor']})"
-    unbiased = _with_error(row.get("frechet_distance_unbiased"), row.get("stderr"))
-    delta = _with_error(row.get("delta_vs_raw"), row.get("delta_stderr")) if row["weights"] != "raw" else "–"
+    unbiased = with_error(row.get("frechet_distance_unbiased"), row.get("stderr"))
+    delta = (
+        with_error(row.get("delta_vs_raw"), row.get("delta_stderr"), signed=True) if row["weights"] != "raw" else "–"
+    )
     cells = [
-        metric,
-        f"{row['frechet_distance']:.2f}",
+        metric_label(results),
+        figure(row["frechet_distance"]),
         unbiased,
         f"{results['num_images']:,}",
         f"{results['sampler']}, {results['num_inference_steps']} evaluations",
@@ -130,12 +132,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {entry}" for key, entry in value.items())
     return str(value)
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
 
 
 def _sampling(config: Config, name: str, unet: Any, variant: bool) -> str:

@@ -61,7 +61,7 @@ class Difference:
     delta: float
     stderr: float
     interval95: tuple[float, float]
-    real: bool
+    significant: bool
 
 
 def jackknife(moments_by_copy: Mapping[str, Moments], reference: Statistics | FrechetReference) -> dict[str, Estimate]:
@@ -121,7 +121,7 @@ def difference(a: Estimate, b: Estimate) -> Difference:
     delta = a.unbiased - b.unbiased
     stderr = _stderr(pseudo, delta, a.counts)
     low, high = _interval(delta, stderr, len(pseudo))
-    return Difference(delta=delta, stderr=stderr, interval95=(low, high), real=not low <= 0.0 <= high)
+    return Difference(delta=delta, stderr=stderr, interval95=(low, high), significant=not low <= 0.0 <= high)
 
 
 def _check_groups(count: int, groups: Sequence[int]) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from ddpm_ema.numbers import with_error
 from ddpm_ema.report.drawing import INK, LINE, MUTED, PAPER, QUARTERS, Drawing, Look, canvas, to_svg
 from ddpm_ema.report.record import Row, Scoring, number
-from ddpm_ema.report.verdict import with_error
 
 Looks = Mapping[str, Look]
 Rows = Sequence[Mapping[str, Any]]
@@ -28,7 +28,7 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
         look, gap = looks[row.name], row.versus_raw
         assert gap is not None
         axes.plot([gap.low, gap.high], [y, y], color=look.colour, linewidth=2.4)
-        face = look.colour if gap.real else PAPER
+        face = look.colour if gap.significant else PAPER
         axes.plot(gap.delta, y, look.marker, color=look.colour, markerfacecolor=face, markersize=7, markeredgewidth=1.6)
     axes.set_yticks(range(len(rows)), [row.weights for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -40,7 +40,7 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
         for row in rows
         if row.versus_raw
     )
-    caption = "Paired over the same noise, with 95% intervals. A hollow mark is a difference that is not real."
+    caption = "Paired over the same noise, with 95% intervals. A hollow mark is a difference that is not significant."
     svg = to_svg(figure, "differences", f"Difference from raw: {spoken}")
     return Drawing(svg, "Difference of each copy from raw", caption)
 
@@ -121,7 +121,7 @@ def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: L
 def sweep(rows: Sequence[Row], key: str, label: str, look: Look, close: Sequence[str] = ()) -> list[Drawing]:
     """Distance, then precision and recall, over the width of reconstructed averages.
 
-    `key` is `std` or `decay`; `close` names the candidates whose paired difference from the best is not real.
+    `key` is `std` or `decay`; `close` names the candidates whose paired difference from the best is not significant.
     """
     points = sorted((row for row in rows if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
     if len(points) < 2:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ddpm_ema import numbers
 from ddpm_ema.report import figures, verdict
 from ddpm_ema.report.drawing import Drawing, Look, looks, style
 from ddpm_ema.report.record import Record, Scoring, number
@@ -36,7 +37,7 @@ def render(record: Record) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["names"] = _name_marker(record)
-    environment.globals.update(figure=verdict.figure, with_error=verdict.with_error, reality=verdict.reality)
+    environment.globals.update(figure=numbers.figure, with_error=numbers.with_error, reality=verdict.reality)
     with style():
         content = _content(record, look)
     return environment.get_template("report.html").render(record=record, looks=look, **content)
@@ -200,7 +201,7 @@ def _sweep(record: Record, scoring: Scoring | None) -> Sweep:
             drawing
             for key in ("std", "decay")
             for drawing in figures.sweep(
-                rows, key, source.metric, _SWEEP_LOOK, (best.get(key) or {}).get("not_told_apart", ())
+                rows, key, source.metric, _SWEEP_LOOK, (best.get(key) or {}).get("not_significantly_worse", ())
             )
         ]
         if drawings:

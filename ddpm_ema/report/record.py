@@ -15,8 +15,9 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ddpm_ema.errors import UserError
+from ddpm_ema.numbers import metric_label
 
-SCHEMA = 1
+SCHEMA = 2
 STEP = re.compile(r"step-(\d+)")
 PROTOCOL = (
     "metric",
@@ -41,7 +42,7 @@ class Interval:
     high: float
 
     @property
-    def real(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
 
@@ -179,10 +180,6 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def metric_label(source: Mapping[str, Any]) -> str:
-    return "FID" if source.get("metric") == "fid" else f"FD ({source.get('extractor', 'unknown extractor')})"
 
 
 def read_interval(entry: Mapping[str, Any], delta: str, stderr: str, interval: str) -> Interval | None:

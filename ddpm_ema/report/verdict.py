@@ -1,43 +1,11 @@
-"""The answer in one plain sentence: which weights to ship, and which differences are real."""
+"""The answer in one plain sentence: which weights to ship, and which differences are significant."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from ddpm_ema.numbers import decimals, figure, listed, with_error
 from ddpm_ema.report.record import Interval, Row, Scoring
-
-MINUS = "\u2212"
-
-
-def decimals(error: float | None) -> int:
-    """Digits after the point that show an error of this size to one or two figures, at least one."""
-    if error is None or error <= 0:
-        return 2
-    return min(8, max(1, math.ceil(-math.log10(error))))
-
-
-def figure(value: float | None, places: int = 2, signed: bool = False) -> str:
-    """A number for people: a true minus sign, an en dash for what is missing, +0.0 never."""
-    if value is None:
-        return "\u2013"
-    text = f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
-    if float(text) == 0:
-        text = f"{0:.{places}f}"
-    return text.replace("-", MINUS)
-
-
-def with_error(value: float | None, error: float | None, signed: bool = False) -> str:
-    """`12.2 ± 0.9`, digits given by the error."""
-    if error is None or value is None:
-        return figure(value, signed=signed)
-    places = decimals(error)
-    return f"{figure(value, places, signed)} ± {error:.{places}f}"
-
-
-def listed(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +18,7 @@ class Verdict:
 
 
 def judge(scoring: Scoring) -> Verdict:
-    """The verdict on one scoring. `real` means: the paired 95% interval leaves out zero."""
+    """The verdict on one scoring. `significant` means: the paired 95% interval leaves out zero."""
     verdict = _judge_copies(scoring)
     if not (scoring.rows and scoring.sweep and scoring.sweep[0].ranked_by < scoring.rows[0].ranked_by):
         return verdict
@@ -88,13 +56,13 @@ def _average_is_best(scoring: Scoring, best: Row) -> Verdict:
     gain = best.versus_raw
     if gain is None:
         lead = f"Ship {best.weights}: {_distance(scoring, best)}"
-        note = "No paired difference from raw was computed, so whether it is real is not known."
+        note = "No paired difference from raw was computed, so whether it is significant is not known."
         return Verdict(f"{lead}{_runner_up(scoring, best)}.", (note,), best.weights)
     size = with_error(abs(gain.delta), gain.stderr)
-    if not gain.real:
+    if not gain.significant:
         sentence = (
             f"No average is shown to be better than raw: the best, {best.weights}, is {size} below it, "
-            "which is not real. Score more images, or train longer."
+            "which is not significant. Score more images, or train longer."
         )
         return Verdict(sentence, _ties(scoring, best), best.weights)
     sentence = f"Ship {best.weights}: its distance is {size} below raw\u2019s{_runner_up(scoring, best)}."
@@ -104,7 +72,7 @@ def _average_is_best(scoring: Scoring, best: Row) -> Verdict:
 def _raw_is_best(scoring: Scoring, raw: Row) -> Verdict:
     nearest = scoring.rows[1]
     difference = nearest.versus_raw
-    if difference is None or difference.real:
+    if difference is None or difference.significant:
         size = (
             ""
             if difference is None
@@ -112,7 +80,7 @@ def _raw_is_best(scoring: Scoring, raw: Row) -> Verdict:
         )
         return Verdict(f"Ship raw: no average is better{size}. Try narrower averages, or train longer.", best="raw")
     sentence = (
-        f"Ship raw or {nearest.weights}: the difference between them ({with_error(*_size(difference))}) is not real, "
+        f"Ship raw or {nearest.weights}: the difference between them ({with_error(*_size(difference))}) is not significant, "
         "and no average is shown to be better."
     )
     return Verdict(sentence, _ties(scoring, raw), "raw")
@@ -123,7 +91,7 @@ def _size(difference: Interval) -> tuple[float, float]:
 
 
 def _runner_up(scoring: Scoring, best: Row) -> str:
-    """`; the difference from ema_0_999 (0.4 ± 0.6) is not real`, for the nearest copy that is not raw."""
+    """`; the difference from ema_0_999 (0.4 ± 0.6) is not significant`, for the nearest copy that is not raw."""
     rivals = [row for row in scoring.rows if row.weights not in (best.weights, "raw")]
     if not rivals:
         return ""
@@ -132,8 +100,8 @@ def _runner_up(scoring: Scoring, best: Row) -> str:
     if difference is None:
         size = figure(rival.ranked_by - best.ranked_by, decimals(best.stderr))
         return f"; {rival.weights} comes {size} behind, no paired error of that was computed"
-    is_real = "is real" if difference.real else "is not real"
-    return f"; the difference from {rival.weights} ({with_error(*_size(difference))}) {is_real}"
+    verb = "is significant" if difference.significant else "is not significant"
+    return f"; the difference from {rival.weights} ({with_error(*_size(difference))}) {verb}"
 
 
 def _ties(scoring: Scoring, best: Row) -> tuple[str, ...]:
@@ -141,7 +109,7 @@ def _ties(scoring: Scoring, best: Row) -> tuple[str, ...]:
     tied = [
         row.weights
         for row in scoring.rows
-        if (pair := scoring.pairs.get((row.weights, best.weights))) is not None and not pair.real
+        if (pair := scoring.pairs.get((row.weights, best.weights))) is not None and not pair.significant
     ]
     if not tied:
         return ()
@@ -150,9 +118,9 @@ def _ties(scoring: Scoring, best: Row) -> tuple[str, ...]:
 
 
 def reality(scoring: Scoring, row: Row) -> str:
-    """What the table says of a copy's difference from raw: better, worse, not real, or nothing."""
+    """What the table says of a copy's difference from raw: better, worse, not significant, or nothing."""
     if row.versus_raw is None:
         return ""
-    if not row.versus_raw.real:
-        return "not real"
+    if not row.versus_raw.significant:
+        return "not significant"
     return "better" if row.versus_raw.delta < 0 else "worse"

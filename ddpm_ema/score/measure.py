@@ -113,7 +113,7 @@ def versus_raw(score: Score, raw: Score | None) -> dict[str, Any]:
         "delta_vs_raw": found.delta,
         "delta_stderr": found.stderr,
         "interval": list(found.interval95),
-        "real": found.real,
+        "significant": found.significant,
     }
 
 
@@ -125,7 +125,7 @@ def pairs(scores: Sequence[Score]) -> list[dict[str, Any]]:
             if a.estimate.counts == b.estimate.counts:
                 d = metrics.difference(a.estimate, b.estimate)
                 entry = {"a": a.row["weights"], "b": b.row["weights"], "delta": d.delta, "stderr": d.stderr}
-                found.append({**entry, "interval": list(d.interval95), "real": d.real})
+                found.append({**entry, "interval": list(d.interval95), "significant": d.significant})
     return found
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from ddpm_ema.config import Config, digest
 from ddpm_ema.features import Extractor
 from ddpm_ema.grids import save_grid
+from ddpm_ema.numbers import figure, metric_label, with_error
 from ddpm_ema.rundir import atomic_save, atomic_write, read_tensors
 from ddpm_ema.score.measure import Score, pairs, rows
 
-SCHEMA = 1
-MINUS = "\N{MINUS SIGN}"
+SCHEMA = 2
 
 
 def settings_of(config: Config, extractor: Extractor, reference: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,8 +158,7 @@ def _versions() -> dict[str, str]:
 
 def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Rows from the best to the worst, for a terminal. The distance is the bias-corrected one, ± one standard error."""
-    label = "FID" if results["metric"] == "fid" else f"FD ({results['extractor']})"
-    head = ["weights", label, "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
+    head = ["weights", metric_label(results), "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
     body = [_cells(row) for row in (results["rows"] if entries is None else entries)]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
     lines = [[line[i] for i in shown] for line in [head, *body]]
@@ -175,22 +174,16 @@ def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | Non
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     verdict = ""
-    if "real" in row:
-        verdict = ("better" if row["delta_vs_raw"] < 0 else "worse") if row["real"] else "not real"
+    if "significant" in row:
+        verdict = ("better" if row["delta_vs_raw"] < 0 else "worse") if row["significant"] else "not significant"
     return [
         str(row["weights"]),
-        _with_error(row["frechet_distance_unbiased"], row["stderr"]),
-        f"{row['frechet_distance']:.2f}",
-        _with_error(row["delta_vs_raw"], row["delta_stderr"], "+") if "delta_vs_raw" in row else "",
+        with_error(row["frechet_distance_unbiased"], row["stderr"]),
+        figure(row["frechet_distance"]),
+        with_error(row["delta_vs_raw"], row["delta_stderr"], signed=True) if "delta_vs_raw" in row else "",
         verdict,
-        f"{row['kid']:.5f}".replace("-", MINUS) if "kid" in row else "",
+        figure(row["kid"], 5) if "kid" in row else "",
         f"{row['precision']:.3f}" if "precision" in row else "",
         f"{row['recall']:.3f}" if "recall" in row else "",
         f"{row['seconds']:.1f}",
     ]
-
-
-def _with_error(value: float, error: float, sign: str = "") -> str:
-    """As many digits as the error has a use for."""
-    places = 1 if error >= 1 else 2 if error >= 0.1 else 3 if error >= 0.01 else 4
-    return f"{value:{sign}.{places}f} ± {error:.{places}f}".replace("-", MINUS)

@@ -16,7 +16,7 @@ class Search:
 
     Candidates 0 ... `num_candidates` - 1 lie in order of width and their distance is taken to have one valley. Five spread
     over the range are looked at with `first_images` each. Then the best so far and its nearest neighbours that were looked
-    at are sampled on, twice as many images each time, until their paired differences from the best are real or they
+    at are sampled on, twice as many images each time, until their paired differences from the best are significant or they
     have `most_images`; then the wider gap beside the best is halved. It ends where the best one's neighbours on the grid
     were looked at, and the best has all its images. `estimate(candidate, num_images)` gives the distance over a copy's
     first images, which must have been sampled.
@@ -40,12 +40,12 @@ class Search:
         """The candidate of the lowest corrected distance, each at its own number of images."""
         return min(self.counts, key=lambda c: self.estimate(c, self.counts[c]).unbiased)
 
-    def is_real(self, candidate: int) -> bool:
-        """Whether the candidate's paired difference from the best is real, over the images that both have."""
+    def is_significant(self, candidate: int) -> bool:
+        """Whether the candidate's paired difference from the best is significant, over the images that both have."""
         if candidate == self.best:
             return False
         common = min(self.counts[candidate], self.counts[self.best])
-        return difference(self.estimate(candidate, common), self.estimate(self.best, common)).real
+        return difference(self.estimate(candidate, common), self.estimate(self.best, common)).significant
 
     def next(self) -> tuple[int, int] | None:
         """(candidate, how many images it should have), or None when the search is over."""
@@ -62,7 +62,9 @@ class Search:
         left = max((c for c in self.counts if c < best), default=None)
         right = min((c for c in self.counts if c > best), default=None)
         near = [c for c in (left, right) if c is not None]
-        unclear = [c for c in near if not self.is_real(c) and min(self.counts[c], self.counts[best]) < self.most_images]
+        unclear = [
+            c for c in near if not self.is_significant(c) and min(self.counts[c], self.counts[best]) < self.most_images
+        ]
         if unclear:
             least = min([best, *unclear], key=lambda c: self.counts[c])
             return least, min(2 * self.counts[least], self.most_images)

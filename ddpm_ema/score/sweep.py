@@ -121,7 +121,7 @@ class Run:
         """Every candidate over the same number of images. A collective."""
         for place in range(len(self.candidates)):
             self.score(place, self.most_images)
-        return self.summary(range(len(self.candidates)), _is_real)
+        return self.summary(range(len(self.candidates)), _is_significant)
 
     def score(self, place: int, count: int, keep_features: bool = False) -> None:
         candidate = self.candidates[place]
@@ -142,8 +142,8 @@ class Run:
             self.score(place, count, keep_features=True)  # until results.json has the sweep
         if not scoring.processes.is_main:
             return {}
-        told_apart = {self.candidates[c].name for c in counts if search.is_real(c)}
-        part = self.summary(sorted(counts), lambda score, _: score.row["weights"] in told_apart)
+        worse = {self.candidates[c].name for c in counts if search.is_significant(c)}
+        part = self.summary(sorted(counts), lambda score, _: score.row["weights"] in worse)
         spent, whole = sum(counts.values()), len(self.candidates) * self.most_images
         part["sweep_search"] = {self.kind: {"candidates": len(self.candidates), "images": spent, "of": whole}}
         return part
@@ -154,8 +154,8 @@ class Run:
         assert measure is not None
         return measure.estimate(self.scoring.store(source.slug).block().first(count), source.name)
 
-    def summary(self, places: Iterable[int], is_real: Callable[[Score, Score], bool]) -> dict[str, Any]:
-        """Rank 0: rows in order of width, which is best, and which are not told apart from it. {} elsewhere."""
+    def summary(self, places: Iterable[int], is_significant: Callable[[Score, Score], bool]) -> dict[str, Any]:
+        """Rank 0: rows in order of width, which is best, and which are not significantly worse. {} elsewhere."""
         if not self.scoring.processes.is_main:
             return {}
         scores = [score for place in places if (score := self._finished(place)) is not None]
@@ -167,8 +167,8 @@ class Run:
                 raws[count] = self.scoring.raw_score(count)
             rows.append({**score.row, **versus_raw(score, raws[count])})
         best = min(scores, key=lambda score: score.estimate.unbiased)
-        close = [score.row["weights"] for score in scores if score is not best and not is_real(score, best)]
-        summary = {"weights": best.row["weights"], self.kind: best.row[self.kind], "not_told_apart": close}
+        close = [score.row["weights"] for score in scores if score is not best and not is_significant(score, best)]
+        summary = {"weights": best.row["weights"], self.kind: best.row[self.kind], "not_significantly_worse": close}
         return {"sweep": rows, "sweep_best": {self.kind: summary}}
 
     def _finished(self, place: int) -> Score | None:
@@ -176,8 +176,8 @@ class Run:
         return self.scoring.folder.finished(source.slug) if source else None
 
 
-def _is_real(score: Score, best: Score) -> bool:
-    return difference(score.estimate, best.estimate).real
+def _is_significant(score: Score, best: Score) -> bool:
+    return difference(score.estimate, best.estimate).significant
 
 
 def _done(results: Mapping[str, Any], kind: str, identity: str) -> dict[str, Any] | None:
@@ -193,8 +193,8 @@ def describe(results: Mapping[str, Any]) -> str:
     """What the sweep found, for a terminal; empty where there was none."""
     lines = []
     for kind, best in results.get("sweep_best", {}).items():
-        close = best["not_told_apart"]
-        tail = f"; not told apart from it: {', '.join(close)}" if close else ""
+        close = best["not_significantly_worse"]
+        tail = f"; not significantly worse: {', '.join(close)}" if close else ""
         lines.append(f"best {kind} of the sweep: {best[kind]:.6g} ({best['weights']}){tail}")
         if spent := results.get("sweep_search", {}).get(kind):
             lines.append(f"  the search sampled {spent['images']:,} images, a full sweep would {spent['of']:,}")

@@ -1,0 +1,45 @@
+"""Numbers as people read them: one format for the page, the table and the model card. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+MISSING = "\N{EN DASH}"
+
+
+def decimals(error: float | None) -> int:
+    """Digits after the point that show an error of this size to two significant figures; two where there is none."""
+    if error is None or not error > 0:
+        return 2
+    return min(8, max(0, 1 - math.floor(math.log10(error))))
+
+
+def figure(value: float | None, places: int = 2, signed: bool = False) -> str:
+    """A number with a true minus sign; an en dash where it is missing; never a signed zero."""
+    if value is None:
+        return MISSING
+    text = f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
+    if float(text) == 0:
+        text = f"{0:.{places}f}"
+    return text.replace("-", MINUS)
+
+
+def with_error(value: float | None, error: float | None, signed: bool = False) -> str:
+    """`12.24 \u00b1 0.91`: value and standard error, to two significant figures of the error."""
+    if error is None or value is None:
+        return figure(value, signed=signed)
+    places = decimals(error)
+    return f"{figure(value, places, signed)} \u00b1 {error:.{places}f}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def metric_label(results: Mapping[str, Any]) -> str:
+    """`FID` only where results.json says so; anything else names its extractor: `FD (classifier)`."""
+    return "FID" if results.get("metric") == "fid" else f"FD ({results.get('extractor', 'unknown extractor')})"
