@@ -3,6 +3,8 @@
 Importing this loads torch, numpy and safetensors alone: the averaging library.
 """
 
+from typing import Any
+
 from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.averaging.posthoc import posthoc_coefficients, reconstruct
 from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
@@ -30,3 +32,11 @@ __all__ = [
     "reconstruct",
     "std_to_exponent",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # read from the installed metadata, when asked for
+        from importlib.metadata import version
+
+        return version("ddpm_ema")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
