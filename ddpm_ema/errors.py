@@ -20,6 +20,14 @@ class DivergedError(UserError):
     exit_code = EXIT_DIVERGED
 
 
+class PeerFailedError(UserError):
+    """Another rank ended with an error of its own: this one ends with the same exit code, so that every node reports it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class StoppedError(UserError):
     """A signal (or a launcher that is gone) ended the work after it was saved: exit code 75, start me again."""
 

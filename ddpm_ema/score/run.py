@@ -31,7 +31,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     check_capabilities(config)
     candidates(config.evaluation.sweep)  # a range that cannot be is an error before anything is read
     processes = Processes.start(config.training.device, timeout=config.training.timeout)
-    with StopFlag() as stop:
+    with StopFlag() as stop, processes.telling_peers():
         found = checkpoints(config, processes)
         on_main(processes, lambda: _check_settings(config, found))
         studio, reference, origin = _prepare(config, processes, stop)

@@ -34,7 +34,7 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
         project_dir=config.output_dir,
     )
     rundir = RunDir(config.output_dir)
-    with StopFlag() as stop, _locked(rundir, processes):
+    with StopFlag() as stop, processes.telling_peers(), _locked(rundir, processes):
         checkpoint = _where_to_go_on(config, rundir, processes)
         if checkpoint is not None and checkpoint["step"] >= training.steps:
             _say(processes, f"{rundir.path}: already complete at step {checkpoint['step']}; nothing to do")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -79,6 +80,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     training, device = config.training, processes.device
     dataset = processes.main_first(lambda: data.load(config.data))
     _require_enough(dataset, config, processes)
+    _require_same_data(dataset, processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
     network = model.build(config, dataset.num_classes).to(device)
     if training.channels_last:
@@ -166,3 +168,16 @@ def _require_enough(dataset: Any, config: Config, processes: Processes) -> None:
         )
     if batch < processes.world_size:
         raise UserError(f"training.batch_size: {batch} images cannot be shared by {processes.world_size} processes")
+
+
+def _require_same_data(dataset: Any, processes: Processes) -> None:
+    """Raises UserError where ranks see other images: each node reads its own folder."""
+    found = processes.gather((len(dataset), dataset.fingerprint, socket.gethostname()))
+    if len({(size, fingerprint) for size, fingerprint, _ in found}) > 1:
+        lines = [
+            f"  rank {rank} on {host}: {size:,} images, fingerprint {fingerprint[:12]}"
+            for rank, (size, fingerprint, host) in enumerate(found)
+        ]
+        raise UserError(
+            "\n".join(["data: the ranks do not read the same images; copy one folder to every node", *lines])
+        )
