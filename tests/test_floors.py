@@ -14,7 +14,7 @@ FLOORS = {
     0: ["averaging", "errors"],
     1: ["config", "numbers", "streams", "rundir", "processes"],
     2: [
-        *["data", "model", "diffusion", "sampling", "features", "metrics"],
+        *["compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
         *["optimization", "saving", "logbook", "grids", "reconstruction"],
     ],
     3: ["train", "score", "report", "export", "feature_training", "cli", "doctor", "launch"],
