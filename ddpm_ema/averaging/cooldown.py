@@ -19,11 +19,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ddpm_ema.averaging.profiles import CumulativeProfile, FloatArray, Lengths, check_count
+from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths, check_count
 
 
 @dataclass(frozen=True, repr=False)
-class Cooldown(CumulativeProfile):
+class Cooldown(ClosedForm):
     """An average over the last `length` of `end` steps: a copy of the parameters before them, unchanged after `end`.
 
     At a step in between it emulates a decay that reaches 0 at that step: `Window` and `SqrtCooldown` one of the same shape.
@@ -47,13 +47,11 @@ class Cooldown(CumulativeProfile):
     def decayed(self, u: FloatArray) -> FloatArray:
         """1 - r(u): how far the emulated learning rate has come down at the share u, in [0, 1], of the decay."""
 
-    def _decayed_at(self, t: FloatArray) -> FloatArray:
-        return self.decayed(np.clip((t - (self.end - self.length)) / self.length, 0.0, 1.0))
+    def time_constant(self, step: int) -> None:
+        """None: the decay changes with every step, and `length` says what matters."""
 
-    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
-        if step <= self.end - self.length:
-            return np.asarray(t == step, dtype=np.float64)
-        return np.asarray(self._decayed_at(t) / self._decayed_at(np.asarray(step, dtype=np.float64)))
+    def log_mass(self, t: FloatArray) -> FloatArray:
+        return np.log(self.decayed(np.clip((t - (self.end - self.length)) / self.length, 0.0, 1.0)))
 
 
 class Window(Cooldown):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from ddpm_ema.averaging.profiles import CumulativeProfile, FloatArray, Lengths, check_positive
+from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths, check_positive
 
 
 def _digamma(x: FloatArray) -> FloatArray:
@@ -17,19 +17,8 @@ def _digamma(x: FloatArray) -> FloatArray:
     return np.asarray(torch.special.digamma(torch.as_tensor(x, dtype=torch.float64)).numpy())
 
 
-class _HalfLives(CumulativeProfile):
-    @abstractmethod
-    def half_lives(self, t: FloatArray) -> FloatArray:
-        """Half-lives that pass in steps 1..t, up to a constant: the average loses half of the past in each."""
-
-    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
-        now = np.asarray(step, dtype=np.float64)
-        with np.errstate(invalid="ignore"):  # at step 0 there is no weight to share out
-            return np.asarray(np.exp2(self.half_lives(t) - self.half_lives(now)))
-
-
 @dataclass(frozen=True, repr=False)
-class HalfLife(_HalfLives):
+class HalfLife(ClosedForm):
     """A constant decay by its half-life, shorter while training is young: min(`half_life`, `ramp_up` x steps before this one).
 
     What EDM (Karras et al. 2022) and FastGen keep, by default with 500 kimg and 0.05. The decay of step t is
@@ -50,13 +39,14 @@ class HalfLife(_HalfLives):
         object.__setattr__(self, "half_life", check_positive("half_life", self.half_life))
         object.__setattr__(self, "ramp_up", check_positive("ramp_up", self.ramp_up))
 
-    def half_lives(self, t: FloatArray) -> FloatArray:
+    def log_mass(self, t: FloatArray) -> FloatArray:
         ramped = np.minimum(t, np.floor(self.half_life / self.ramp_up) + 1.0)
-        return np.asarray(_digamma(ramped) / self.ramp_up + (t - ramped) / self.half_life)
+        half_lives = _digamma(ramped) / self.ramp_up + (t - ramped) / self.half_life
+        return math.log(2.0) * np.asarray(half_lives)
 
 
 @dataclass(frozen=True, repr=False)
-class HalfLifeShare(_HalfLives):
+class HalfLifeShare(ClosedForm):
     """An average whose half-life is always the same share of the steps so far: decay 2^(-1 / (share t)) at step t.
 
     torchtitan's `half_life_fraction`. Nearly a power function (its cumulative weighting is t^(ln 2 / share) but for
@@ -72,5 +62,5 @@ class HalfLifeShare(_HalfLives):
     def __post_init__(self) -> None:
         object.__setattr__(self, "share", check_positive("share", self.share))
 
-    def half_lives(self, t: FloatArray) -> FloatArray:
-        return np.asarray(_digamma(t + 1.0) / self.share)
+    def log_mass(self, t: FloatArray) -> FloatArray:
+        return math.log(2.0) / self.share * _digamma(t + 1.0)

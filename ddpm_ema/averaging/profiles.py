@@ -60,13 +60,6 @@ def check_steps(step: int, num_steps: int) -> None:
         raise ValueError(f"decay: expected 1 <= num_steps <= step, got step={step!r}, num_steps={num_steps!r}")
 
 
-def weighting_of(decays: FloatArray) -> FloatArray:
-    """The weighting that one-step decays [step] give: float64 [step], entry i = weight of the parameters after step i + 1."""
-    survival = np.ones(len(decays))
-    survival[:-1] = np.cumprod(decays[:0:-1])[::-1]
-    return np.asarray((1.0 - decays) * survival)
-
-
 _JUST_BELOW_1 = math.nextafter(1.0, 0.0)
 
 PROFILES: dict[str, type[Profile]] = {}
@@ -165,15 +158,23 @@ class ScheduledDecay(Profile):
         return float(np.prod(self.decays(step - num_steps + 1, step)))
 
     def weighting(self, step: int) -> FloatArray:
-        return weighting_of(self.decays(1, step))
+        decays, survival = self.decays(1, step), np.ones(step)
+        survival[:-1] = np.cumprod(decays[:0:-1])[::-1]
+        return np.asarray((1.0 - decays) * survival)
 
 
-class CumulativeProfile(Profile):
-    """A rule given by its cumulative weighting, in closed form."""
+class ClosedForm(Profile):
+    """A rule given by the weight of all parameters up to a step, which later steps only scale down."""
 
     @abstractmethod
+    def log_mass(self, t: FloatArray) -> FloatArray:
+        """Logarithm of that weight at each t, at least 0, up to a constant; minus infinity while the average is a copy."""
+
     def cumulative(self, step: int, t: FloatArray) -> FloatArray:
-        """Weight that the average after `step` steps gives to all parameters up to step t, for each t in 0..`step`."""
+        """Share of the average after `step` steps that lies on the parameters up to each step t: float64 like `t`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.exp(self.log_mass(t) - self.log_mass(np.asarray(step, dtype=np.float64)))
+        return np.where(t < step, np.nan_to_num(share), 1.0)
 
     def decay(self, step: int, num_steps: int = 1) -> float:
         check_steps(step, num_steps)

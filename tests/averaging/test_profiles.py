@@ -295,7 +295,7 @@ def test_the_time_constant_is_that_of_the_last_update_where_every_step_has_one()
     assert BiasCorrected(0.9999).time_constant(1500) == pytest.approx((1 - 0.9999**1500) / 0.0001)  # 1393
     assert Uniform().time_constant(700) == pytest.approx(700)
     assert Delayed(Uniform(), start=100).time_constant(700) == pytest.approx(600)
-    for profile in (HardCopy(400), StochasticWeightAverage(100, 100), ConstantDecay(1.0)):
+    for profile in (HardCopy(400), StochasticWeightAverage(100, 100), ConstantDecay(1.0), CosineCooldown(9, 400)):
         assert profile.time_constant(400) is None
 
 
