@@ -106,7 +106,7 @@ def closed_form(profile: Profile, steps: int) -> np.ndarray:
     elif isinstance(profile, HalfLife):  # EDM's rule with images as the unit: batch 32
         batch, seen = 32, [32 * t for t in range(steps)]
         half_lives = [min(profile.half_life * batch, profile.ramp_up * images) for images in seen]
-        w = one_step_at_a_time([0.5 ** (batch / max(half_life, 1e-2)) for half_life in half_lives])
+        w = one_step_at_a_time([0.5 ** (batch / max(half_life, 1e-8)) for half_life in half_lives])
     elif isinstance(profile, HalfLifeShare):
         w = one_step_at_a_time([2 ** (-1 / (profile.share * t)) for t in range(1, steps + 1)])
     elif isinstance(profile, DiffusersDecay):
