@@ -21,7 +21,7 @@ def _digamma(x: FloatArray) -> FloatArray:
 class HalfLife(ClosedForm):
     """A constant decay by its half-life, shorter while training is young: min(`half_life`, `ramp_up` x steps before this one).
 
-    What EDM (Karras et al. 2022) and FastGen keep, by default with 500 kimg and 0.05. The decay of step t is
+    What EDM (Karras et al. 2022) keeps, and after it FastGen, by default with 500 kimg and 0.05. The decay of step t is
     0.5^(1 / min(half_life, ramp_up (t - 1))), so step 1 copies and no initial weights are held. Until the ramp ends, at
     step half_life / ramp_up, it is `HalfLifeShare(ramp_up)` but for O(1/t). Without a ramp it is ConstantDecay(0.5^(1 / half_life)).
 
