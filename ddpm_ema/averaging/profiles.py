@@ -157,10 +157,13 @@ class ScheduledDecay(Profile):
         check_steps(step, num_steps)
         return float(np.prod(self.decays(step - num_steps + 1, step)))
 
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        """Share of the average after `step` steps that lies on the parameters up to each step t: float64 like `t`."""
+        survived = np.append(np.cumprod(self.decays(1, step)[::-1])[::-1], 1.0)
+        return np.asarray(np.interp(t, np.arange(step + 1), survived))
+
     def weighting(self, step: int) -> FloatArray:
-        decays, survival = self.decays(1, step), np.ones(step)
-        survival[:-1] = np.cumprod(decays[:0:-1])[::-1]
-        return np.asarray((1.0 - decays) * survival)
+        return np.diff(self.cumulative(step, np.arange(step + 1, dtype=np.float64)))
 
 
 class ClosedForm(Profile):
