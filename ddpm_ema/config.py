@@ -23,10 +23,12 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
-from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
+from ddpm_ema.averaging.lengths import resolve_lengths
+from ddpm_ema.averaging.profiles import profile_from_dict, profile_to_dict
 from ddpm_ema.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -35,8 +37,11 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
-def _profile(value: Any) -> Profile:
-    return profile_from_dict(value) if isinstance(value, Mapping) else value
+def _profile(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    training = info.data.get("training") or TrainingSettings()  # bad ones are told of by their own section
+    return profile_from_dict(resolve_lengths(value, num_steps=training.steps, batch_size=training.batch_size))
 
 
 AnyProfile = Annotated[Any, BeforeValidator(_profile), PlainSerializer(profile_to_dict)]
@@ -293,7 +298,8 @@ class Config(Section):
     training: TrainingSettings = TrainingSettings()
     """Optimisation."""
     averages: Annotated[dict[str, AnyProfile], AfterValidator(_names)] = Field(default_factory=dict)
-    """Averaged copies to keep: name -> profile, such as ema_0_999: {kind: constant, decay: 0.999}."""
+    """Averaged copies to keep: name -> profile, such as ema_0_999: {kind: constant, decay: 0.999, start: 1000}. A length is
+    a number of steps, a share of training.steps (5%) or images (500kimg); docs/averaging.md has every rule."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()

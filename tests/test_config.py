@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ema import cli, config
+from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, cli, config
 from ddpm_ema.errors import UserError
+from ddpm_ema.rundir import Checkpoint
+from ddpm_ema.saving import check_resume
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +70,49 @@ def test_a_number_in_scientific_notation_without_a_dot_is_a_number(tmp_path: Pat
     path.write_text("training: {learning_rate: 1e-3, weight_decay: 5E-2}\n")
     loaded = config.load(path, {"training.adam_epsilon": ["1e-7"]}).training
     assert (loaded.learning_rate, loaded.weight_decay, loaded.adam_epsilon) == (0.001, 0.05, 1e-7)
+
+
+LENGTHS = """training: {steps: 1500, batch_size: 512}
+averages:
+  edm: {kind: half_life, half_life: 500kimg}
+  last_fifth: {kind: window, length: 20%, end: 100%}
+  late: {kind: constant, decay: 0.999, start: 10%}
+"""
+
+
+def test_lengths_in_images_and_shares_of_the_run_are_resolved_once_and_recorded_in_steps(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(LENGTHS)
+    loaded = config.load(path)
+    assert loaded.averages == {
+        "edm": HalfLife(976.5625),
+        "last_fifth": Window(length=300, end=1500),
+        "late": Delayed(ConstantDecay(0.999), start=150),
+    }
+    path.write_text(config.to_yaml(loaded))
+    longer = config.load(path, {"training.steps": ["3000"]})
+    assert longer.averages == loaded.averages
+
+
+def test_a_resumed_run_with_more_steps_cannot_change_a_resolved_length_unnoticed(tmp_path: Path) -> None:
+    path, record = tmp_path / "settings.yaml", tmp_path / "config.yaml"
+    path.write_text(LENGTHS)
+    record.write_text(config.to_yaml(config.load(path)))
+    checkpoint = Checkpoint(tmp_path / "step-00001500")
+    checkpoint.manifest = {"settings": config.to_dict(config.load(record)), "world_size": 1}
+    more = {"training.steps": ["3000"]}
+    with pytest.raises(UserError) as refused:
+        check_resume(config.load(path, more), checkpoint, world_size=1)
+    assert "averages.last_fifth: was {'kind': 'window', 'length': 300, 'end': 1500}, is {" in str(refused.value)
+    assert "averages.late: was {'kind': 'constant', 'decay': 0.999, 'start': 150}, is {" in str(refused.value)
+    assert "averages.edm" not in str(refused.value)
+    check_resume(config.load(record, more), checkpoint, world_size=1)  # the run's own config.yaml goes on
+
+
+def test_a_bad_length_is_named_with_its_key_path_beside_the_other_errors(tmp_path: Path) -> None:
+    message = problems("training: {steps: 0}\naverages: {w: {kind: window, length: a fifth, end: 100%}}\n", tmp_path)
+    assert "2 bad settings" in message
+    assert "averages.w: length: expected a number of steps, a share of the run such as 5%" in message
 
 
 @pytest.mark.parametrize(

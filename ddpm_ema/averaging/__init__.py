@@ -4,6 +4,10 @@ A library of its own: it imports torch, numpy and safetensors.
 """
 
 from ddpm_ema.averaging.bank import AverageBank, merge_states
+from ddpm_ema.averaging.cooldown import CosineCooldown, SqrtCooldown, Window
+from ddpm_ema.averaging.half_life import HalfLife, HalfLifeShare
+from ddpm_ema.averaging.interop import DiffusersDecay
+from ddpm_ema.averaging.lengths import resolve_lengths
 from ddpm_ema.averaging.posthoc import (
     Coefficients,
     Reconstruction,
@@ -18,6 +22,7 @@ from ddpm_ema.averaging.profiles import (
     PROFILES,
     BiasCorrected,
     ConstantDecay,
+    Delayed,
     HardCopy,
     PowerFunction,
     Profile,
@@ -27,6 +32,7 @@ from ddpm_ema.averaging.profiles import (
     profile_from_dict,
     profile_to_dict,
 )
+from ddpm_ema.averaging.summary import summarize
 
 __all__ = [
     "PROFILES",
@@ -34,14 +40,21 @@ __all__ = [
     "BiasCorrected",
     "Coefficients",
     "ConstantDecay",
+    "CosineCooldown",
+    "Delayed",
+    "DiffusersDecay",
+    "HalfLife",
+    "HalfLifeShare",
     "HardCopy",
     "PowerFunction",
     "Profile",
     "Reconstruction",
     "Snapshot",
+    "SqrtCooldown",
     "StochasticWeightAverage",
     "Uniform",
     "Warmup",
+    "Window",
     "exponent_to_std",
     "find_snapshots",
     "merge_states",
@@ -49,6 +62,8 @@ __all__ = [
     "profile_from_dict",
     "profile_to_dict",
     "reconstruct",
+    "resolve_lengths",
     "std_to_exponent",
+    "summarize",
     "write_snapshot",
 ]

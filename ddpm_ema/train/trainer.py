@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_ema import data, diffusion, model, optimization, streams
 from ddpm_ema.averaging.bank import AverageBank
+from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.logbook import Logbook, Window
@@ -133,6 +134,7 @@ def describe(trainer: Trainer) -> str:
         f"parameters   {count:,}",
         f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
         f"output       {trainer.rundir.path}",
+        *summarize(bank.profiles, config.training.steps),
     ]
     return "\n".join(lines)
 
