@@ -4,7 +4,8 @@ Importing this loads torch, numpy and safetensors alone: the averaging library.
 """
 
 from ddpm_ema.averaging.bank import AverageBank
-from ddpm_ema.averaging.posthoc import posthoc_coefficients, reconstruct
+from ddpm_ema.averaging.coefficients import posthoc_coefficients
+from ddpm_ema.averaging.posthoc import reconstruct
 from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     BiasCorrected,

@@ -4,15 +4,8 @@ A library of its own: it imports torch, numpy and safetensors.
 """
 
 from ddpm_ema.averaging.bank import AverageBank, merge_states
-from ddpm_ema.averaging.posthoc import (
-    Coefficients,
-    Reconstruction,
-    Snapshot,
-    find_snapshots,
-    posthoc_coefficients,
-    reconstruct,
-    write_snapshot,
-)
+from ddpm_ema.averaging.coefficients import RAW, Coefficients, posthoc_coefficients
+from ddpm_ema.averaging.posthoc import Reconstruction, reconstruct
 from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     PROFILES,
@@ -27,9 +20,11 @@ from ddpm_ema.averaging.profiles import (
     profile_from_dict,
     profile_to_dict,
 )
+from ddpm_ema.averaging.snapshots import Snapshot, find_snapshots, write_snapshot
 
 __all__ = [
     "PROFILES",
+    "RAW",
     "AverageBank",
     "BiasCorrected",
     "Coefficients",
