@@ -6,9 +6,10 @@ Importing this loads torch, numpy and safetensors alone: the averaging library.
 from typing import Any
 
 from ddpm_ema.averaging.bank import AverageBank
+from ddpm_ema.averaging.coefficients import posthoc_coefficients
 from ddpm_ema.averaging.cooldown import CosineCooldown, SqrtCooldown, Window
 from ddpm_ema.averaging.half_life import HalfLife, HalfLifeShare
-from ddpm_ema.averaging.posthoc import posthoc_coefficients, reconstruct
+from ddpm_ema.averaging.posthoc import reconstruct
 from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     BiasCorrected,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -182,6 +183,31 @@ class TrainingSettings(Section):
     sample_images: Positive = 16
     """Images in each row of a sample grid."""
 
+    def learning_rate_at(self, step: float) -> float:
+        """Learning rate of the optimizer step that follows `step` completed ones: a pure function, so there is nothing to resume.
+
+        Linear warm-up (Goyal et al. 2017), then constant, linear or cosine decay (Loshchilov & Hutter 2017) that reaches
+        `learning_rate_end` at the last step, or the saw-tooth cycles of SWA (Izmailov et al. 2018, eq. 2).
+        """
+        peak, end = self.learning_rate, self.learning_rate_end
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        match self.learning_rate_schedule:
+            case "constant":
+                return peak
+            case "linear":
+                return peak + (end - peak) * min(1.0, done)
+            case "cosine":
+                return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            case "cyclical":
+                phase = (step - self.warmup_steps) % self.cycle_steps / max(1, self.cycle_steps - 1)
+                return peak + (end - peak) * phase
+
+    def step_variance(self, step: float) -> float:
+        """How far the step after `step` moves the weights, squared, in the unit of the peak: what post-hoc averages go by."""
+        return (self.learning_rate_at(step) / self.learning_rate) ** 2
+
 
 class CheckpointSettings(Section):
     """What is kept of a run while it trains. The last step is always kept."""
@@ -193,7 +219,9 @@ class CheckpointSettings(Section):
     keep_every: Positive | None = None
     """Checkpoints at multiples of this many steps are kept for good; none means none are."""
     snapshots_every: NonNegative = 0
-    """Steps between snapshots of the power-function averages, for post-hoc reconstruction; 0 means none."""
+    """Steps between snapshots, for post-hoc reconstruction; the initial weights are stored once, too. 0 means none."""
+    snapshots: tuple[str, ...] = ()
+    """What snapshots are taken of: names under averages, and raw. Empty means the power functions and uniform averages."""
     snapshot_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision snapshots are stored in; docs/averaging.md says what bfloat16 costs."""
 
@@ -305,6 +333,12 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     """Sampling and scoring."""
 
+    @property
+    def snapshot_names(self) -> tuple[str, ...]:
+        """What snapshots are taken of."""
+        chosen = (name for name, profile in self.averages.items() if profile.kind in ("power_function", "uniform"))
+        return self.checkpoints.snapshots or tuple(chosen)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         problems = list(_disagreements(self))
@@ -325,6 +359,9 @@ def _disagreements(config: Config) -> Iterable[str]:
     if len(config.model.attention) != len(config.model.block_out_channels):
         yield "model.attention: needs one entry for each of model.block_out_channels"
     known = ["raw", *config.averages]
+    for name in config.checkpoints.snapshots:
+        if name not in known:
+            yield f"checkpoints.snapshots: {name!r} is neither raw nor under averages{_nearest(name, known)}"
     for text in config.evaluation.weights:
         for name in text.split("+"):
             name, _, step = name.partition("@")

@@ -1,18 +1,24 @@
-"""Any average after the fact, from a run directory: its snapshots of power-function averages → weights of another profile."""
+"""Any average after the fact, from a run directory: its snapshots → weights of another profile."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm_ema.averaging.posthoc import Reconstruction, Snapshot, reconstruct
+from torch import Tensor
+
+from ddpm_ema import config
+from ddpm_ema.averaging.coefficients import RAW
+from ddpm_ema.averaging.posthoc import Check, Fit, Reconstruction, fit
 from ddpm_ema.averaging.profiles import PowerFunction, Profile, profile_from_dict, profile_to_dict
+from ddpm_ema.averaging.snapshots import Snapshot, snapshot_metadata
 from ddpm_ema.errors import UserError
+from ddpm_ema.numbers import MISSING
 from ddpm_ema.rundir import RunDir, atomic_save, step_folder
 
 POWER = re.compile(r"power_0_(\d+)")
@@ -29,17 +35,8 @@ class Reconstructed:
 
     def summary(self) -> dict[str, Any]:
         """Plain objects: what was asked for and how well it was got."""
-        coefficients = self.result.coefficients
-        return {
-            "weights": self.name,
-            "profile": profile_to_dict(self.target),
-            "step": self.step,
-            "profile_error": coefficients.profile_error,
-            "condition_number": coefficients.condition_number,
-            "amplification": coefficients.amplification,
-            "num_snapshots": len(coefficients.weights),
-            "warnings": list(self.result.warnings),
-        }
+        asked = {"weights": self.name, "profile": profile_to_dict(self.target), "step": self.step}
+        return {**asked, **self.result.fit.summary(self.result.check), "warnings": self.result.warnings}
 
 
 def snapshots_of(run: RunDir) -> list[Snapshot]:
@@ -50,32 +47,66 @@ def snapshots_of(run: RunDir) -> list[Snapshot]:
         raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
     if not found:
         raise UserError(
-            f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with two power_function "
-            "averages (such as std 0.05 and 0.10) and checkpoints.snapshots_every"
+            f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with a power_function and a "
+            "uniform average and checkpoints.snapshots_every"
         )
     return sorted(found, key=lambda snapshot: snapshot.step)
 
 
-def reconstruct_from(run: RunDir, target: Profile, step: int | None = None) -> Reconstructed:
-    """The average with profile `target` as it would stand after `step` steps; by default the last step with a snapshot.
+def fit_from(run: RunDir, target: Profile, step: int | None = None) -> Fit:
+    """How the average with profile `target` is made as it would stand after `step` steps (None: the last with a snapshot).
 
     Raises UserError for a run without snapshots, and for a step that none was stored at (the nearest ones are named).
     """
     snapshots = snapshots_of(run)
     at = snapshots[-1].step if step is None else step
+    training = config.load(run.config_path).training if run.config_path.is_file() else None
+    with _explained(run, target, at):
+        return fit(snapshots, at, target, step_variance=training.step_variance if training else None)
+
+
+def check_from(run: RunDir, found: Fit) -> Check | None:
+    """What the prediction is worth for an average stored at the same step, checkpoints included. Raises UserError."""
+    kept: list[Snapshot] = []
+    for checkpoint in run.checkpoints():
+        if checkpoint.step == found.step:
+            profiles = checkpoint.manifest.get("profiles") or {}
+            kept = [
+                Snapshot(found.step, profile_from_dict(settings), checkpoint.path / f"averages/{name}.safetensors")
+                for name, settings in profiles.items()
+            ]
+            kept.append(Snapshot(found.step, RAW, checkpoint.path / "raw.safetensors"))
+    with _explained(run, found.target, found.step):
+        return found.checked(kept)
+
+
+def weights_from(run: RunDir, found: Fit) -> dict[str, Tensor]:
+    """Parameter name -> fp32 CPU tensor. Raises UserError."""
+    with _explained(run, found.target, found.step):
+        return found.combined()
+
+
+@contextlib.contextmanager
+def _explained(run: RunDir, target: Profile, step: int) -> Iterator[None]:
     try:
-        return Reconstructed(name_of(target), target, at, reconstruct(snapshots, at, target))
+        yield
     except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: {name_of(target)} cannot be reconstructed at step {at}: {error}") from None
+        raise UserError(f"{run.path}: {name_of(target)} cannot be reconstructed at step {step}: {error}") from None
+
+
+def reconstruct_from(run: RunDir, target: Profile, step: int | None = None) -> Reconstructed:
+    """The average with profile `target`, and how far to trust it. Arguments and errors are those of `fit_from`."""
+    found = fit_from(run, target, step)
+    result = Reconstruction(weights_from(run, found), found, check_from(run, found))
+    return Reconstructed(name_of(target), target, found.step, result)
 
 
 def save(reconstructed: Reconstructed, folder: Path) -> Path:
     """Writes `<folder>/<name>.safetensors`, fp32 by parameter name; the file's metadata says what it is and how good."""
     path = folder / f"{reconstructed.name}.safetensors"
-    summary = reconstructed.summary()
-    metadata = {"step": str(reconstructed.step), "profile": json.dumps(summary["profile"])}
+    metadata = snapshot_metadata(reconstructed.step, reconstructed.target, reconstruction=reconstructed.summary())
     try:
-        atomic_save(path, reconstructed.result.weights, metadata | {"reconstruction": json.dumps(summary)})
+        atomic_save(path, reconstructed.result.weights, metadata)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
     return path
@@ -138,27 +169,37 @@ def _number(value: str, text: str) -> int | float:
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     """How good each reconstruction is, for a terminal."""
-    columns = ("weights", "step", "snapshots", "profile error", "condition", "amplification")
-    cells = [
-        (
-            str(entry["weights"]),
-            f"{entry['step']:,}",
-            str(entry["num_snapshots"]),
-            f"{entry['profile_error']:.2%}",
-            f"{entry['condition_number']:.1e}",
-            f"{entry['amplification']:.1f}",
+    rows = [("weights", "step", "snapshots", "predicted error", "amplification", "check", "predicted", "actual")]
+    for entry in summaries:
+        check = entry["check"] or {"weights": "", "predicted": None, "actual": None}
+        rows.append(
+            (
+                str(entry["weights"]),
+                f"{entry['step']:,}",
+                str(entry["num_snapshots"]),
+                _percent(entry["predicted_relative_error"]),
+                f"{entry['amplification']:.1f}",
+                *(str(check["weights"]), _percent(check["predicted"]), _percent(check["actual"])),
+            )
         )
-        for entry in summaries
-    ]
-    widths = [max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (columns, *cells)
-    ]
     warnings = [f"warning: {entry['weights']}: {text}" for entry in summaries for text in entry["warnings"]]
-    return "\n".join([*lines, *warnings])
+    return "\n".join([*_aligned(rows, left=(0, 5)), *warnings])
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{share:.2%}" if share < 10 else f"{100 * share:.0f}%"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Lines of a table whose columns are aligned, to the left or the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

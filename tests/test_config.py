@@ -42,6 +42,11 @@ def test_the_cifar10_config_is_the_paper_s_recipe() -> None:
     assert set(c.averages) == {"ema_0_999", "ema_0_9999", "power_0_05", "power_0_10"}
 
 
+def test_a_snapshot_of_what_is_not_kept_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
+    message = problems("averages: {ema: {kind: uniform}}\ncheckpoints: {snapshots: [raw, emma]}\n", tmp_path)
+    assert "checkpoints.snapshots: 'emma' is neither raw nor under averages; did you mean 'ema'?" in message
+
+
 def test_all_errors_of_a_file_come_at_once_with_key_path_and_nearest_name(tmp_path: Path) -> None:
     text = "training: {stepz: 4, steps: abc, mixed_precision: bf15}\nlerning: 3\naverages: {a: {kind: constnt}}\n"
     message = problems(text, tmp_path)

@@ -17,7 +17,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from ddpm_ema import config as settings
 from ddpm_ema import export as exporting
 from ddpm_ema import model
-from ddpm_ema.averaging.posthoc import write_snapshot
+from ddpm_ema.averaging import write_snapshot
 from ddpm_ema.averaging.profiles import PowerFunction
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import export

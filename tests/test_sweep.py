@@ -119,8 +119,8 @@ class TestSweep:
         assert [row.get("decay") for row in found["sweep"][3:]] == [0.5, 0.8]
         for row in found["sweep"]:
             assert {"stderr", "precision_stderr", "recall_stderr", "delta_vs_raw", "warnings"} <= set(row)
-            assert {"profile_error", "condition_number", "amplification"} == set(row["reconstruction"])
-        assert any("cannot give this profile" in text for row in found["sweep"] for text in row["warnings"])
+            assert {"predicted_relative_error", "profile_error", "amplification", "check"} < set(row["reconstruction"])
+        assert any("Predicted error" in text for row in found["sweep"] for text in row["warnings"])
         lowest = min(found["sweep"][:3], key=lambda row: row["frechet_distance_unbiased"])
         assert found["sweep_best"]["std"]["weights"] == lowest["weights"]
         assert {row["weights"] for row in found["rows"]} == {"raw"}

@@ -18,9 +18,10 @@ import torch
 from live_runs import assert_bit_equal, exact, finish, settings, start, state, wait_until
 
 from ddpm_ema import StochasticWeightAverage, config
+from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.optimization import learning_rate
-from ddpm_ema.rundir import RunDir
+from ddpm_ema.rundir import RunDir, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 # The paper's learning rate: what rounding does to a weight in a step is a fraction of it, since Adam divides by the gradient.
@@ -240,6 +241,44 @@ def test_a_run_that_samples_and_snapshots_trains_bit_equal_to_one_that_does_not(
     assert [p.parent.name for p in RunDir(run.output_dir).snapshots()["power_0_10"]] == [
         f"step-{step:08d}" for step in (10, 20, 30, 40)
     ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_snapshots_are_of_what_was_named_and_of_the_initial_weights_once(tmp_path: Path, world_size: int) -> None:
+    averages = {
+        "ema": {"kind": "constant", "decay": 0.9},
+        "wide": {"kind": "uniform"},
+        "p": {"kind": "power_function", "std": 0.1},
+    }
+    chosen = {"averages": averages, "checkpoints__snapshots_every": 4, "checkpoints__every": 8, "training__steps": 8}
+    run = settings(tmp_path / "run", **chosen, checkpoints__snapshots=["raw", "ema"])
+    finish(run, world_size)
+    found = {
+        name: [Snapshot.open(path) for path in paths] for name, paths in RunDir(run.output_dir).snapshots().items()
+    }
+    assert {name: [snapshot.step for snapshot in stored] for name, stored in found.items()} == {
+        "raw": [0, 4, 8],
+        "ema": [4, 8],
+    }
+    assert found["raw"][0].profile == found["raw"][2].profile == RAW
+    first, last = (read_tensors(found["raw"][place].path) for place in (0, 2))
+    assert_bit_equal(first, initial_weights(run))
+    assert_bit_equal(last, RunDir(run.output_dir).checkpoint(8).weights("raw"))
+    by_default = settings(tmp_path / "default", **chosen)
+    assert by_default.snapshot_names == ("wide", "p")
+
+
+def test_resume_and_fallback_keep_the_snapshot_of_the_initial_weights_and_write_the_later_ones_anew(
+    tmp_path: Path,
+) -> None:
+    run = settings(tmp_path / "run", training__steps=12, checkpoints__snapshots_every=2)
+    finish(run)
+    rundir = RunDir(run.output_dir)
+    stored = {path: path.read_bytes() for paths in rundir.snapshots().values() for path in paths}
+    assert rundir.snapshot_path(0, "raw") in stored
+    (rundir.checkpoint(12).path / "raw.safetensors").write_bytes(b"")
+    finish(run)
+    assert {path: path.read_bytes() for paths in rundir.snapshots().values() for path in paths} == stored
 
 
 def test_with_dropout_a_resumed_run_is_still_bit_equal(tmp_path: Path) -> None:
@@ -627,7 +666,7 @@ def initial_weights(run: config.Config) -> dict[str, torch.Tensor]:
 def test_learning_rate_schedules_are_hand_computed_tables() -> None:
     def table(steps: int, at: list[int], **changes: object) -> list[float]:
         given = TrainingSettings(steps=steps, learning_rate=1.0, **changes)  # type: ignore[arg-type]
-        return [round(learning_rate(step, given), 6) for step in at]
+        return [round(given.learning_rate_at(step), 6) for step in at]
 
     assert table(100, [0, 1, 3, 4, 99], warmup_steps=4) == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert table(5, [0, 1, 2, 3, 4], learning_rate_schedule="linear") == [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -96,6 +96,18 @@ class Profile(ABC):
         What the entries lack to 1 is the weight of the initial parameters, see `initial_weight`.
         """
 
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        """Share of the average after `step` steps that lies on the parameters up to each step t: float64 like `t`.
+
+        The average after t steps holds those parameters alone, so it is what survives of that average: decay(step, step - t).
+        Exact at whole t, the initial parameters being step 0; linear or smooth between them; 1 from `step` on.
+        """
+        whole = np.unique(np.clip(np.concatenate([np.floor(t), np.ceil(t), [step]]), 0, step)).astype(np.int64).tolist()
+        survived = np.ones(len(whole))
+        for i in range(len(whole) - 2, -1, -1):
+            survived[i] = survived[i + 1] * self.decay(whole[i + 1], whole[i + 1] - whole[i])
+        return np.interp(t, whole, survived)
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments by name: plain values."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -219,6 +231,9 @@ class ConstantDecay(Profile):
         age = np.arange(step - 1, -1, -1, dtype=np.float64)
         return np.asarray((1.0 - self.decay_per_step) * np.power(self.decay_per_step, age))
 
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        return np.power(self.decay_per_step, np.maximum(step - t, 0.0))
+
 
 @dataclass(frozen=True, init=False, repr=False)
 class BiasCorrected(Profile):
@@ -253,6 +268,12 @@ class BiasCorrected(Profile):
         age = np.arange(step - 1, -1, -1, dtype=np.float64)
         scale = (1.0 - self.decay_per_step) / self._mass(step) if step > 0 else 1.0
         return np.asarray(scale * np.power(self.decay_per_step, age))
+
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        if self.decay_per_step == 0.0:
+            return np.where(t < step, 0.0, 1.0)
+        mass = -np.expm1(np.minimum(t, step) * math.log(self.decay_per_step))
+        return np.power(self.decay_per_step, np.maximum(step - t, 0.0)) * mass / self._mass(step)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -325,6 +346,9 @@ class PowerFunction(Profile):
     def weighting(self, step: int) -> FloatArray:
         return power_function_weighting(self.exponent, step)
 
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        return np.power(np.minimum(t / step, 1.0), self.exponent + 1.0)
+
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Profile):
@@ -338,6 +362,9 @@ class Uniform(Profile):
 
     def weighting(self, step: int) -> FloatArray:
         return np.full(step, 1.0 / max(step, 1))
+
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        return np.minimum(t / step, 1.0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -401,6 +428,9 @@ class HardCopy(Profile):
             weights[last - 1] = 1.0
         return weights
 
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        return np.where(t < step // self.every * self.every, 0.0, 1.0)
+
 
 @dataclass(frozen=True, repr=False)
 class Delayed(Profile):
@@ -431,6 +461,12 @@ class Delayed(Profile):
     def decay(self, step: int, num_steps: int = 1) -> float:
         check_steps(step, num_steps)
         return self.profile.decay(step - self.start, num_steps) if step - num_steps >= self.start else 0.0
+
+    def cumulative(self, step: int, t: FloatArray) -> FloatArray:
+        if step <= self.start:
+            return np.where(t < step, 0.0, 1.0)
+        inside = self.profile.cumulative(step - self.start, np.maximum(t - self.start, 0.0))
+        return np.where(t < self.start, 0.0, inside)
 
     def weighting(self, step: int) -> FloatArray:
         begun, weights = max(step - self.start, 0), np.zeros(step)

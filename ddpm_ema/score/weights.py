@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 import diffusers
 from torch import Tensor
 
-from ddpm_ema.averaging import posthoc_coefficients, profile_to_dict
+from ddpm_ema.averaging import profile_to_dict
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import NAME, digest
 from ddpm_ema.errors import UserError
-from ddpm_ema.reconstruction import reconstruct_from, snapshots_of, target_named
+from ddpm_ema.reconstruction import check_from, fit_from, target_named, weights_from
 from ddpm_ema.rundir import Checkpoint, RunDir, file_sha256
 
 UNET2D: Any = diffusers.UNet2DModel
@@ -97,26 +97,17 @@ class Shelf:
     def reconstructed(self, name: str, target: Profile, step: int | None = None) -> Source:
         """`target` at `step` (None: the checkpoint's) from the run's snapshots, whose tensors are read when asked for."""
         at = step if step is not None else self.checkpoint.step if self.checkpoint else 0
-        used = [snapshot for snapshot in snapshots_of(self.rundir) if snapshot.step <= at]
-        if all(snapshot.step != at for snapshot in used):
-            reconstruct_from(self.rundir, target, at)  # refuses, and names the nearest steps
-        try:
-            found = posthoc_coefficients([s.step for s in used], [s.profile for s in used], at, target)
-            warnings = found.warnings(max(s.roundoff() for s in used))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.rundir.path}: {name} cannot be reconstructed: {error}") from None
-        profile = profile_to_dict(target)
+        found = fit_from(self.rundir, target, at)
+        check, profile = check_from(self.rundir, found), profile_to_dict(target)
         return Source(
             name=name,
-            key=digest([at, profile, [_sha256(s.path, s.path.stat().st_mtime_ns) for s in used]]),
+            key=digest(
+                [found.identity, profile, [_sha256(s.path, s.path.stat().st_mtime_ns) for s in found.snapshots]]
+            ),
             profile=profile,
-            members=(lambda: reconstruct_from(self.rundir, target, at).result.weights,),
-            reconstruction={
-                "profile_error": found.profile_error,
-                "condition_number": found.condition_number,
-                "amplification": found.amplification,
-            },
-            warnings=tuple(warnings),
+            members=(lambda: weights_from(self.rundir, found),),
+            reconstruction=found.summary(check),
+            warnings=tuple(found.warnings(check)),
         )
 
     def _folder(self, text: str) -> Source:

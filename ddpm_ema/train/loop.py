@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema import optimization, streams
+from ddpm_ema import streams
 from ddpm_ema.config import Config
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.processes import Processes, StopFlag, say
@@ -152,7 +152,7 @@ def log(trainer: Trainer) -> None:
     read_checks(trainer, lag=0)
     processes, step = trainer.processes, trainer.step
     row: dict[str, Any] = trainer.window.take(processes)
-    row["learning_rate"] = optimization.learning_rate(step - 1, trainer.config.training)
+    row["learning_rate"] = trainer.config.training.learning_rate_at(step - 1)
     row["skipped_steps"] = trainer.skipped_steps
     squares = trainer.bank.squared_distances()
     sums = torch.stack([*squares.values(), trainer.bank.squared_norm()]).cpu().double()

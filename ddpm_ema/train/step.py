@@ -28,7 +28,7 @@ def train_step(trainer: Trainer, shares: list[Share]) -> bool:
     up its images' losses divided by the global batch size, and DDP's mean over processes is undone by their number.
     """
     training, optimizer = trainer.config.training, trainer.optimizer
-    optimization.set_learning_rate(optimizer, optimization.learning_rate(trainer.step, training))
+    optimization.set_learning_rate(optimizer, training.learning_rate_at(trainer.step))
     scale = trainer.processes.world_size / training.batch_size
     losses: list[tuple[Share, Tensor]] = []
     for number, share in enumerate(shares, start=1):

@@ -196,6 +196,17 @@ def test_a_half_life_that_is_a_share_of_training_is_nearly_a_power_function() ->
         assert profile.centre(steps) == pytest.approx(PowerFunction(std).centre(steps), rel=1e-4)
 
 
+@pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
+@pytest.mark.parametrize("steps", [1, 40, STEPS])
+def test_the_cumulative_weighting_is_the_sum_of_the_weighting_and_lies_between_it_elsewhere(profile, steps) -> None:
+    expected = np.cumsum(closed_form(profile, steps))
+    whole = np.arange(steps + 1.0)
+    np.testing.assert_allclose(profile.cumulative(steps, whole), expected, atol=1e-12)
+    between = profile.cumulative(steps, whole[:-1] + 0.5)
+    assert np.all((between >= expected[:-1] - 1e-12) & (between <= expected[1:] + 1e-12))
+    assert profile.cumulative(steps, np.array([steps + 3.0])) == 1.0
+
+
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     decay, length = draw(st.floats(0.0, 1.0 - 1e-9)), draw(st.integers(1, 1000))
