@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ddpm_ema.errors import StoppedError, UserError
@@ -19,19 +19,20 @@ LINKING_SECONDS = 10.0
 """A library that was written to this recently may be another program's, whose linker is at work."""
 
 
-def prepare(setting: str) -> None:
+def prepare(setting: str, tell: Callable[[str], object] = say) -> None:
     """Call before the first compiled call: says that it takes long, and deletes cut-off libraries from torch's cache.
 
     Args:
         setting: key path of the setting that switches compiling on, for the message.
+        tell: takes a line for the user; ranks but the first are silent.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for path in Path(cache_dir()).rglob("*.so"):
         if _is_cut_off(path):
             path.unlink(missing_ok=True)
-            say(f"{path}: was cut off by a kill while torch.compile wrote it; deleted, to be compiled again")
-    say(f"compiling the network ({setting}): the first step may take minutes, on busy cores many")
+            tell(f"{path}: was cut off by a kill while torch.compile wrote it; deleted, to be compiled again")
+    tell(f"compiling the network ({setting}): the first step may take minutes, on busy cores many")
 
 
 def _is_cut_off(path: Path) -> bool:

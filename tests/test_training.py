@@ -20,7 +20,6 @@ from live_runs import assert_bit_equal, exact, finish, settings, start, state, w
 from ddpm_ema import StochasticWeightAverage, config
 from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
-from ddpm_ema.optimization import learning_rate
 from ddpm_ema.rundir import RunDir, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -387,6 +386,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(uninterrupted: config.Config, 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"model__initialization": "pytorch"}, "model.initialization: was ddpm, is pytorch"),
         ({"model__dropout": 0.1}, "model.dropout: was 0.0, is 0.1"),
         ({"diffusion__prediction": "sample"}, "diffusion.prediction: was epsilon, is sample"),
         ({"seed": 3}, "seed: was 0, is 3"),
@@ -682,7 +682,7 @@ def test_swa_takes_its_snapshots_where_the_cyclical_learning_rate_is_lowest() ->
     swa = StochasticWeightAverage(start=5 + 10, every=10)
     taken = [step for step in range(1, 41) if swa.weighting(40)[step - 1] > 0]
     assert taken == [15, 25, 35]
-    assert taken == [step for step in range(6, 41) if learning_rate(step - 1, given) == pytest.approx(1e-5)]
+    assert taken == [step for step in range(6, 41) if given.learning_rate_at(step - 1) == pytest.approx(1e-5)]
 
 
 def processes_below(pid: int) -> list[int]:
