@@ -28,9 +28,8 @@ from pydantic import (
 
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 from ddpm_ema.errors import UserError
+from ddpm_ema.weight_names import NAME, parse, profile_named
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
-RECONSTRUCTED = re.compile(r"power_0_\d+")
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -218,8 +217,8 @@ class EvaluationSettings(Section):
     """Sampling and scoring. The same for every copy, so that copies can be compared image by image."""
 
     weights: tuple[str, ...] = ()
-    """Which weights: raw, names under averages, power_0_075 (reconstructed), NAME@STEP, a diffusers folder, or A+B
-    (prediction ensemble). Empty means raw and every average."""
+    """Which weights: raw, names under averages, a profile to reconstruct (power_0_075, bias_corrected_0_999), NAME@STEP, a
+    diffusers folder, or A+B (prediction ensemble). Empty means raw and every average."""
     steps: tuple[Positive, ...] | Literal["last", "all"] = "last"
     """Which checkpoints: the last, all that are kept, or a list of steps."""
     num_images: Annotated[int, Field(ge=2)] = 50_000
@@ -318,18 +317,19 @@ def _disagreements(config: Config) -> Iterable[str]:
         yield f"training.micro_batch_size: {training.micro_batch_size} is more than the global batch, {training.batch_size}"
     if len(config.model.attention) != len(config.model.block_out_channels):
         yield "model.attention: needs one entry for each of model.block_out_channels"
+    yield from _unknown_weights(config)
+
+
+def _unknown_weights(config: Config) -> Iterable[str]:
     known = ["raw", *config.averages]
     for text in config.evaluation.weights:
-        for name in text.split("+"):
-            name, _, step = name.partition("@")
-            if step and not step.isdigit():
-                yield f"evaluation.weights: {text!r}: the part after @ must be a step"
-            if (
-                NAME.fullmatch(name)
-                and name not in known
-                and not RECONSTRUCTED.fullmatch(name)
-                and not Path(name).is_dir()
-            ):
+        try:
+            names = parse(text, config.averages)
+        except ValueError as error:
+            yield f"evaluation.weights: {error}"
+            continue
+        for name in (found.name for found in names if not found.folder):
+            if name not in known and profile_named(name) is None:
                 yield f"evaluation.weights: {name!r} is neither raw nor under averages{_nearest(name, known)}"
 
 
