@@ -134,6 +134,9 @@ class TestWhatChangesTheNumbers:
             {"evaluation__grid_images": 2},
             {"evaluation__weights": ["raw"]},
             {"evaluation__extractor_batch_size": 3},
+            {"model__dropout": 0.5},
+            {"diffusion__min_snr_gamma": 5.0},
+            {"training__steps": 9},
             {"evaluation__eta": 0.5, "evaluation__sampler": "ddpm"},
         ):
             reference = digest(**({"evaluation__sampler": "ddpm"} if "evaluation__sampler" in same else {}))
@@ -145,6 +148,12 @@ class TestWhatChangesTheNumbers:
             {"evaluation__num_images": 61},
             {"evaluation__mixed_precision": "bf16"},
             {"evaluation__groups": 12},
+            {"evaluation__clip_sample": False},
+            {"diffusion__schedule": "cosine"},
+            {"diffusion__prediction": "v_prediction"},
+            {"diffusion__variance": "fixed_small"},
+            {"model__attention_head_dim": 2},
+            {"data__channels": 3},
         ):
             assert digest(**other) != digest()
 

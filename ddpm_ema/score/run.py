@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm_ema.config import Config, to_dict
+from ddpm_ema.config import Config, Effect, differing, to_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import NamedWeights
@@ -77,21 +77,13 @@ def _check_settings(config: Config, found: list[Checkpoint | None]) -> None:
 
 
 def _check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
-    trained, here = checkpoint.manifest.get("settings", {}), to_dict(config)
-    free = {"model.dropout", "diffusion.min_snr_gamma", "diffusion.label_dropout"}
-    differing = [
-        f"{section}.{key}: {trained[section][key]!r} was trained, {value!r} is set"
-        for section in ("model", "diffusion")
-        for key, value in here[section].items()
-        if key in trained.get(section, {}) and trained[section][key] != value and f"{section}.{key}" not in free
+    trained = checkpoint.manifest.get("settings")
+    problems = [
+        f"{key}: {before!r} was trained, {after!r} is set"
+        for key, before, after in differing(trained or {}, to_dict(config), Effect.RUN | Effect.SAMPLES)
     ]
-    differing += [
-        f"data.{key}: {trained['data'][key]!r} was trained, {here['data'][key]!r} is set"
-        for key in ("image_size", "channels")
-        if "data" in trained and trained["data"].get(key) != here["data"][key]
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
+    if problems:
+        lines = "\n  ".join(problems)
         raise UserError(f"{checkpoint.path}: the settings are not those of this run:\n  {lines}")
 
 

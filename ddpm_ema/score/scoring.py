@@ -43,7 +43,7 @@ class Scoring:
     ) -> None:
         self.config, self.processes, self.studio = config, processes, studio
         self.step = processes.broadcast(checkpoint.step if checkpoint else 0)
-        self.settings = settings_of(config, studio.extractor, origin)
+        self.settings = settings_of(config, studio.extractor, origin, studio.known_labels)
         self.notes: list[str] = list(origin.get("notes", ()))
         rundir = RunDir(config.output_dir)
         self.folder = ScoreFolder(rundir.score_dir(self.step, digest(self.settings)))
