@@ -142,13 +142,15 @@ class PipelineFolder:
         given = _json(file)
         kinds = {kind.__name__: kind for kind in DDPM_SCHEDULER().compatibles}
         timesteps = given.get("num_train_timesteps", 1000)
-        if given.get("_class_name") not in kinds:
-            raise UserError(f"{file}: is of a {given.get('_class_name')!s:.80}, whose noise is no schedule of betas")
+        kind = str(given.get("_class_name"))
+        if kind not in kinds:
+            raise UserError(f"{file}: is of a {kind:.80}, whose noise is no schedule of betas")
         if not isinstance(timesteps, int) or not 2 <= timesteps <= MOST_TIMESTEPS:
             raise UserError(f"{file}: num_train_timesteps: expected 2 to {MOST_TIMESTEPS:,}, got {timesteps!s:.80}")
-        scheduler = _built(kinds[given["_class_name"]], given, file)
-        betas = getattr(scheduler, "betas", torch.tensor([torch.nan]))
-        if not bool(((betas >= 0) & (betas <= 1)).all()) or scheduler.config.prediction_type not in PREDICTIONS:
+        scheduler = _built(kinds[kind], given, file)
+        betas = getattr(scheduler, "betas", torch.zeros(0))
+        fits = betas.ndim == 1 and len(betas) > 1 and bool(((betas >= 0) & (betas <= 1)).all())
+        if not fits or scheduler.config.prediction_type not in PREDICTIONS:
             raise UserError(f"{file}: needs betas from 0 to 1 and a prediction_type of {', '.join(PREDICTIONS)}")
         return schedule_of(scheduler)
 
