@@ -17,13 +17,13 @@ from typing import Any
 
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.features import open_extractor
+from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.blocks import Block, MemoryStore
 from ddpm_ema.score.measure import Measure
 from ddpm_ema.score.reference import load_split, open_reference, reference_split
 from ddpm_ema.score.studio import Studio
-from ddpm_ema.score.weights import Shelf
 
 SIZES = (300, 500, 1000, 1500, 2000, 3000, 5000, 6000, 10_000, 20_000, 50_000)
 
@@ -36,8 +36,7 @@ def sample(run: config.Config, processes: Processes, extractor: Any, dataset: An
         run, processes, extractor, num_images=count, num_classes=dataset.num_classes, known_labels=labels
     )
     rundir, store = RunDir(run.output_dir), MemoryStore()
-    source = Shelf(rundir, rundir.newest_whole()[0], dict(studio.network.unet.config)).source(name)
-    studio.network.load([member() for member in source.members], name)
+    studio.load(WeightResolver(rundir, rundir.newest_whole()[0], run).named(name))
     studio.extend(f"{name} {run.evaluation.mixed_precision}", store, count)
     return store.block()
 

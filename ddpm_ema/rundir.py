@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_ema.averaging.files import save_tensors
+from ddpm_ema.averaging.files import HEAD_BYTES, is_pickle, save_tensors
 from ddpm_ema.errors import UserError
 
 SCHEMA = 1
@@ -96,10 +96,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _refuse_pickle(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            head = file.read(2)
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
-    if head == b"PK" or head[:1] == b"\x80":
+    if is_pickle(head):
         raise UserError(
             f"{path}: is a pickle, which can run code when it is read; refused. Convert it to safetensors first"
         )

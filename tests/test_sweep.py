@@ -84,7 +84,7 @@ class TestSearch:
 class TestCandidates:
     def test_widths_are_evenly_spaced_and_decays_evenly_in_the_logarithm_of_what_is_left(self):
         found = candidates(SweepSettings(stds="0.05:0.25:5", decays="0.9:0.999:3"))
-        assert [c.name for c in found["std"]] == ["power_0_05", "power_0_1", "power_0_15", "power_0_2", "power_0_25"]
+        assert [c.name for c in found["std"]] == ["power_0_05", "power_0_10", "power_0_15", "power_0_20", "power_0_25"]
         assert found["std"][2].profile == PowerFunction(std=0.15)
         assert [c.value for c in found["decay"]] == [0.9, 0.99, 0.999]
         assert found["decay"][1].profile == BiasCorrected(decay=0.99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,38 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema.config import Config, digest
+from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.grids import save_grid
 from ddpm_ema.numbers import figure, metric_label, with_error
 from ddpm_ema.rundir import atomic_save, atomic_write, read_tensors
+from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.measure import Score, pairs, rows
 
 SCHEMA = 2
 
 
-def settings_of(config: Config, extractor: Extractor, reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting that changes the numbers, and none that does not: what names the folder of a scoring."""
-    evaluation = config.evaluation
-    settings: dict[str, Any] = {
-        "seed": evaluation.seed,
-        "sampler": evaluation.sampler,
-        "num_inference_steps": evaluation.num_inference_steps,
-        "eta": evaluation.eta if evaluation.sampler == "ddim" else None,
-        "clip_sample": evaluation.clip_sample if evaluation.sampler != "dpm_solver++" else None,
-        "guidance_scale": evaluation.guidance_scale if config.model.class_conditional else None,
-        "mixed_precision": evaluation.mixed_precision,
-        "num_images": evaluation.num_images,
+def settings_of(
+    config: Config, extractor: Extractor, reference: Mapping[str, Any], labels: Tensor | None = None
+) -> dict[str, Any]:
+    """Everything that changes the numbers, and nothing that does not: what names the folder of a scoring.
+
+    Args:
+        config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
+        extractor: what makes the features.
+        reference: what `open_reference` says the samples are compared with.
+        labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
+    """
+    settings: dict[str, Any] = {"protocol": PROTOCOL}
+    for key, value in chosen(to_dict(config), lambda mark: mark & (Effect.SAMPLES | Effect.SCORES)).items():
+        section, _, name = key.partition(".")
+        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    if settings["sampler"] != "ddim":
+        settings["eta"] = None
+    if not config.model.class_conditional:
+        settings["guidance_scale"] = None
+    return settings | {
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
         "reference": {key: value for key, value in reference.items() if key not in ("versions", "notes")},
-        "groups": evaluation.groups,
-        "kid_subsets": evaluation.kid_subsets,
-        "kid_subset_size": evaluation.kid_subset_size,
-        "precision_recall": evaluation.precision_recall,
+        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
     }
-    return settings
 
 
 def metric_of(extractor: Extractor) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ddpm_ema.config import Config, digest
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Reference
+from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.processes import Processes, say
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.blocks import DiskStore, MemoryStore
@@ -21,7 +18,7 @@ from ddpm_ema.score.measure import Measure, Score
 from ddpm_ema.score.results import ScoreFolder, results_of, settings_of
 from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Shelf, Source
+from ddpm_ema.weight_names import parse, profile_named
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class Label:
 
     name: str
     slug: str
-    num_members: int
 
 
 class Scoring:
@@ -47,11 +43,11 @@ class Scoring:
     ) -> None:
         self.config, self.processes, self.studio = config, processes, studio
         self.step = processes.broadcast(checkpoint.step if checkpoint else 0)
-        self.settings = settings_of(config, studio.extractor, origin)
+        self.settings = settings_of(config, studio.extractor, origin, studio.known_labels)
         self.notes: list[str] = list(origin.get("notes", ()))
         rundir = RunDir(config.output_dir)
         self.folder = ScoreFolder(rundir.score_dir(self.step, digest(self.settings)))
-        self.shelf = Shelf(rundir, checkpoint, dict(studio.network.unet.config))
+        self.resolver = WeightResolver(rundir, checkpoint, config, studio.num_classes, studio.own_pipeline)
         self.measure = Measure(reference, config.evaluation, processes.device) if reference is not None else None
         self.loaded: str | None = None
 
@@ -65,9 +61,9 @@ class Scoring:
     def _take(self, stack: contextlib.ExitStack) -> None:
         stack.enter_context(RunDir(self.folder.path).lock())
 
-    def label(self, source: Source | None) -> Label:
+    def label(self, source: NamedWeights | None) -> Label:
         """Of rank 0's source, on every rank. A collective."""
-        label = self.processes.broadcast(Label(source.name, source.slug, len(source.members)) if source else None)
+        label = self.processes.broadcast(Label(source.name, source.slug) if source else None)
         assert label is not None
         return label
 
@@ -75,13 +71,13 @@ class Scoring:
         """Scores the weights called `name`, unless that is done. A collective."""
         self.score_source(self.open(name))
 
-    def open(self, name: str) -> Source | None:
+    def open(self, name: str) -> NamedWeights | None:
         """On rank 0: the source; elsewhere None. A collective; a name that means nothing is an error on every rank."""
-        return only_on_main(self.processes, lambda: self.shelf.source(name))
+        return only_on_main(self.processes, lambda: self.resolver.named(name))
 
     def score_source(
         self,
-        source: Source | None,
+        source: NamedWeights | None,
         num_images: int | None = None,
         more: Mapping[str, Any] | None = None,
         keep_features: bool = False,
@@ -94,13 +90,13 @@ class Scoring:
         self.sample(source, label, count)
         on_main(self.processes, lambda: self._finish(source, label, count, more or {}, keep_features))
 
-    def sample(self, source: Source | None, label: Label, count: int) -> None:
+    def sample(self, source: NamedWeights | None, label: Label, count: int) -> None:
         """Extends the copy's blocks to the images 0 ... count - 1. A collective."""
         store = self.store(label.slug) if self.processes.is_main else MemoryStore()
         if self.processes.broadcast(store.done().issuperset(range(count))):
             return
         if self.loaded != label.slug:
-            self.studio.network.load(self._tensors(source, label), label.name)
+            self.studio.load(source)
             self.loaded = label.slug
         self.studio.extend(label.name, store, count)
 
@@ -108,16 +104,8 @@ class Scoring:
         """Rank 0: what there is of a copy. Read from disk each time: one copy's features at most are held."""
         return DiskStore(self.folder.copy_folder(slug))
 
-    def _tensors(self, source: Source | None, label: Label) -> list[dict[str, Tensor]]:
-        """The weights of every member, on every rank; rank 0 reads them. A collective."""
-        members = []
-        for place in range(label.num_members):
-            read = only_on_main(self.processes, partial(_read_member, source, place))
-            members.append(self.processes.broadcast_tensors(read))
-        return members
-
     def _finish(
-        self, source: Source | None, label: Label, count: int, more: Mapping[str, Any], keep_features: bool
+        self, source: NamedWeights | None, label: Label, count: int, more: Mapping[str, Any], keep_features: bool
     ) -> None:
         assert source is not None
         assert self.measure is not None
@@ -136,7 +124,7 @@ class Scoring:
     def raw_score(self, count: int) -> Score | None:
         """Rank 0: raw over its first `count` images, or None where raw was not scored or its features are gone."""
         assert self.measure is not None
-        slug = self.shelf.source("raw").slug if self.shelf.checkpoint else None
+        slug = self.resolver.named("raw").slug if self.resolver.checkpoint else None
         finished = self.folder.finished(slug) if slug else None
         if slug is None or finished is None or sum(finished.estimate.counts) == count:
             return finished
@@ -145,7 +133,7 @@ class Scoring:
             return None
         return Score(finished.row, self.measure.estimate(store.block().first(count), "raw"))
 
-    def write(self, sources: Sequence[Source], sweep: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, sources: Sequence[NamedWeights], sweep: Mapping[str, Any]) -> dict[str, Any]:
         """Rank 0: results.json and grid.png of what is finished; returns the results."""
         done = [(s.slug, score) for s in sources if (score := self.folder.finished(s.slug)) is not None]
         done += [
@@ -171,15 +159,10 @@ class Scoring:
                 DiskStore.clear_folder(path.parent)
 
 
-def _read_member(source: Source | None, place: int) -> dict[str, Tensor]:
-    assert source is not None
-    return source.members[place]()
-
-
 def checkpoints(config: Config, processes: Processes) -> list[Checkpoint | None]:
     """The checkpoints to score, on rank 0 (elsewhere as many Nones). A collective.
 
-    A single None on rank 0, too, where there is no checkpoint and every name is a diffusers folder.
+    A single None on rank 0, too, where there is no checkpoint and no name needs one.
     """
     found = only_on_main(processes, lambda: _find_checkpoints(config))
     count = processes.broadcast(len(found) if found else 0)
@@ -189,7 +172,7 @@ def checkpoints(config: Config, processes: Processes) -> list[Checkpoint | None]
 def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     rundir, evaluation = RunDir(config.output_dir), config.evaluation
     everything = rundir.checkpoints()
-    if not everything and _folders_only(config):
+    if not everything and _needs_no_checkpoint(config):
         return [None]
     if not everything:
         raise UserError(f"{rundir.path}: no checkpoint to score; train first with scripts/train.py")
@@ -205,7 +188,7 @@ def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     return [rundir.checkpoint(step) for step in evaluation.steps]
 
 
-def _folders_only(config: Config) -> bool:
-    """Whether every name is a diffusers folder, so that no checkpoint is needed."""
-    parts = [part for name in config.evaluation.weights for part in name.split("+")]
-    return bool(parts) and all(Path(part).is_dir() and part not in ("raw", *config.averages) for part in parts)
+def _needs_no_checkpoint(config: Config) -> bool:
+    """Whether every name is a diffusers folder, or reconstructed from snapshots."""
+    parts = [part for name in config.evaluation.weights for part in parse(name, config.averages)]
+    return bool(parts) and all(part.folder or profile_named(part.name) is not None for part in parts)

@@ -13,12 +13,11 @@ from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import SweepSettings, digest
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import difference
-from ddpm_ema.reconstruction import name_of
+from ddpm_ema.named_weights import NamedWeights, name_of
 from ddpm_ema.score.measure import Score, versus_raw
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.search import Search
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Source
 
 KEYS = ("sweep", "sweep_best", "sweep_search", "sweep_digest")
 
@@ -91,11 +90,11 @@ class Run:
         evaluation = scoring.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
         found = only_on_main(scoring.processes, lambda: [self._source(candidate) for candidate in wanted])
-        self.sources: list[Source | None] = list(found) if found is not None else [None] * len(wanted)
+        self.sources: list[NamedWeights | None] = list(found) if found is not None else [None] * len(wanted)
 
-    def _source(self, candidate: Candidate) -> Source:
+    def _source(self, candidate: Candidate) -> NamedWeights:
         """Its key tells it from a copy of the same name scored over another number of images."""
-        source = self.scoring.shelf.reconstructed(candidate.name, candidate.profile)
+        source = self.scoring.resolver.reconstructed(candidate.profile)
         return replace(source, key=digest([source.key, self.most_images]))
 
     def run(self, search: bool) -> dict[str, Any]:
