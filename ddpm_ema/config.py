@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Flag, auto
 from pathlib import Path
@@ -33,6 +34,9 @@ from ddpm_ema.averaging.lengths import resolve_lengths
 from ddpm_ema.averaging.profiles import profile_from_dict, profile_to_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.weight_names import NAME, parse, profile_named
+
+# What a file or a command line may hold: far more than settings need, and little enough for a message within a second.
+MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 10_000, 20, 40, 800
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -400,36 +404,94 @@ def _unknown_weights(config: Config) -> Iterable[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number and a repeated key is an error."""
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, a date is a word, and a repeated key is an error.
+
+    What would take long or not end is refused before it is built: aliases that multiply, deep nesting, endless numbers.
+    """
+
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.level > MOST_LEVELS:
+            raise UserError(f"{self.name}, line {self.line + 1}: nested too deeply: more than {MOST_LEVELS} levels")
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            values, levels = _extent(node, {})
+            if values > MOST_VALUES:
+                raise _refusal(node, f"more than {MOST_VALUES:,} values once its aliases are written out")
+            if levels > MOST_LEVELS:
+                raise _refusal(node, f"nested too deeply: more than {MOST_LEVELS} levels")
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|\.[0-9_]+(?:[eE][-+]?[0-9]+)?)$"),
-    list("-+0123456789."),
-)
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, levels) of a node with every alias written out; a node inside itself has no end."""
+    if id(node) not in known:
+        known[id(node)] = (MOST_VALUES + 1, 1)
+        inner = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = [_extent(child, known) for child in inner] if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(n for n, _ in inner), 1 + max((levels for _, levels in inner), default=0)
+    return known[id(node)]
+
+
+def _refusal(node: yaml.Node, what: str) -> UserError:
+    return UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: {what}")
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _refusal(key, "a key must be a word")
         if key.value in seen:
-            raise UserError(
-                f"{key.start_mark.name}, line {key.start_mark.line + 1}: {key.value!r} stands there twice; keep one"
-            )
+            raise _refusal(key, f"{key.value!r} stands there twice; keep one")
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > 64 or abs(value := int(loader.construct_yaml_int(node))) >= 2**63:
+        raise _refusal(node, f"{_shown(node.value)} has more than 63 bits")
+    return value
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [found for found in resolvers if found[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|\.[0-9_]+(?:[eE][-+]?[0-9]+)?)$"),
+    list("-+0123456789."),
+)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _parse(text: Any, where: str) -> Any:
     """YAML (an open file or a string) -> plain objects; `where` names it in the message."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        loader.name = where
+        return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())[:LONGEST_LINE]}") from None
+    except (ValueError, KeyError, AttributeError) as error:  # what PyYAML makes of an odd !!tag
+        raise UserError(f"{where}: a value cannot be read ({_shown(error)})") from None
+
+
+def _shown(value: Any) -> str:
+    """`repr`, cut short whatever it holds."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 3, 8, 8, 8
+    return short.repr(value)
 
 
 def load(path: Path | str | None, overrides: Mapping[str, list[str]] | None = None) -> Config:
@@ -481,14 +543,16 @@ def validate(tree: Mapping[str, Any], where: str = "settings") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _explain(problem)]
+        shown = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines[:MOST_LINES]]
+        more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
         raise UserError(
-            "\n".join([f"{where}: {len(lines)} bad setting{'s' if len(lines) > 1 else ''}", *lines])
+            "\n".join([f"{where}: {len(lines)} bad setting{'s' if len(lines) > 1 else ''}", *shown, *more])
         ) from None
 
 
 def _explain(problem: Any) -> list[str]:
     """One pydantic error -> lines `  key.path: what was expected (got ...)`."""
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part)[:80] for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return [f"  {'.'.join(path)}: unknown setting{_nearest(path[-1], _siblings(path))}"]
     message = problem["msg"].removeprefix("Value error, ")
@@ -497,7 +561,7 @@ def _explain(problem: Any) -> list[str]:
         return [f"  {prefix}{line}" for line in message.split("\n")]
     got = problem["input"]
     nearest = _nearest(got, re.findall(r"'([^']+)'", message)) if problem["type"] == "literal_error" else ""
-    return [f"  {'.'.join(path)}: {message[0].lower()}{message[1:]}{nearest} (got {got!r})"]
+    return [f"  {'.'.join(path)}: {message[0].lower()}{message[1:]}{nearest} (got {_shown(got)})"]
 
 
 def _siblings(path: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,53 @@ def test_weights_that_nobody_keeps_are_an_error_that_names_the_nearest(tmp_path:
 )
 def test_a_file_that_is_no_mapping_of_sections_says_so(text: str, expected: str, tmp_path: Path) -> None:
     assert expected in problems(text, tmp_path)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB + "seed: *a8", "aliases"),
+        (BOMB + "averages: {a: {kind: *a8}}", "aliases"),
+        ("a: &a {b: 1}\nc: &c {<<: [*a, *a, *a], d: &d [*a]}\nseed: &s [*s]", "aliases"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        ("? [a, b]\n: c", r"line 1: a key must be a word"),
+        ("seed: " + "9" * 6000, "line 1: .* more than 63 bits"),
+        ("seed: 0x" + "f" * 9000, "line 1: .* more than 63 bits"),
+        ("seed: 2020-99-99", "seed: input should be a valid integer.*'2020-99-99'"),
+        ("seed: !!timestamp x", "cannot be read"),
+        ("seed: !!bool x", "cannot be read"),
+        ("seed: [" + "abcdefgh, " * 500 + "]", r"seed: input should be a valid integer.*\.\.\."),
+        ("training: {device: " + "x" * 5000 + "}", r"training\.device: .*x\.\.\.x"),
+        ("averages: {a: {kind: " + "x" * 5000 + "}}", r"averages\.a: kind: unknown profile 'x+"),
+        ("averages: {a: {kind: constant, decay: [[[[[[1]]]]]]}}", "expected a number with 0 <= decay <= 1"),
+        ("x" * 900 + ": 1", "x{80}: unknown setting"),
+        ("".join(f"k{i}: 1\n" for i in range(2000)), r"2000 bad settings"),
+        ("1: 2\ntrue: 3", "keys should be strings"),
+        ("averages: {1: {kind: uniform}}", r"averages\.1"),
+    ],
+)
+def test_whatever_stands_in_a_file_gives_a_short_message(text: str, expected: str, tmp_path: Path) -> None:
+    message = problems(text, tmp_path)
+    assert re.search(expected, message), message[:2000]
+    assert len(message) < 6000
+    assert max(map(len, message.splitlines())) < 1000
+
+
+def test_a_folder_called_like_a_date_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("output_dir: 2024-01-31\n")
+    assert config.load(tmp_path / "settings.yaml").output_dir == Path("2024-01-31")
+
+
+def test_an_alias_that_is_no_bomb_is_read(tmp_path: Path) -> None:
+    text = "averages:\n  a: &base {kind: warmup, decay: 0.9}\n  b: {<<: *base, decay: 0.99}\n"
+    (tmp_path / "settings.yaml").write_text(text)
+    assert config.to_dict(config.load(tmp_path / "settings.yaml"))["averages"]["b"]["decay"] == 0.99
 
 
 def test_a_missing_file_is_one_message() -> None:
