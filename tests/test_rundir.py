@@ -230,8 +230,16 @@ def test_rows_after_the_resumed_step_and_a_row_cut_short_are_dropped(rundir: Run
 
 
 def test_scores_sample_grids_and_reconstructions_of_steps_that_are_trained_anew_are_set_aside(rundir: RunDir) -> None:
-    later = ("scores/00000003-ab/results.json", "samples/step-00000003.png", "reconstructed/step-00000003/power.safetensors")
-    kept = ("scores/00000002-ab/results.json", "samples/step-00000002.png", "reconstructed/step-00000002/power.safetensors")
+    later = (
+        "scores/00000003-ab/results.json",
+        "samples/step-00000003.png",
+        "reconstructed/step-00000003/power.safetensors",
+    )
+    kept = (
+        "scores/00000002-ab/results.json",
+        "samples/step-00000002.png",
+        "reconstructed/step-00000002/power.safetensors",
+    )
     for name in (*later, *kept):
         atomic_write(rundir.path / name, name)
     aside = rundir.drop_after(2)
