@@ -227,7 +227,7 @@ class TestReference:
         if (cached := metrics.load_cached(cache, key)) is not None:
             return cached
         features = torch.cat([extractor(images)["features"] for images in image_batches()])
-        noise = 128 + 10 * gaussian(20, 3, 5)
+        noise = 128 + 40 * gaussian(20, 3, 5)
         return metrics.keep(metrics.reference_of(features, key, saturated=0.25, noise=noise), cache)
 
     def test_it_is_made_of_every_image_once_and_kept(self, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ class TestReference:
         assert torch.equal(made.features, found.features)
         assert made.origin == found.origin
         assert found.saturated == made.saturated == 0.25
-        expected = metrics.precision_recall(128 + 10 * gaussian(20, 3, 5), made.features)[0]
+        expected = metrics.precision_recall(128 + 40 * gaussian(20, 3, 5), made.features)[0]
         assert 0 < expected < 1
         assert found.precision_of_noise == made.precision_of_noise == expected
         assert torch.equal(metrics.neighbour_radii(made.features), found.radii)  # type: ignore[arg-type]
