@@ -112,9 +112,9 @@ def find_checkpoint(config: Config, rundir: RunDir, processes: Processes) -> Che
     if checkpoint is not None:
         check_resume(config, checkpoint, processes.world_size)
     at = checkpoint.step if checkpoint else 0
-    if checkpoint is None or at < config.training.steps or passed_over:
-        if aside := rundir.drop_after(at):
-            say(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
+    goes_on = checkpoint is None or at < config.training.steps or bool(passed_over)
+    if goes_on and (aside := rundir.drop_after(at)):
+        say(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
     return checkpoint
 
 

@@ -28,7 +28,6 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import FrechetReference, check_statistics
 from ddpm_ema.metrics.moments import Moments, Statistics, check_finite
 
-
 IMAGES_PER_DIMENSION = 10
 """From here on `interval95` of a single distance was seen to cover the true one as often as it says (docs/scoring.md)."""
 
