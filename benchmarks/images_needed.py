@@ -15,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.features import open_extractor
 from ddpm_ema.processes import Processes
@@ -39,14 +41,14 @@ def sample(run: config.Config, processes: Processes, extractor: Any, dataset: An
     source = Shelf(rundir, rundir.newest_whole()[0], dict(studio.network.unet.config)).source(name)
     studio.network.load([member() for member in source.members], name)
     studio.extend(f"{name} {run.evaluation.mixed_precision}", store, count)
-    return store.block()
+    return store.block(count)
 
 
 def curve(measure: Measure, blocks: dict[str, Block], sizes: list[int]) -> list[dict[str, Any]]:
     """One row for each N."""
     rows = []
     for size in sizes:
-        estimates = {name: measure.estimate(block.first(size), name) for name, block in blocks.items()}
+        estimates = {name: measure.estimate(Block.join([block], torch.arange(size)), name) for name, block in blocks.items()}
         row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
         for name, found in estimates.items():
             row["copies"][name] = {"plain": found.distance, "corrected": found.unbiased, "stderr": found.stderr}

@@ -30,20 +30,6 @@ from ddpm_ema.score.weights import Shelf
 SETTINGS = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1}
 
 
-@pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The indices of every image that is sampled from here on."""
-    indices: list[int] = []
-    sample = sampling.sample
-
-    def counting(*arguments: Any, **options: Any) -> torch.Tensor:
-        indices.extend(options["indices"].tolist())
-        return sample(*arguments, **options)
-
-    monkeypatch.setattr(sampling, "sample", counting)
-    return indices
-
-
 def rewrite(run: config.Config, scale: float, snapshots: bool = False) -> None:
     """Step 8 of another training under the same names."""
     rundir = RunDir(run.output_dir)
