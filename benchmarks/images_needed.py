@@ -15,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import WeightResolver
@@ -38,14 +40,16 @@ def sample(run: config.Config, processes: Processes, extractor: Any, dataset: An
     rundir, store = RunDir(run.output_dir), MemoryStore()
     studio.load(WeightResolver(rundir, rundir.newest_whole()[0], run).named(name))
     studio.extend(f"{name} {run.evaluation.mixed_precision}", store, count)
-    return store.block()
+    return store.block(count)
 
 
 def curve(measure: Measure, blocks: dict[str, Block], sizes: list[int]) -> list[dict[str, Any]]:
     """One row for each N."""
     rows = []
     for size in sizes:
-        estimates = {name: measure.estimate(block.first(size), name) for name, block in blocks.items()}
+        estimates = {
+            name: measure.estimate(Block.join([block], torch.arange(size)), name) for name, block in blocks.items()
+        }
         row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
         for name, found in estimates.items():
             row["copies"][name] = {"plain": found.distance, "corrected": found.unbiased, "stderr": found.stderr}

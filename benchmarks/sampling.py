@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ddpm_ema import config, diffusion, metrics, model, sampling
 from ddpm_ema.features import Extractor
-from ddpm_ema.score.blocks import Block, DiskStore
+from ddpm_ema.score.blocks import Block, DiskStore, pixel_figures
 from ddpm_ema.score.measure import Measure
 from ddpm_ema.score.network import Network
 
@@ -173,12 +173,13 @@ def metric_parts(count: int, run: config.Config, device: torch.device) -> dict[s
     features, logits = torch.rand(count, 2048, generator=generator), torch.randn(count, 1008, generator=generator)
     reference = metrics.reference_of(real, {"data": "random"})
     none, indices = torch.zeros(0, dtype=torch.int64), torch.arange(count)
-    block = Block(indices, features, logits, none, torch.zeros(0, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
+    pixels = pixel_figures(torch.zeros(count, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
+    block = Block(indices, features, logits, *pixels, none, torch.zeros(0, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
         store = DiskStore(Path(folder))
         parts["blocks on disk"] = seconds(lambda: store.add(block), torch.device("cpu"))
-        parts["blocks on disk"] += seconds(lambda: DiskStore(Path(folder)).block(), torch.device("cpu"))
+        parts["blocks on disk"] += seconds(lambda: DiskStore(Path(folder)).block(count), torch.device("cpu"))
     measure = Measure(reference, run.evaluation, device)
     measure.estimate(block, "warm")
     parts["distance, jackknife"] = seconds(lambda: measure.estimate(block, "copy"), device)

@@ -102,10 +102,10 @@ def find_checkpoint(config: Config, rundir: RunDir, processes: Processes) -> Che
         say(f"warning: passed over a checkpoint that is not whole: {reason}")
     if checkpoint is not None:
         check_resume(config, checkpoint, processes.world_size)
-        if checkpoint.step < config.training.steps or passed_over:
-            rundir.drop_after(checkpoint.step)
-    else:
-        rundir.drop_after(0)
+    at = checkpoint.step if checkpoint else 0
+    goes_on = checkpoint is None or at < config.training.steps or bool(passed_over)
+    if goes_on and (aside := rundir.drop_after(at)):
+        say(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
     return checkpoint
 
 

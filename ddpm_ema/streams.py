@@ -43,6 +43,7 @@ class Stream(IntEnum):
     SUBSET = 10  # choice of subsets when scoring (KID, groups of a jackknife)
     EXTRA = 11  # for callers' own use
     INIT = 12  # seed of the network's first weights
+    NOISE_IMAGES = 13  # images of pure noise that scoring tries its feature extractor on: position = image
 
 
 _MASK = 0xFFFFFFFF

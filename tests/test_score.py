@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -222,6 +224,22 @@ class TestConditional:
         assert guided["guidance_scale"] == 2.0
         assert figures(plain)["raw"] != figures(guided)["raw"]
 
+    def test_another_seed_asks_for_other_classes(self, tmp_path, monkeypatch):
+        run, asked = make_run(tmp_path / "run", labels=True, evaluation__weights=["raw"]), []
+        sample = sampling.sample
+
+        def recording(*arguments, **options):
+            asked[-1].extend(options["labels"].tolist())
+            return sample(*arguments, **options)
+
+        monkeypatch.setattr(sampling, "sample", recording)
+        for seed in (0, 1):
+            asked.append([])
+            results(again(run, evaluation__seed=seed))
+        assert len(asked[0]) == len(asked[1]) == 60
+        assert asked[0] != asked[1]
+        assert set(asked[0]) == set(range(10))
+
     def test_guidance_of_a_model_without_classes_is_an_error(self, run):
         with pytest.raises(UserError, match="class-conditional"):
             network_of(again(run, evaluation__guidance_scale=2.0))
@@ -293,10 +311,31 @@ class TestPieces:
         store = DiskStore(tmp_path)
         for block in blocks:
             store.add(block)
-        whole = DiskStore(tmp_path).block()
+        whole = DiskStore(tmp_path).block(5)
         assert whole.indices.tolist() == [0, 1, 2, 3, 4]
         assert whole.features[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-        assert whole.first(3).indices.tolist() == [0, 1, 2]
+        assert whole.saturated.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+        assert whole.seconds == 2.0
+        part = DiskStore(tmp_path).block(4)
+        assert part.indices.tolist() == [0, 1, 2, 3]
+        assert part.contrast.tolist() == [0, 1, 2, 3]
+        assert part.seconds == 1.5
+
+    def test_joining_holds_one_block_beside_the_result(self, tmp_path, monkeypatch):
+        for start in (0, 2, 4):
+            DiskStore(tmp_path).add(_block([start, start + 1]))
+        store, read, alive = DiskStore(tmp_path), Block.read, []
+
+        def reading(path):
+            gc.collect()
+            assert sum(block() is not None for block in alive) <= 1, "the last one is let go when the next is there"
+            block = read(path)
+            alive.append(weakref.ref(block))
+            return block
+
+        monkeypatch.setattr(Block, "read", reading)
+        assert len(store.block(6)) == 6
+        assert len(alive) == 3
 
     @pytest.mark.parametrize("harm", ["truncate", "pickle", "repeat", "nan"])
     def test_a_damaged_block_is_named_and_left_out(self, tmp_path, harm, capsys):
@@ -326,4 +365,5 @@ def _block(indices: list[int]) -> Block:
     numbers = torch.tensor(indices)
     none = torch.zeros(0, dtype=torch.int64)
     images = torch.zeros(0, 1, 8, 8, dtype=torch.uint8)
-    return Block(numbers, numbers.float()[:, None].expand(-1, 3).contiguous(), None, none, images)
+    features = numbers.float()[:, None].expand(-1, 3).contiguous()
+    return Block(numbers, features, None, numbers / 10, numbers.to(torch.uint8), none, images, seconds=1.0)

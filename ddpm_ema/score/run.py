@@ -16,11 +16,12 @@ from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.rundir import Checkpoint
 from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.reference import is_file, load_split, open_reference, reference_split
-from ddpm_ema.score.results import table
+from ddpm_ema.score.results import heading, table
 from ddpm_ema.score.scoring import Scoring, checkpoints
 from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.sweep import candidates, describe, prepare, sweep
 from ddpm_ema.score.together import on_main, only_on_main
+from ddpm_ema.score.versions import check_versions
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -39,6 +40,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         for checkpoint in found:
             scoring = Scoring(config, processes, studio, reference, origin, checkpoint)
             with scoring.locked(), processes.naming_lost_ranks("scoring"):
+                check_versions(scoring)
                 results.append(_score(scoring))
         stop.drain(processes)
     processes.close()
@@ -101,8 +103,8 @@ def _score(scoring: Scoring) -> dict[str, Any]:
             range(count), desc=f"step {scoring.step}", unit="copy", disable=not processes.is_main, leave=False
         ):
             scoring.score_source(sources[place] if sources else None)
-    swept = sweep(runs, config.evaluation.sweep.search)
-    results = only_on_main(processes, lambda: scoring.write(sources, swept))
+    swept = sweep(scoring, runs, config.evaluation.sweep.search)
+    results = only_on_main(processes, lambda: scoring.write(swept))
     if results is None:
         return {}
     head = "already complete" if complete and not runs else f"done in {time.perf_counter() - start:.0f} s"
@@ -121,11 +123,11 @@ def _resolve(scoring: Scoring) -> list[NamedWeights]:
 
 
 def _is_complete(scoring: Scoring, sources: list[NamedWeights]) -> bool:
-    return bool(sources) and all(scoring.folder.finished(source.slug) is not None for source in sources)
+    return bool(sources) and {source.name for source in sources} <= {row.row["weights"] for row in scoring.scores()}
 
 
 def _show(results: dict[str, Any]) -> None:
-    say(f"step {results['step']}, {results['num_images']:,} images a copy against {results['reference']}")
+    say(heading(results))
     say(table(results))
     if results.get("sweep"):
         say(f"\n{table(results, results['sweep'])}\n{describe(results)}")

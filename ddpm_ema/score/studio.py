@@ -18,9 +18,9 @@ from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.features import Extractor
 from ddpm_ema.named_weights import NamedWeights, PipelineConfig, build_unet, schedule_of, unet_config_of
 from ddpm_ema.processes import Processes, StopFlag, say
-from ddpm_ema.score.blocks import Block, MemoryStore
+from ddpm_ema.score.blocks import FIRST_IMAGES, Block, MemoryStore, pixel_figures
 from ddpm_ema.score.network import Network
-from ddpm_ema.score.together import only_on_main
+from ddpm_ema.score.together import on_main, only_on_main
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Studio:
         known_labels: Tensor | None,
         stop: StopFlag | None = None,
     ) -> Studio:
-        """For scorings of about `num_images` images a copy."""
-        batch = even_batch(num_images, processes.world_size, config.evaluation.batch_size)
+        """For scorings of about `num_images` images."""
+        batch = even_batch(max(1, num_images - FIRST_IMAGES), processes.world_size, config.evaluation.batch_size)
         return cls(config, processes, extractor, batch, num_classes, known_labels, stop)
 
     @property
@@ -127,17 +127,23 @@ class Studio:
         """
         missing = self.processes.broadcast(self._missing(store, num_images) if self.processes.is_main else None)
         assert missing is not None
-        world = self.processes.world_size
+        first = [index for index in missing if index < FIRST_IMAGES]
+        together = self.processes.world_size * self.batch_size
         with self._bar(name, num_images, num_images - len(missing)) as bar:
-            for images in rounds(missing, world * self.batch_size):
-                start = time.perf_counter()
-                mine = images[slice(*_ends(streams.partition(len(images), self.processes.rank, world)))]
-                part = self._sample(name, mine, partial(_advance, bar), len(images))
-                parts = self._gather(part)
-                if self.processes.is_main:
-                    block = Block.join(parts)
-                    block.seconds = time.perf_counter() - start
-                    store.add(block)
+            for images in (*rounds(first, self.batch_size), *rounds(missing[len(first) :], together)):
+                block = self.round(name, images, partial(_advance, bar))
+                on_main(self.processes, partial(store.add, block))
+
+    def round(self, name: str, images: list[int], advance: Callable[[float], object] = lambda done: None) -> Block:
+        """These images as a block, on every rank; the first ones are made by rank 0 alone, as one batch. A collective."""
+        start, world = time.perf_counter(), self.processes.world_size
+        mine = images[slice(*_ends(streams.partition(len(images), self.processes.rank, world)))]
+        if images[-1] < FIRST_IMAGES:
+            mine = images if self.processes.is_main else []
+        parts = self._gather(self._sample(name, mine, advance, len(images)))
+        block = Block.join(parts, torch.tensor(images))
+        block.seconds = time.perf_counter() - start
+        return block
 
     def _missing(self, store: MemoryStore, num_images: int) -> list[int]:
         done = store.done()
@@ -190,11 +196,14 @@ class Studio:
         bad = ~torch.isfinite(features).all(dim=1).cpu()
         if bool(bad.any()):
             return _not_finite(name, indices[bad].tolist(), "features")
-        shown = indices < self.config.evaluation.grid_images
+        shown = indices < max(FIRST_IMAGES, self.config.evaluation.grid_images)
+        saturated, contrast = pixel_figures(images)
         return Block(
             indices=indices,
             features=features.cpu(),
             logits=None if logits is None else logits.cpu(),
+            saturated=saturated,
+            contrast=contrast,
             shown=indices[shown],
             images=images.cpu()[shown],
         )
@@ -202,7 +211,7 @@ class Studio:
     def _empty(self) -> Block:
         none = torch.zeros(0, dtype=torch.int64)
         images = torch.zeros(0, *self.image_shape, dtype=torch.uint8)
-        return Block(none, torch.zeros(0, self.extractor.dim), None, none, images)
+        return Block(none, torch.zeros(0, self.extractor.dim), None, *pixel_figures(images), none, images)
 
     def _gather(self, part: Block | UserError) -> list[Block]:
         """Every rank's block, on every rank; the first error, raised on every rank."""
