@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         "--target",
         action="append",
         required=True,
-        help="power_function:std=0.075, constant:decay=0.999, bias_corrected:decay=0.9999, uniform, ...; may be repeated",
+        help="a name (power_0_075, bias_corrected_0_9999, uniform) or its fields (power_function:std=0.075); may be repeated",
     )
     parser.add_argument("--step", type=int, default=None, help="step it would stand at (default: the last snapshot's)")
     parser.add_argument(

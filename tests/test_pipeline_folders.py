@@ -244,6 +244,7 @@ class TestSchedule:
             ({"beta_end": float("nan")}, "betas from 0 to 1"),
             ({"trained_betas": [[0.1]]}, "needs betas"),
             ({"prediction_type": "flow"}, "prediction_type"),
+            ({"variance_type": ["learned"]}, "variance_type"),
         ],
     )
     def test_an_odd_scheduler_is_one_message(self, folder, changes, message):

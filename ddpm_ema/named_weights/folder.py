@@ -31,6 +31,7 @@ INDEX = f"{WEIGHTS}.index.json"
 SCHEDULER = "scheduler_config.json"
 MOST_TIMESTEPS = 100_000
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,13 @@ class PipelineFolder:
         scheduler = _built(kinds[kind], given, file)
         betas = getattr(scheduler, "betas", torch.zeros(0))
         fits = betas.ndim == 1 and len(betas) > 1 and bool(((betas >= 0) & (betas <= 1)).all())
-        if not fits or scheduler.config.prediction_type not in PREDICTIONS:
-            raise UserError(f"{file}: needs betas from 0 to 1 and a prediction_type of {', '.join(PREDICTIONS)}")
-        return schedule_of(scheduler)
+        schedule = schedule_of(scheduler) if fits else {}
+        if not fits or schedule["prediction_type"] not in PREDICTIONS or schedule["variance_type"] not in VARIANCES:
+            raise UserError(
+                f"{file}: needs betas from 0 to 1, a prediction_type of {', '.join(PREDICTIONS)}, and a variance_type "
+                f"of {', '.join(VARIANCES)}"
+            )
+        return schedule
 
     @property
     def key(self) -> str:
