@@ -120,9 +120,9 @@ def heading(results: Mapping[str, Any]) -> str:
 
 def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Rows from the best to the worst, for a terminal. The distance is the bias-corrected one, ± one standard error."""
-    head = ["weights", metric_label(results), "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
-    hidden = says_nothing(results.get("precision_of_noise"))
-    body = [_cells(row, hidden) for row in (results["rows"] if entries is None else entries)]
+    head = ["weights", "images", metric_label(results), "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
+    hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
+    body = [_cells(row, usual, hidden) for row in (results["rows"] if entries is None else entries)]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
     lines = [[line[i] for i in shown] for line in [head, *body]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
@@ -137,12 +137,13 @@ def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | Non
     return "\n".join(line.rstrip() for line in text)
 
 
-def _cells(row: Mapping[str, Any], without_precision: bool) -> list[str]:
+def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -> list[str]:
     verdict = ""
     if "significant" in row:
         verdict = ("better" if row["delta_vs_raw"] < 0 else "worse") if row["significant"] else "not significant"
     return [
         str(row["weights"]),
+        f"{row['num_images']:,}" if row["num_images"] != usual_images else "",
         with_error(row["frechet_distance_unbiased"], row["stderr"]),
         figure(row["frechet_distance"]),
         with_error(row["delta_vs_raw"], row["delta_stderr"], signed=True) if "delta_vs_raw" in row else "",

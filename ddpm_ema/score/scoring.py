@@ -91,7 +91,7 @@ class Scoring:
         store = self.folder.store(label.key) if self.processes.is_main else MemoryStore()
         if self.processes.broadcast(self.processes.is_main and store.done().issuperset(range(count))):
             return
-        on_main(self.processes, lambda: self.folder.keep(self._record(source)))
+        on_main(self.processes, lambda: self.folder.keep(self.record(source)))
         self.load(source, label)
         self.studio.extend(label.name, store, count)
 
@@ -101,7 +101,7 @@ class Scoring:
             self.studio.load(source)
             self.loaded = label.key
 
-    def _record(self, source: NamedWeights | None) -> Record:
+    def record(self, source: NamedWeights | None) -> Record:
         """Rank 0: what is known of these weights, or a new record."""
         assert source is not None
         return self.folder.record(source.key) or Record(source.key, source.name, source.profile)
@@ -109,7 +109,7 @@ class Scoring:
     def _keep_score(self, source: NamedWeights | None, count: int, named: bool) -> None:
         assert source is not None
         assert self.measure is not None
-        record = self._record(source)
+        record = self.record(source)
         if count not in record.rows:
             described = {
                 "weights_sha256": source.key,

@@ -56,7 +56,9 @@ class Studio:
         stop: StopFlag | None = None,
     ) -> Studio:
         """For scorings of about `num_images` images."""
-        batch = even_batch(max(1, num_images - FIRST_IMAGES), processes.world_size, config.evaluation.batch_size)
+        most = config.evaluation.batch_size
+        batch = even_batch(max(1, num_images - FIRST_IMAGES), processes.world_size, most)
+        batch = max(batch, min(FIRST_IMAGES, num_images, most))
         return cls(config, processes, extractor, batch, num_classes, known_labels, stop)
 
     @property

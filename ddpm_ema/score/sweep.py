@@ -15,6 +15,7 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Difference, Estimate, difference
 from ddpm_ema.named_weights import NamedWeights, name_of
 from ddpm_ema.numbers import with_error
+from ddpm_ema.score.folder import Record
 from ddpm_ema.score.measure import Score, versus_raw
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.search import Search
@@ -97,13 +98,14 @@ class Run:
         """
         scoring, processes = self.scoring, self.scoring.processes
         self._extend_raw()
-        counts = self._search() if search else dict.fromkeys(range(len(self.candidates)), self.most_images)
+        looked_at = self._search() if search else dict.fromkeys(range(len(self.candidates)), self.most_images)
+        counts = on_main(processes, lambda: self._at_least(looked_at))
         for place, count in counts.items():
             scoring.score_source(self.sources[place], count, named=False)
-        on_main(processes, lambda: self._mark(counts))
+        on_main(processes, lambda: self._mark(counts))  # all at once: half a sweep is none
         if not search:
             return {}
-        images, whole = sum(counts.values()), len(self.candidates) * self.most_images
+        images, whole = sum(looked_at.values()), len(self.candidates) * self.most_images
         return {self.candidates[0].kind: {"candidates": len(self.candidates), "images": images, "of": whole}}
 
     def _extend_raw(self) -> None:
@@ -130,16 +132,22 @@ class Run:
         assert found is not None
         return found
 
+    def _at_least(self, counts: Mapping[int, int]) -> dict[int, int]:
+        """Rank 0: the most images that this or an earlier sweep gave each candidate."""
+        return {
+            place: max(count, (self._record(place).candidate or {}).get("num_images", 0))
+            for place, count in counts.items()
+        }
+
     def _mark(self, counts: Mapping[int, int]) -> None:
-        """Rank 0: these are candidates from now on, each over the most images that any sweep gave it."""
-        folder = self.scoring.folder
+        """Rank 0: these weights are candidates from now on."""
         for place, count in counts.items():
-            source, candidate = self.sources[place], self.candidates[place]
-            record = folder.record(source.key) if source else None
-            assert record is not None
-            most = max(count, (record.candidate or {}).get("num_images", 0))
-            record.candidate = {"kind": candidate.kind, "value": candidate.value, "num_images": most}
-            folder.keep(record)
+            candidate, record = self.candidates[place], self._record(place)
+            record.candidate = {"kind": candidate.kind, "value": candidate.value, "num_images": count}
+            self.scoring.folder.keep(record)
+
+    def _record(self, place: int) -> Record:
+        return self.scoring.record(self.sources[place])
 
 
 def summary(scoring: Scoring, spent: Mapping[str, Any]) -> dict[str, Any]:
