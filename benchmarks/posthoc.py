@@ -1,13 +1,18 @@
-"""Averages made after the fact, against the same averages kept during the training.
+"""Averages made after the fact against the same averages kept during training; EDM2's fit beside ours; and where the model breaks.
 
-    python benchmarks/posthoc.py RUN [--stored power_0_05 power_0_10] [--thin 1 2 4] [--output FILE.json]
+    python benchmarks/posthoc.py FOLDER [--runs constant cosine ...] [--counts 5 10 20 50] [--output FILE.json] [--figure FILE.png]
 
-RUN is a run directory with a checkpoint (`checkpoints/step-XXXXXXXX/averages/<name>.safetensors`, kept directly) and snapshots
-(`snapshots/step-XXXXXXXX/<name>.safetensors`). Every average of the newest checkpoint whose step has snapshots is made anew from the
-snapshots of the averages named by --stored, as they are and rounded to bf16, from all of them and from every 2nd, 4th, ...
+Trains the network of `configs/digits.yaml` 3,000 steps at a constant rate, with cosine decay, with a warm-up of a tenth, and at batch
+size 4 (a run that is in FOLDER already is taken as it is). Every average below is kept; power functions .05 and .10, `uniform` and raw
+are stored every 30 steps. Each kept average is then made from 5, 10, 20 and 50 of the stored ones. The error is that of all weights
+as a share of the average's distance from the raw weights; `predicted` is what the library says before it reads a tensor.
 
-Errors are relative L2 norms over all weights: against the average itself, and against its distance from the raw weights, which is what
-the averaging was for.
+EDM2's fit is that of Karras et al. 2024, appendix C.3: least squares of the weightings. The paper solves it for power functions by
+closed forms of continuous time; here it is solved over the discrete weightings, by an orthogonal factorisation, for any target.
+
+    python benchmarks/posthoc.py --simulate [--output FILE.json]
+
+makes weights that move otherwise than the model has it, and prints actual / predicted.
 """
 
 from __future__ import annotations
@@ -15,139 +20,75 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_ema import config
 from ddpm_ema.averaging import (
+    RAW,
+    BiasCorrected,
+    Coefficients,
+    ConstantDecay,
+    PowerFunction,
     Profile,
-    Reconstruction,
     Snapshot,
+    StochasticWeightAverage,
+    Uniform,
     find_snapshots,
-    profile_from_dict,
-    reconstruct,
-    write_snapshot,
+    posthoc_coefficients,
+    profile_to_dict,
 )
+from ddpm_ema.averaging.posthoc import estimate_white_noise
+
+ROOT = Path(__file__).parents[1]
+STEPS, STORED_EVERY = 3000, 30
+TRAINING: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "cosine": {"learning_rate_schedule": "cosine"},
+    "warmup": {"warmup_steps": STEPS // 10},
+    "batch4": {"batch_size": 4},
+}
+STORED: dict[str, Profile] = {"power_0_05": PowerFunction(0.05), "power_0_10": PowerFunction(0.10), "uniform": Uniform()}
+KEPT: dict[str, Profile] = {
+    **STORED,
+    **{f"power_0_{std:02.0f}": PowerFunction(std / 100) for std in (3, 15, 20, 25)},
+    "debiased_0_99": BiasCorrected(0.99),
+    "debiased_0_999": BiasCorrected(0.999),
+    "debiased_0_9999": BiasCorrected(0.9999),
+    "constant_0_9999": ConstantDecay(0.9999),
+    "last_20": StochasticWeightAverage(STEPS * 80 // 100 + 1),  # starts at a snapshot
+    "last_17": StochasticWeightAverage(STEPS * 83 // 100 + 1),  # does not
+}
+SETS = {
+    "power .05, .10": ["power_0_05", "power_0_10"],
+    "power .05, uniform": ["power_0_05", "uniform"],
+    "power .05, .10, uniform": ["power_0_05", "power_0_10", "uniform"],
+    "raw": ["raw"],
+    "raw, uniform": ["raw", "uniform"],
+}
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """L2 norm of the difference over all tensors."""
-    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in b) ** 0.5
-
-
-def norm(a: dict[str, Tensor]) -> float:
-    return sum(float(tensor.double().square().sum()) for tensor in a.values()) ** 0.5
-
-
-def newest_checkpoint(run: Path, steps: set[int]) -> tuple[int, Path]:
-    """The newest checkpoint whose step has snapshots."""
-    found = sorted((int(path.name.removeprefix("step-")), path) for path in run.glob("checkpoints/step-*"))
-    for step, path in reversed(found):
-        if step in steps and (path / "manifest.json").exists():
-            return step, path
-    sys.exit(
-        f"{run}: no checkpoint at a step with snapshots; checkpoints at {[s for s, _ in found]}, snapshots at {sorted(steps)}"
-    )
-
-
-def thinned(snapshots: list[Snapshot], step: int, factor: int) -> list[Snapshot]:
-    """Every `factor`-th stored step, counted back from `step`."""
-    steps = sorted({snapshot.step for snapshot in snapshots if snapshot.step <= step}, reverse=True)[::factor]
-    return [snapshot for snapshot in snapshots if snapshot.step in steps]
-
-
-def rounded(snapshots: list[Snapshot], folder: Path) -> list[Snapshot]:
-    """The same snapshots as if they had been stored as bf16."""
-    return [
-        write_snapshot(
-            folder / f"step-{s.step:08d}" / s.path.name, load_file(s.path), s.step, s.profile, torch.bfloat16
-        )
-        for s in snapshots
-    ]
-
-
-def row(
-    name: str, got: Reconstruction, kept: dict[str, Tensor], raw: dict[str, Tensor], seconds: float
-) -> dict[str, Any]:
-    error, coefficients = distance(got.weights, kept), got.coefficients
-    return {
-        "average": name,
-        "profile": repr(got.target),
-        "num_snapshots": len(got.snapshots),
-        "weight_error": error / norm(kept),
-        "weight_error_of_distance_from_raw": error / distance(kept, raw) if distance(kept, raw) else None,
-        "profile_error": coefficients.profile_error,
-        "initial_weight_error": coefficients.initial_weight_error,
-        "condition_number": coefficients.condition_number,
-        "amplification": coefficients.amplification,
-        "warnings": got.warnings,
-        "seconds": seconds,
-    }
-
-
-def compare(run: Path, stored: list[str], thin: list[int]) -> Iterator[dict[str, Any]]:
-    snapshots = [snapshot for snapshot in find_snapshots(run / "snapshots") if snapshot.path.stem in stored]
-    step, checkpoint = newest_checkpoint(run, {snapshot.step for snapshot in snapshots})
-    raw = load_file(checkpoint / "raw.safetensors")
-    profiles = json.loads((checkpoint / "manifest.json").read_text())["profiles"]
-    targets: dict[str, Profile] = {name: profile_from_dict(settings) for name, settings in profiles.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        stores = {"as stored": snapshots, "bf16": rounded(snapshots, Path(folder))}
-        for name, profile in targets.items():
-            if name in stored:
-                continue
-            kept = load_file(checkpoint / "averages" / f"{name}.safetensors")
-            for factor in thin:
-                for dtype, store in stores.items():
-                    start = time.perf_counter()
-                    got = reconstruct(thinned(store, step, factor), step, profile)
-                    seconds = time.perf_counter() - start
-                    yield {"step": step, "stored_as": dtype, "thinned": factor} | row(name, got, kept, raw, seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument(
-        "--stored", nargs="+", default=["power_0_05", "power_0_10"], help="averages whose snapshots are used"
-    )
-    parser.add_argument("--thin", type=int, nargs="+", default=[1, 2, 4], help="use every n-th stored step")
-    parser.add_argument("--device", default="cpu", choices=["cpu"], help="reconstruction is a sum on the CPU")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "posthoc.json")
-    arguments = parser.parse_args()
-    heading = (
-        "average",
-        "snapshots",
-        "stored as",
-        "error",
-        "of raw dist.",
-        "profile error",
-        "condition",
-        "amplif.",
-        "trust",
-    )
-    print("{:22s} {:>9s} {:>10s} {:>10s} {:>13s} {:>13s} {:>10s} {:>8s}  {}".format(*heading))
-    rows = []
-    for result in compare(arguments.run, arguments.stored, arguments.thin):
-        rows.append(result)
-        share = result["weight_error_of_distance_from_raw"]
-        print(
-            f"{result['average']:22s} {result['num_snapshots']:9d} {result['stored_as']:>10s} {result['weight_error']:10.2e} "
-            f"{share if share is not None else float('nan'):13.2e} {result['profile_error']:13.2e} "
-            f"{result['condition_number']:10.1e} {result['amplification']:8.2f}  {'no' if result['warnings'] else 'yes'}"
-        )
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
-    print(f"written to {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()
+def train(folder: Path, name: str) -> Path:
+    """The run directory of one run, trained if it is not there."""
+    run = folder / name
+    if (run / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").exists():
+        return run
+    settings = config.to_dict(config.load(ROOT / "configs" / "digits.yaml"))
+    settings["output_dir"] = str(run)
+    settings["training"] |= {"steps": STEPS, "warmup_steps": 0, "sample_every": 0} | TRAINING[name]
+    settings["averages"] = {name: profile_to_dict(profile) for name, profile in KEPT.items()}
+    settings["checkpoints"] |= {"every": STEPS // 4, "snapshots_every": STORED_EVERY, "snapshots": [*STORED, "raw"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    subprocess.run([sys.executable, ROOT / "scripts" / "train.py", "--config", path], check=True)
+    return run
