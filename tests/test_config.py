@@ -37,7 +37,7 @@ def test_the_cifar10_config_is_the_paper_s_recipe() -> None:
     assert (d.prediction, d.variance, c.evaluation.sampler) == ("epsilon", "fixed_large", "ddpm")
     assert (c.evaluation.num_images, c.evaluation.num_inference_steps) == (50_000, 1000)
     assert c.evaluation.extractor == "inception-v3-compat"
-    assert set(c.averages) == {"ema_0_999", "ema_0_9999", "power_0_05", "power_0_10"}
+    assert set(c.averages) == {"ema_0_999", "ema_0_9999", "power_0_05", "power_0_10", "uniform"}
 
 
 def test_a_snapshot_of_what_is_not_kept_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:

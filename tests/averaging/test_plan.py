@@ -17,7 +17,7 @@ def test_a_plan_predicts_what_the_fit_predicts_from_the_files_that_it_stores() -
         assert plan.num_files == len(stored) <= 40
         for target, error in zip(TARGETS, plan.errors, strict=True):
             alone = posthoc_coefficients(*zip(*stored, strict=True), 1050, target).predicted_relative_error
-            assert error == pytest.approx(alone, rel=1e-6, abs=1e-9)
+            assert error == (None if target == RAW else pytest.approx(alone, rel=1e-6, abs=1e-9))
 
 
 def test_the_best_plan_warns_least_then_misses_the_goal_least_then_takes_the_fewest_files() -> None:
@@ -41,7 +41,7 @@ def test_in_a_long_run_a_narrow_decay_cannot_be_brought_back_and_wide_ones_can()
 
 @pytest.mark.parametrize(
     ("steps", "targets", "files", "message"),
-    [(0, TARGETS, 9, "got 0"), (100, [], 9, "and 0"), (100, TARGETS, 5, "at least|needs 6 files")],
+    [(0, TARGETS, 9, "got 0"), (100, [], 9, "and 0"), (100, TARGETS, 5, "the smallest needs 6 files")],
 )
 def test_what_cannot_be_planned_is_refused(steps, targets, files, message) -> None:
     with pytest.raises(ValueError, match=message):
