@@ -27,7 +27,7 @@ from ddpm_ema.averaging.profiles import (
 from ddpm_ema.averaging.snapshots import Snapshot, snapshot_metadata
 from ddpm_ema.errors import UserError
 from ddpm_ema.numbers import MISSING, listed
-from ddpm_ema.rundir import RunDir, atomic_save, step_folder
+from ddpm_ema.rundir import Checkpoint, RunDir, atomic_save, step_folder
 
 POWER = re.compile(r"power_0_(\d+)")
 
@@ -75,17 +75,22 @@ def fit_from(run: RunDir, target: Profile, step: int | None = None) -> Fit:
 
 def check_from(run: RunDir, found: Fit) -> Check | None:
     """What the prediction is worth for an average stored at the same step, checkpoints included. Raises UserError."""
-    kept: list[Snapshot] = []
-    for checkpoint in run.checkpoints():
-        if checkpoint.step == found.step:
-            profiles = checkpoint.manifest.get("profiles") or {}
-            kept = [
-                Snapshot(found.step, profile_from_dict(settings), checkpoint.path / f"averages/{name}.safetensors")
-                for name, settings in profiles.items()
-            ]
-            kept.append(Snapshot(found.step, RAW, checkpoint.path / "raw.safetensors"))
     with _explained(run, found.target, found.step):
+        kept = [
+            snapshot
+            for checkpoint in run.checkpoints()
+            if checkpoint.step == found.step
+            for snapshot in _kept_in(checkpoint)
+        ]
         return found.checked(kept)
+
+
+def _kept_in(checkpoint: Checkpoint) -> Iterator[Snapshot]:
+    profiles = {"raw": profile_to_dict(RAW)} | dict(checkpoint.manifest.get("profiles") or {})
+    for name in checkpoint.names:
+        if name in profiles:
+            file = "raw.safetensors" if name == "raw" else f"averages/{name}.safetensors"
+            yield Snapshot(checkpoint.step, profile_from_dict(profiles[name]), checkpoint.path / file)
 
 
 def weights_from(run: RunDir, found: Fit) -> dict[str, Tensor]:
