@@ -245,7 +245,8 @@ class CheckpointSettings(Section):
     keep_every: Annotated[Positive | None, FREE] = None
     """Checkpoints at multiples of this many steps are kept for good; none means none are."""
     snapshots_every: Annotated[NonNegative, FREE] = 0
-    """Steps between snapshots, for post-hoc reconstruction; the initial weights are stored once, too. 0 means none."""
+    """Steps between snapshots, for post-hoc reconstruction (reconstruct.py --plan); the last step and the initial weights are stored,
+    too. 0 means none."""
     snapshots: Annotated[tuple[str, ...], FREE] = ()
     """What snapshots are taken of: names under averages, and raw. Empty means the power functions and uniform averages."""
     snapshot_dtype: Annotated[Literal["float32", "bfloat16"], FREE] = "float32"

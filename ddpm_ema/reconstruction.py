@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddpm_ema import config as settings
-from ddpm_ema.averaging.profiles import Profile, profile_from_dict
+from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW
+from ddpm_ema.averaging.plan import plans
+from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform, profile_from_dict
 from ddpm_ema.averaging.snapshots import snapshot_metadata
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of
-from ddpm_ema.numbers import MISSING
+from ddpm_ema.numbers import MISSING, listed
 from ddpm_ema.rundir import RunDir, atomic_save, step_folder
 from ddpm_ema.weight_names import profile_named
 
@@ -105,24 +108,85 @@ def _aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> lis
     ]
 
 
+WANTED = (
+    *(PowerFunction(std) for std in (0.02, 0.03, 0.05, 0.10, 0.15, 0.20, 0.25)),
+    *(BiasCorrected(decay) for decay in (0.99, 0.999, 0.9999, 0.99999)),
+    Uniform(),
+)
+"""What a plan is asked for where no targets are named."""
+
+
+def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], room: float, size: float) -> str:
+    """For a terminal: what each plan predicts, which one to take, and which averages it cannot bring back.
+
+    Args:
+        training: whose steps and learning rates count.
+        targets: averages wanted at the end.
+        room: bytes for snapshots.
+        size: bytes of one.
+
+    Raises UserError where nothing fits.
+    """
+    try:
+        found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)
+    except ValueError as error:
+        raise UserError(f"--plan: {error}") from None
+    best = found[0]
+    names = [" + ".join("raw" if one == RAW else name_of(one) for one in plan.stored) for plan in found]
+    rows = [["stored", *names], ["every", *(f"{plan.every:,} steps" for plan in found)]]
+    rows.append(["disk", *(f"{plan.num_files * size / 1e9:.3g} GB" for plan in found)])
+    rows += [[name_of(target), *(_percent(plan.errors[i]) for plan in found)] for i, target in enumerate(targets)]
+    lines = _aligned(rows)
+    lines.append(f"Store {names[0]} every {best.every:,} steps (checkpoints.snapshots, checkpoints.snapshots_every).")
+    if lost := best.beyond(MAX_PREDICTED_ERROR):
+        kept = listed([name_of(targets[place]) for place in lost])
+        lines.append(
+            f"Keep {kept} while training: {MAX_PREDICTED_ERROR:.0%} or more, and no plan within this disk does better."
+        )
+    return "\n".join(lines)
+
+
+def _amount(text: str) -> float:
+    """20GB, 35.7M, 800k -> a number; for argparse."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kMGT]?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 20GB, 35.7M or 800000")
+    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
+
+
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """The command line of scripts/reconstruct.py: one file a target, then a table of how far each can be trusted."""
+    """The command line of scripts/reconstruct.py: one file a target, then a table of how far each can be trusted; or a plan."""
     parser = argparse.ArgumentParser(
-        prog="reconstruct.py", description="Reconstructs averages that no one kept, from the snapshots of a run."
+        prog="reconstruct.py",
+        description="Reconstructs averages that no one kept, from the snapshots of a run; --plan says before a run what to store.",
     )
-    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
+    parser.add_argument("run", type=Path, nargs="?", help="the run directory, such as runs/digits")
     parser.add_argument(
         "--target",
         action="append",
-        required=True,
+        default=[],
         help="a name (power_0_075, bias_corrected_0_9999, uniform) or its fields (power_function:std=0.075); may be repeated",
     )
     parser.add_argument("--step", type=int, default=None, help="step it would stand at (default: the last snapshot's)")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder of the files (default: RUN/reconstructed/step-N)"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="which averages to store of a run, how often, and what they give"
+    )
+    parser.add_argument("--steps", type=_amount, default=None, help="--plan: steps of the run (default: --config's)")
+    parser.add_argument("--config", type=Path, default=None, help="--plan: settings, whose learning rates count")
+    parser.add_argument("--budget", type=_amount, default=20e9, help="--plan: bytes for snapshots (default: 20GB)")
+    parser.add_argument("--parameters", type=_amount, default=35.7e6, help="--plan: of the model (default: 35.7M)")
     arguments = parser.parse_args(argv)
     targets = [parse_target(text) for text in arguments.target]
+    if arguments.plan:
+        steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps else {}
+        training = settings.load(arguments.config, steps).training
+        print(plan_text(training, targets or WANTED, arguments.budget, 4 * arguments.parameters))
+        return []
+    if arguments.run is None or not targets:
+        parser.error("give a run directory and one --target or more, or --plan")
     run = RunDir(arguments.run)
     config = settings.load(run.config_path) if run.config_path.is_file() else None
     found = [(target, WeightResolver(run, None, config).reconstructed(target, arguments.step)) for target in targets]

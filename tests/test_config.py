@@ -80,6 +80,7 @@ def test_the_cifar10_config_spells_out_the_whole_recipe_of_the_paper() -> None:
     for section, recipe in PAPERS_RECIPE.items():
         assert recipe.keys() <= written[section].keys(), section
         assert {key: loaded[section][key] for key in recipe} == recipe
+    assert set(loaded["averages"]) == {"ema_0_999", "ema_0_9999", "power_0_05", "power_0_10", "uniform"}
 
 
 def test_a_snapshot_of_what_is_not_kept_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_ema.averaging import PROFILES
+from ddpm_ema.averaging.plan import plans
+from ddpm_ema.reconstruction import WANTED, name_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "averaging.md"
 
@@ -56,6 +58,20 @@ def test_the_docs_code_prints_what_the_page_says(printed: str, promised: str) ->
 def test_the_docs_name_every_kind_of_profile() -> None:
     named = set(re.findall(r"`([a-z_]+)`", PAGE.read_text(encoding="utf-8")))
     assert set(PROFILES) <= named
+
+
+def test_the_plans_that_the_page_shows_are_those_that_are_made() -> None:
+    table = re.search(r"\| wanted at the end .*?\n\n", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert table is not None
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table[0].splitlines()]
+    for column, (steps, files) in enumerate([(1500, 357), (100_000, 140), (800_000, 140)], start=1):
+        best = plans(steps, WANTED, files)[0]
+        errors = dict(zip(map(name_of, WANTED), best.errors, strict=True))
+        assert [rows[3][column], rows[4][column]] == [f"{best.every:,}", str(best.num_files)]
+        for row in rows[5:]:
+            for name in re.findall(r"`(\w+)`", row[0]):
+                error = errors[name.replace("power_0_20", "power_0_2")]
+                assert row[column] == ("keep it" if error >= 0.05 else f"{error:.2%}"), name
 
 
 def test_the_docs_pictures_exist() -> None:

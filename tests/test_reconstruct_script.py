@@ -160,6 +160,23 @@ def test_a_run_without_snapshots_is_told_how_to_get_them(
     assert "checkpoints.snapshots_every" in printed
 
 
+def test_a_plan_needs_no_run_and_says_what_to_store_and_what_to_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--steps", "800k", "--budget", "20GB", "--parameters", "35.7M"]
+    assert main(["--plan", *sizes, "--target", "bias_corrected:decay=0.999", "--target", "uniform"]) == []
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split()[:3] == ["every", "160,000", "steps"]
+    assert [line.split()[:2] for line in printed[3:5]] == [["bias_corrected_0_999", "467.14%"], ["uniform", "0.00%"]]
+    assert printed[5].startswith("Store power_0_05 + uniform every 160,000 steps")
+    assert printed[6].startswith("Keep bias_corrected_0_999 while training: 5% or more")
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(UserError, match="--plan: no plan fits: the smallest needs 6 files"):
+        main(["--plan", "--steps", "1000", "--budget", "1MB"])
+    with pytest.raises(SystemExit):
+        main(["--target", "uniform"])
+
+
 def test_a_pickle_among_the_snapshots_is_refused_unread(run: RunDir) -> None:
     torch.save({"w": torch.zeros(STEPS)}, run.snapshot_path(50, "power_0_05"))
     with pytest.raises(UserError, match="pickle"):

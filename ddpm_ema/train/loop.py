@@ -85,7 +85,7 @@ def _at_intervals(trainer: Trainer, preview: Preview | None, evaluator: Evaluato
     last = step == config.training.steps
     if step % config.training.log_every == 0 or last:
         log(trainer)
-    if _due(step, config.checkpoints.snapshots_every):
+    if _due(step, config.checkpoints.snapshots_every) or (last and config.checkpoints.snapshots_every):
         save_snapshots(trainer)
     if preview is not None and _due(step, config.training.sample_every):
         with trainer.logbook.paused():
