@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 from safetensors.numpy import save_file
 
 from ddpm_ema import config
@@ -209,8 +209,9 @@ def metrics(steps: int = STEPS, every: int = 50) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grid(path: Path, labels: tuple[str, ...] = tuple(FIGURES), columns: int = 16, cell: int = 32) -> None:
-    """A labelled grid of blobs."""
+def grid(path: Path, title: str = "", columns: int = 16, cell: int = 32) -> None:
+    """A labelled grid of blobs, with the title that a picture holds."""
+    labels = tuple(FIGURES)
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(1)
     image = Image.new("RGB", (150 + columns * cell, len(labels) * cell), "white")
@@ -220,7 +221,10 @@ def grid(path: Path, labels: tuple[str, ...] = tuple(FIGURES), columns: int = 16
         for column in range(columns):
             patch = Image.fromarray((noise.random((8, 8)) * 255).astype(np.uint8))
             image.paste(patch.resize((cell - 2, cell - 2), Image.Resampling.NEAREST), (150 + column * cell, row * cell))
-    image.save(path)
+    entries = PngImagePlugin.PngInfo()
+    if title:
+        entries.add_text("Title", title)
+    image.save(path, pnginfo=entries)
 
 
 def manifest(step: int = STEPS) -> dict[str, Any]:
@@ -254,7 +258,7 @@ def make_run(run: Path) -> Path:
     save_file({"conv.weight": np.zeros((701, 1000), np.float32)}, checkpoint / "raw.safetensors")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest()))
     for step in (500, 1500, 3000):
-        grid(run / "samples" / f"step-{step:08d}.png")
+        grid(run / "samples" / f"step-{step:08d}.png", f"step {step}, ddim 50 steps, the same noise in every row")
     for step in (1000, 2000):
         write_results(run, results(step))
     grid(write_results(run, results(**swept())) / "grid.png")

@@ -160,12 +160,12 @@ def test_how_the_numbers_were_made_is_said(page: Page) -> None:
 
 def test_every_grid_and_figure_of_samples_names_sampler_and_steps(page: Page) -> None:
     assert "Scored at step 3,000: dpm_solver++, 25 steps" in page.text
-    assert "While training, step 1,500 (config.yaml: ddim, 50 steps)" in page.text
+    assert "While training: step 1500, ddim 50 steps, the same noise in every row" in page.text
     assert "At step 3,000, dpm_solver++ in 25 steps. Averages reconstructed" in page.text
     assert (
         page.text.count("With dpm_solver++ in 25 steps and 6,000 images per average.") == 2
     )  # difference, over training
-    assert "Scored while training (config.yaml: ddim, 50 steps)." in page.text
+    assert "Scored while training (config.yaml: ddim in 50 steps)." in page.text
 
 
 def test_weights_have_one_colour_in_the_table_and_in_every_legend(run: Path) -> None:
@@ -325,9 +325,9 @@ def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path:
 def test_scorings_made_otherwise_never_stand_on_one_curve(tmp_path: Path) -> None:
     fake_run.write_results(tmp_path, fake_run.results(3000))
     fake_run.write_results(tmp_path, fake_run.results(2000, extractor="inception-v3-compat"))
-    assert "One step has been scored." in written(tmp_path).text
+    assert "With these settings one step has been scored." in written(tmp_path).text
     fake_run.write_results(tmp_path, fake_run.results(1000))
-    assert "One step has been scored." not in written(tmp_path).text
+    assert "With these settings one step has been scored." not in written(tmp_path).text
 
 
 def test_earlier_steps_named_with_at_stand_on_their_copys_curve(tmp_path: Path) -> None:

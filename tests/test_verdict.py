@@ -154,17 +154,30 @@ def test_every_verdict_says_what_it_holds_for() -> None:
         ({"delta": -0.15, "stderr": 0.01, "significant": True}, "(\u22120.150 ± 0.010 from power_0_10, significant)"),
         (None, "(no paired difference from power_0_10 is known)"),
         ({"delta": 0.1, "stderr": 0.2, "significant": False}, None),
+        ({"weights": "raw", "delta": -9.0, "stderr": 0.2}, "(no paired difference from power_0_10 is known)"),
     ],
 )
 def test_a_width_of_the_sweep_is_offered_where_it_is_lower_than_every_kept_average(
     versus: Any, says: str | None
 ) -> None:
     content = fake_run.swept()
-    content["sweep_best"]["std"]["versus_best_kept"] = versus and {"weights": "power_0_10", **versus}
+    content["sweep_best"]["std"]["versus_best_kept"] = versus and {"weights": "power_0_10"} | versus
     rows = fake_run.results()["rows"]
     notes = [note for note in judge(scoring(*rows, **content)).notes if note.export]
     expected = f"The sweep found power_0_14 lower still, at 2.55 ± 0.78 {says}. The lowest of many candidates looks better than it is."
     assert [(note.text, note.export) for note in notes] == ([(expected, "power_0_14")] if says else [])
+
+
+def test_a_width_that_is_lower_than_the_kept_averages_but_not_than_raw_is_not_offered() -> None:
+    content = fake_run.swept()
+    content["sweep_best"]["std"]["versus_best_kept"] = {
+        "weights": "a",
+        "delta": -9.0,
+        "stderr": 0.1,
+        "significant": True,
+    }
+    rows = [fake_run.row("raw", 1.0), fake_run.row("a", 12.0, delta=(11.0, 0.1))]
+    assert [note.export for note in judge(scoring(*rows, **content)).notes] == [""]
 
 
 def test_samples_that_are_saturated_otherwise_than_the_reference_are_warned_of() -> None:
@@ -219,7 +232,7 @@ def test_two_scorings_of_one_step_with_different_winners_recommend_neither() -> 
         "No weights are recommended, because scorings of step 3,000 contradict each other. "
         "With dpm_solver++ in 25 steps and 6,000 images per average: a. With ddim in 15 steps and 6,000 images per average: b."
     )
-    assert verdict.notes[0].text == "Between new and old differ: sampler (dpm_solver++, ddim) and steps (25, 15)."
+    assert verdict.notes[0].text == "What differs (new, old): sampler (dpm_solver++, ddim) and steps (25, 15)."
 
 
 def test_scorings_that_do_not_exclude_each_other_are_no_rivals() -> None:

@@ -64,7 +64,7 @@ def answer(scoring: Scoring, against: Sequence[Scoring]) -> Verdict:
     says = ". ".join(f"{one.conditions}: {recommendation(one)}" for one in (scoring, *against))
     sentence = f"No weights are recommended, because scorings of step {scoring.step:,} contradict each other. {says}."
     notes = [
-        Note(f"Between {scoring.folder} and {other.folder} differ: {differing(scoring, other)}.") for other in against
+        Note(f"What differs ({scoring.folder}, {other.folder}): {differing(scoring, other)}.") for other in against
     ]
     return Verdict(sentence, (*notes, *(note for note in own.notes if not note.export)))
 

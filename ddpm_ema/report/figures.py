@@ -123,52 +123,54 @@ def over_steps(
     return Drawing(svg, f"{label} over training", caption, tuple((name, looks[name]) for name in lines))
 
 
-def sweep(scoring: Scoring, key: str, look: Look, close: Sequence[str] = (), note: str = "") -> list[Drawing]:
-    """Distance, then precision and recall, over the width of reconstructed averages.
+def sweep(scoring: Scoring, key: str, look: Look, note: str) -> list[Drawing]:
+    """Distance, then precision and recall, over the width of reconstructed averages, `key` (std or decay).
 
-    `key` is `std` or `decay`; `close` names the candidates that are not significantly worse than the lowest; `note` says what
-    to know of precision.
+    `note` says what to know of precision.
     """
     points = sorted((row for row in scoring.sweep if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
     if len(points) < 2:
         return []
-    drawings = [_sweep_distance(points, key, scoring, look, close)]
+    drawings = [_sweep_distance(points, key, scoring, look)]
     shares = [(row.get("precision"), row.get("recall")) for row in points]
     if sum(None not in share for share in shares) > 1:
         drawings.append(_sweep_shares(points, key, look, note))
     return drawings
 
 
-def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Look, close: Sequence[str]) -> Drawing:
+def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Look) -> Drawing:
     x = np.array([row.get(key) for row in points], dtype=np.float64)
     y = np.array([row.distance for row in points])
     error = np.array([row.stderr or 0.0 for row in points])
-    best = int(y.argmin())
+    told = scoring.results.sweep_best.get(key)
+    close = told.not_significantly_worse if told is not None else ()
+    names = [row.weights for row in points]
+    best = names.index(told.weights) if told is not None and told.weights in names else int(y.argmin())
     figure, axes = canvas(2.9)
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=look.colour, alpha=0.14, linewidth=0)
     axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.22, linewidth=0)
     axes.plot(x, y, color=look.colour)
     for row, at, value in zip(points, x, y, strict=True):
-        face = look.colour if row.weights in close or value == y[best] else PAPER
+        face = look.colour if row.weights in (names[best], *close) else PAPER
         axes.plot(at, value, "o", color=look.colour, markerfacecolor=face, markersize=5, markeredgewidth=1.3)
     axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
     name = f"{x[best]:.4g}"
     above = y[best] < (y.min() + y.max()) / 2
     side = {0: "left", len(x) - 1: "right"}.get(best, "center")
     spot, offset = (x[best], y[best] + (2 if above else -2) * error[best]), (0, 9 if above else -16)
-    axes.annotate(f"lowest: {name}", spot, offset, textcoords="offset points", ha=side)
+    axes.annotate(f"best: {name}", spot, offset, textcoords="offset points", ha=side)
     axes.margins(y=0.16)
     _width_axis(axes, key)
     axes.set_ylabel(scoring.metric)
-    svg = to_svg(figure, f"sweep-{key}", f"{scoring.metric} over the width of the average; lowest at {name}")
+    svg = to_svg(figure, f"sweep-{key}", f"{scoring.metric} over the width of the average; best at {name}")
     caption = (
         f"At step {scoring.step:,}, {scoring.results.sampler} in {scoring.results.num_inference_steps} steps. Averages "
-        f"reconstructed after training. Bands are one and two standard errors; the ring is the lowest, {name}."
+        f"reconstructed after training. Bands are one and two standard errors; the ring is the best, {name}."
     )
     if close:
         caption += " Filled marks are not significantly worse."
     if best in (0, len(x) - 1):
-        caption += " It lies at the end of the range: a wider range may hold a lower one."
+        caption += " It lies at the end of the range: a wider range may hold a better one."
     return Drawing(svg, f"{scoring.metric} over {WIDTHS[key]}", caption)
 
 

@@ -146,29 +146,19 @@ def _over_steps(record: Record, scoring: Scoring, look: Looks) -> Drawing | None
 
 def _quick_labels(record: Record) -> tuple[str, str]:
     """Label and caption of the quick scorings while training."""
-    images = record.settings.evaluation.get("every_num_images")
+    evaluation = record.settings.evaluation
+    images, sampler, steps = (evaluation.get(key) for key in ("every_num_images", "sampler", "num_inference_steps"))
     name = "FID" if record.quick[-1][1][0].metric == "fid" else "FD"
     label = f"{name} while training ({images:,} images)" if isinstance(images, int) else f"{name} while training"
-    return label, f"Scored while training{_configured_sampler(record)}."
-
-
-def _configured_sampler(record: Record) -> str:
-    """` (config.yaml: ddim, 25 steps)`."""
-    sampler, steps = (record.settings.evaluation.get(key) for key in ("sampler", "num_inference_steps"))
-    return f" (config.yaml: {sampler}, {steps} steps)" if isinstance(sampler, str) and isinstance(steps, int) else ""
+    known = isinstance(sampler, str) and isinstance(steps, int)
+    return label, f"Scored while training{f' (config.yaml: {sampler} in {steps} steps)' if known else ''}."
 
 
 def _sweep(record: Record, scoring: Scoring) -> Sweep:
     later = sorted((s for s in record.scorings if s is not scoring), key=lambda s: (-s.step, -s.finished))
     for source in (scoring, *later):
-        best, precision = source.results.sweep_best, precision_note(source)
-        drawings = [
-            drawing
-            for key in ("std", "decay")
-            for drawing in figures.sweep(
-                source, key, _SWEEP_LOOK, best[key].not_significantly_worse if key in best else (), precision
-            )
-        ]
+        note = precision_note(source)
+        drawings = [drawing for key in figures.WIDTHS for drawing in figures.sweep(source, key, _SWEEP_LOOK, note)]
         if drawings:
             texts = [f"{row.weights}: {text}" for row in source.sweep for text in row.warnings]
             return Sweep(tuple(drawings), (*verdict.saturation(source, source.sweep), *texts))
@@ -179,7 +169,10 @@ _SWEEP_LOOK = looks(["sweep"])["sweep"]
 
 
 def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[Picture]:
-    """The scorings' grids, then the first, middle and last grid of training, as far as the page's size allows."""
+    """The scorings' grids, then the first, middle and last grid of training, as far as the page's size allows.
+
+    How a grid of training was sampled stands in the picture: the settings may have changed since, and previews take fewer steps.
+    """
     wanted: list[tuple[Path, str]] = []
     for scoring in scorings:
         if scoring.grid is not None:
@@ -187,18 +180,22 @@ def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[Picture]:
             wanted.append((scoring.grid, f"Scored at step {scoring.step:,}: {sampler}"))
     grids = record.sample_grids
     chosen = {0, len(grids) // 2, len(grids) - 1} if grids else set()
-    configured = _configured_sampler(record)
-    wanted += [(grids[i][1], f"While training, step {grids[i][0]:,}{configured}") for i in sorted(chosen, reverse=True)]
+    wanted += [(grids[i][1], f"While training, step {grids[i][0]:,}") for i in sorted(chosen, reverse=True)]
     found, size = [], 0
     for path, title in wanted:
-        data = picture(record, path)
-        size += len(data or b"")
+        read = picture(record, path)
+        if read is None:
+            continue
+        data, told = read
+        size += len(data)
         if size > MAX_IMAGE_BYTES:
             record.problems.append(f"{path.relative_to(record.path)} was left out of this page: it would be too large")
-        elif data is not None:
-            uri = "data:image/png;base64," + base64.b64encode(data).decode()
-            alt = f"{title}. One labelled row of samples per weights, the same noise in every row"
-            found.append(Picture(uri, title, alt))
+            continue
+        if path.parent.name == "samples" and told:
+            title = f"While training: {told}"
+        uri = "data:image/png;base64," + base64.b64encode(data).decode()
+        alt = f"{title}. One labelled row of samples per weights, the same noise in every row"
+        found.append(Picture(uri, title, alt))
     return found
 
 

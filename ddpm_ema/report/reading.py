@@ -5,6 +5,7 @@ A run directory may be a stranger's: nothing of it is run, and what lies outside
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -50,15 +52,16 @@ def read(path: Path) -> Record:
     return record
 
 
-def picture(record: Record, path: Path) -> bytes | None:
-    """The bytes of a PNG of the run directory; None, with the reason in `problems`, for anything else."""
+def picture(record: Record, path: Path) -> tuple[bytes, str] | None:
+    """A PNG of the run directory and the title that it holds; None, with the reason in `problems`, for anything else."""
     return _parsed(record, path, _png, embedded=True)
 
 
-def _png(data: bytes) -> bytes:
+def _png(data: bytes) -> tuple[bytes, str]:
     if not data.startswith(PNG):
         raise ValueError("it is no PNG")
-    return data
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+        return data, str(opened.info.get("Title", ""))
 
 
 def _parsed(record: Record, path: Path, parse: Callable[[bytes], T], embedded: bool = False) -> T | None:
@@ -73,8 +76,8 @@ def _parsed(record: Record, path: Path, parse: Callable[[bytes], T], embedded: b
     except ValidationError as error:
         reason = f"it is malformed: {_first(error)}"
     except OSError as error:
-        reason = f"it could not be read: {error.strerror}"
-    except (ValueError, TypeError, RuntimeError, yaml.YAMLError) as error:  # YAML: dates, odd keys, deep nesting
+        reason = f"it could not be read: {error.strerror or error}"
+    except (ValueError, TypeError, RuntimeError, SyntaxError, yaml.YAMLError) as error:  # YAML's dates, keys, nesting
         reason = " ".join(str(error).split())[:200]
     record.problems.append(f"{path.relative_to(record.path)} was passed over: {reason}")
     return None

@@ -161,7 +161,7 @@ def _sweep(scoring: Scoring) -> Iterator[Note]:
             continue
         lowest = scoring.rows[0]
         delta, size = row.distance - lowest.distance, f"no paired difference from {lowest.weights} is known"
-        if kept is not None and kept.delta is not None:
+        if kept is not None and kept.delta is not None and kept.weights == lowest.weights:
             delta, word = kept.delta, "" if kept.significant else "not "
             size = f"{with_error(delta, kept.stderr, signed=True)} from {kept.weights}, {word}significant"
         if delta < 0:
