@@ -35,9 +35,9 @@ def with_error(value: float | None, error: float | None, signed: bool = False) -
     return f"{figure(value, places, signed)} \u00b1 {error:.{places}f}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def listed(names: Sequence[str], conjunction: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`; nothing of nothing."""
+    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def metric_label(results: Mapping[str, Any]) -> str:
