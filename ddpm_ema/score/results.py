@@ -29,7 +29,7 @@ def settings_of(config: Config, extractor: Extractor, reference: Mapping[str, An
         "sampler": evaluation.sampler,
         "num_inference_steps": evaluation.num_inference_steps,
         "eta": evaluation.eta if evaluation.sampler == "ddim" else None,
-        "clip_sample": evaluation.clip_sample if evaluation.sampler != "dpm_solver++" else None,
+        "clip_sample": evaluation.clip_sample,
         "guidance_scale": evaluation.guidance_scale if config.model.class_conditional else None,
         "mixed_precision": evaluation.mixed_precision,
         "num_images": evaluation.num_images,
