@@ -199,10 +199,7 @@ def test_the_card_lists_scores_of_these_weights_at_this_step_alone(tmp_path: Pat
     write_scores(run, 100, 12.25)
     write_scores(run, 50, 77.5)
     card = (export(run.path, "ema_0_999", tmp_path / "out") / "README.md").read_text()
-    assert (
-        "| FD (classifier) | 12.25 | 11.05 ± 0.90 | 6,000 | ddim, 3 evaluations | train | \u221224.7 ± 2.0 |"
-        in card
-    )
+    assert "| FD (classifier) | 12.25 | 11.05 ± 0.90 | 6,000 | ddim, 3 evaluations | train | \u221224.7 ± 2.0 |" in card
     assert "77.5" not in card
     assert "FD is no FID" in card
 

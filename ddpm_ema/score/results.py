@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema.config import Config, digest
+from ddpm_ema.config import Config, EvaluationSettings, digest
 from ddpm_ema.features import Extractor
 from ddpm_ema.grids import save_grid
 from ddpm_ema.numbers import figure, metric_label, with_error
@@ -86,11 +86,11 @@ class ScoreFolder:
                 found[str(score.row["weights"])] = (path.parent.name, score)
         return list(found.values())
 
-    def write_grid(self, slugs: Mapping[str, str], step: int) -> None:
+    def write_grid(self, slugs: Mapping[str, str], step: int, settings: EvaluationSettings) -> None:
         """A labelled row a copy: name -> slug."""
         images = {name: grid for name, slug in slugs.items() if (grid := self.grid_images(slug)) is not None}
         if images:
-            save_grid(self.grid_path, images, f"step {step}, the same noise in every row")
+            save_grid(self.grid_path, images, step, settings)
 
     def results(self) -> dict[str, Any]:
         """results.json, or {} where there is none that can be read."""

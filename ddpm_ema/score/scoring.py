@@ -159,7 +159,8 @@ class Scoring:
         # A scoring without a sweep keeps what an earlier one found.
         results |= sweep or {key: value for key, value in self.folder.results().items() if key.startswith("sweep")}
         slugs = {str(score.row["weights"]): slug for slug, score in done}
-        self.folder.write_grid({row["weights"]: slugs[row["weights"]] for row in results["rows"]}, self.step)
+        shown = {row["weights"]: slugs[row["weights"]] for row in results["rows"]}
+        self.folder.write_grid(shown, self.step, self.config.evaluation)
         self.folder.write_results(results)
         self._tidy()
         return results
