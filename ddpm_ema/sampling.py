@@ -77,9 +77,13 @@ def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: Evaluatio
     return DPMSolverMultistepScheduler.from_config(noise_scheduler_config, **options, lambda_min_clipped=LAMBDA_MIN)
 
 
-def usable_levels(scheduler: Any) -> int:
-    """How many noise levels `scheduler` may start from; for DPM-Solver++ those with log(alpha / sigma) >= LAMBDA_MIN."""
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
+def usable_levels(noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> int:
+    """How many noise levels the sampler may start from, and so its most steps.
+
+    All of them; for DPM-Solver++ those with log(alpha / sigma) >= LAMBDA_MIN.
+    """
+    scheduler = scheduler_for(noise_scheduler_config, settings)
+    if settings.sampler == "dpm_solver++":
         return int((scheduler.lambda_t >= LAMBDA_MIN).sum())
     return int(scheduler.config.num_train_timesteps)
 
@@ -97,8 +101,9 @@ class Sampler:
         self.kind, steps = settings.sampler, settings.num_inference_steps
         self.eta = settings.eta if settings.sampler == "ddim" else 0.0
         self._scheduler = scheduler_for(noise_scheduler_config, settings)
-        _check_steps(steps, usable_levels(self._scheduler), int(noise_scheduler_config["num_train_timesteps"]))
-        self.timesteps = trailing(usable_levels(self._scheduler), steps)
+        usable = usable_levels(noise_scheduler_config, settings)
+        _check_steps(steps, usable, int(noise_scheduler_config["num_train_timesteps"]))
+        self.timesteps = trailing(usable, steps)
         self._clip = settings.clip_sample
         self._learned = str(noise_scheduler_config["variance_type"]).startswith("learned")
         if self.kind == "ddim":

@@ -13,33 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from torch import Tensor
 
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, model
+from ddpm_ema import diffusion, model, sampling
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
+from ddpm_ema.export.scorings import scorings_of
+from ddpm_ema.export.usage import Usage
 from ddpm_ema.reconstruction import reconstruct_from, target_named
 from ddpm_ema.rundir import Checkpoint, RunDir
-
-DDPM_PIPELINE: Any = diffusers.DDPMPipeline  # diffusers is not typed
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Named weights found in a run directory: fp32 CPU tensors by parameter name. `profile` is None for raw."""
+    """Named weights found in a run directory: fp32 CPU tensors by parameter name. `profile` is None for raw; `key` is the
+    sha256 of their file, None where they were reconstructed."""
 
     name: str
     step: int
     profile: Profile | None
     tensors: Mapping[str, Tensor]
+    key: str | None = None
     warnings: tuple[str, ...] = ()
 
 
 def export(run: Path | str, name: str, folder: Path | str, step: int | None = None, variant: bool = False) -> Path:
-    """Writes the weights `name` of a run as a folder that `DDPMPipeline.from_pretrained` loads; returns the folder.
+    """Writes the weights `name` of a run as a folder that `DiffusionPipeline.from_pretrained` loads; returns the folder.
+
+    Its scheduler, and the code in its card, sample as the newest scoring of exactly these weights did; where there is none,
+    as the run's evaluation settings say.
 
     `name` is raw, an average, a reconstructed width (power_0_075), or NAME@STEP; `step` defaults to the newest
     checkpoint's. With `variant` the weights are stored as diffusers' variant of that name.
@@ -50,10 +54,12 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
     config = _config(rundir)
     copy = find(rundir, name, step)
     unet = _network(config, copy, f"{rundir.path}: weights {copy.name!r} of step {copy.step}")
-    pipeline: Any = DDPM_PIPELINE(unet=unet, scheduler=diffusion.noise_scheduler(config.diffusion))
+    scored = scorings_of(rundir, copy.name, copy.step, copy.key)
+    usage = Usage(config.diffusion, scored[0].evaluation if scored else _affordable(config), unet)
     with _appearing(target) as partial:
-        pipeline.save_pretrained(partial, variant=copy.name if variant else None)
-        text = card.render(config, rundir, copy.name, copy.step, copy.profile, unet, variant, copy.warnings)
+        usage.pipeline().save_pretrained(partial, variant=copy.name if variant else None)
+        details = (copy.name, copy.step, copy.profile, usage, variant, copy.warnings, scored)
+        text = card.render(config, rundir, *details)
         (partial / "README.md").write_text(text, encoding="utf-8")
         for path in partial.rglob("*.safetensors"):  # safetensors makes them 0600; the card is what the umask allows
             path.chmod((partial / "README.md").stat().st_mode & 0o777)
@@ -76,12 +82,14 @@ def find(run: RunDir, name: str, step: int | None = None) -> Copy:
     if checkpoint is not None and name in kept:
         definition = (checkpoint.manifest.get("profiles") or {}).get(name)
         profile = profile_from_dict(definition) if definition else None
-        return Copy(name, checkpoint.step, profile, checkpoint.weights(name))
+        file = "raw.safetensors" if name == "raw" else f"averages/{name}.safetensors"
+        key = checkpoint.manifest["files"][file]["sha256"]
+        return Copy(name, checkpoint.step, profile, checkpoint.weights(name), key)
     if step is not None and checkpoint is None and target_named(name) is None:
         run.checkpoint(step)  # names the steps there are
     if (target := target_named(name)) is not None:
         found = reconstruct_from(run, target, checkpoint.step if checkpoint is not None and step is None else step)
-        return Copy(name, found.step, target, found.result.weights, tuple(found.result.warnings))
+        return Copy(name, found.step, target, found.result.weights, warnings=tuple(found.result.warnings))
     if checkpoint is None:
         raise UserError(f"{run.path}: holds no checkpoint to take {name!r} from; train first")
     raise UserError(
@@ -114,6 +122,13 @@ def _config(run: RunDir) -> settings.Config:
             f"{run.path}: holds neither a checkpoint nor config.yaml, so it is no run directory to export from"
         )
     return settings.load(run.config_path)
+
+
+def _affordable(config: settings.Config) -> settings.EvaluationSettings:
+    """The run's evaluation settings, in no more steps than its sampler has noise levels: the default, 1,000, may be more."""
+    evaluation = config.evaluation
+    usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)
+    return evaluation.model_copy(update={"num_inference_steps": min(evaluation.num_inference_steps, usable)})
 
 
 def _network(config: settings.Config, copy: Copy, where: str) -> Any:
@@ -177,5 +192,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments = parser.parse_args(argv)
     folder = arguments.output or arguments.run / "export" / arguments.name.replace("@", "-step-")
     path = export(arguments.run, arguments.name, folder, arguments.step, arguments.variant)
-    print(f"wrote {path}; load it with diffusers.DDPMPipeline.from_pretrained({str(path)!r})")
+    print(f"wrote {path}; load it with diffusers.DiffusionPipeline.from_pretrained({str(path)!r})")
     return path

@@ -21,11 +21,12 @@ PREVIEW_STEPS = 50  # at most, whatever the scoring takes: enough to see what th
 def preview_settings(config: Config) -> EvaluationSettings:
     """The evaluation's own sampling where it takes at most PREVIEW_STEPS steps, else that many of them.
 
-    Ancestral sampling in few steps leaves noise in the images, so DDIM without noise takes the place of a long one.
+    DDIM without noise takes the place of a longer ancestral chain, which in 50 steps is far worse (on CIFAR-10 an FID of
+    32.7 against 4.7: Song et al. 2021, arXiv 2010.02502, table 1, fixed_large).
     """
     evaluation = config.evaluation
-    scheduler = sampling.scheduler_for(diffusion.noise_scheduler(config.diffusion).config, evaluation)
-    full = min(evaluation.num_inference_steps, sampling.usable_levels(scheduler))
+    usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)
+    full = min(evaluation.num_inference_steps, usable)
     update: dict[str, Any] = {"num_inference_steps": min(full, PREVIEW_STEPS)}
     if evaluation.sampler == "ddpm" and full > PREVIEW_STEPS:
         update |= {"sampler": "ddim", "eta": 0.0}
