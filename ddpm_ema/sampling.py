@@ -28,9 +28,10 @@ PROTOCOL = 2
 """Raised whenever the same settings give other images or features on purpose; part of every scoring's identity."""
 
 LAMBDA_MIN = -5.1
-"""log(alpha / sigma) of the noisiest level that DPM-Solver++ starts from, as diffusers advises (`lambda_min_clipped`).
+"""log(alpha / sigma) of the noisiest level that DPM-Solver++ starts from without clipping, as diffusers advises.
 
-A cosine schedule ends so close to pure noise that predicted noise, divided by alpha there, says nothing about x_0.
+A cosine schedule ends so close to pure noise that predicted noise, divided by alpha there, says nothing about x_0: unclipped,
+every pixel of the samples saturates. Clipped, the bound changes nothing that could be measured (docs/scoring.md).
 """
 
 Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
@@ -74,18 +75,19 @@ def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: Evaluatio
         return DDIMScheduler.from_config(noise_scheduler_config, **options, set_alpha_to_one=True)
     options |= {"thresholding": settings.clip_sample, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
     options |= {"solver_order": 2, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-    return DPMSolverMultistepScheduler.from_config(noise_scheduler_config, **options, lambda_min_clipped=LAMBDA_MIN)
+    if not settings.clip_sample:
+        options["lambda_min_clipped"] = LAMBDA_MIN
+    return DPMSolverMultistepScheduler.from_config(noise_scheduler_config, **options)
 
 
 def usable_levels(noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> int:
     """How many noise levels the sampler may start from, and so its most steps.
 
-    All of them; for DPM-Solver++ those with log(alpha / sigma) >= LAMBDA_MIN.
+    All of them; for DPM-Solver++ without clipping those with log(alpha / sigma) >= LAMBDA_MIN.
     """
-    scheduler = scheduler_for(noise_scheduler_config, settings)
-    if settings.sampler == "dpm_solver++":
-        return int((scheduler.lambda_t >= LAMBDA_MIN).sum())
-    return int(scheduler.config.num_train_timesteps)
+    if settings.sampler == "dpm_solver++" and not settings.clip_sample:
+        return int((scheduler_for(noise_scheduler_config, settings).lambda_t >= LAMBDA_MIN).sum())
+    return int(noise_scheduler_config["num_train_timesteps"])
 
 
 class Sampler:
@@ -165,10 +167,13 @@ def _respaced(scheduler: Any, timesteps: Sequence[int]) -> Any:
 
 def _check_steps(steps: int, usable: int, levels: int) -> None:
     if steps > usable:
-        known = f"{levels} noise levels of the model"
+        known, way_out = f"{levels} noise levels of the model", ""
         if usable < levels:
-            known = f"{usable} noise levels that dpm_solver++ can start from, of the model's {levels}"
-        raise UserError(f"evaluation.num_inference_steps: {steps} is more than the {known}; set at most {usable}")
+            known = f"{usable} of {levels} noise levels that dpm_solver++ can start from without clipping"
+            way_out = ", or evaluation.clip_sample to true"
+        raise UserError(
+            f"evaluation.num_inference_steps: {steps} is more than the {known}; set it to at most {usable}{way_out}"
+        )
 
 
 @torch.inference_mode()

@@ -87,8 +87,10 @@ class TestEqualsDiffusers:
             expected = self.run(theirs, both)
         assert torch.equal(images(both, make("ddpm", 40, settings)), expected)
 
-    @pytest.mark.parametrize("clip", [True, False])
-    @pytest.mark.parametrize(("schedule", "steps"), [("linear", 1), ("linear", 2), ("linear", 7), ("sigmoid", 25)])
+    @pytest.mark.parametrize(
+        ("schedule", "steps", "clip"),
+        [("linear", 1, False), ("linear", 2, True), ("linear", 7, False), ("cosine", 7, True), ("sigmoid", 25, True)],
+    )
     def test_dpm_solver(self, schedule, steps, clip):
         settings = DiffusionSettings(schedule=schedule)
         theirs = DPMSolverMultistepScheduler(
@@ -231,21 +233,25 @@ class TestTimesteps:
             torch.testing.assert_close(noise, keyed(0).double() - 0 * noise, atol=0.02, rtol=0.01)
         assert (made.int() - to_uint8(x_0).int()).abs().max() <= 1
 
-    def test_dpm_solver_starts_a_cosine_schedule_where_predicted_noise_still_says_something(self):
-        cosine = make("dpm_solver++", 10, DiffusionSettings(schedule="cosine"))
-        assert cosine.timesteps[0] == 995
-        assert make("ddim", 10, DiffusionSettings(schedule="cosine")).timesteps[0] == 999
-        assert make("dpm_solver++", 10).timesteps[0] == 999
+    def test_without_clipping_dpm_solver_starts_a_cosine_schedule_where_predicted_noise_still_says_something(self):
+        cosine = DiffusionSettings(schedule="cosine")
+        assert make("dpm_solver++", 10, cosine, clip_sample=False).timesteps[0] == 995
+        assert make("dpm_solver++", 10, clip_sample=False).timesteps[0] == 999
+        for sampler in ("ddpm", "ddim", "dpm_solver++"):
+            assert make(sampler, 10, cosine).timesteps[0] == 999
 
     def test_more_steps_than_noise_levels_is_an_error_that_names_both(self):
-        with pytest.raises(UserError, match=r"2000 is more than the 1000 noise levels.*at most 1000"):
+        with pytest.raises(UserError, match=r"2000 is more than the 1000 noise levels.*at most 1000$"):
             make("ddim", 2000)
 
     def test_more_steps_than_dpm_solver_has_usable_levels_is_an_error_before_the_first_image(self):
         cosine = DiffusionSettings(schedule="cosine")
-        with pytest.raises(UserError, match=r"1000 is more than the 996 .* dpm_solver\+\+ .*1000; set at most 996"):
-            make("dpm_solver++", 1000, cosine)
-        images(smooth, make("dpm_solver++", 996, cosine), INDICES[:1])  # which are finite
+        with pytest.raises(
+            UserError, match=r"1000 is more than the 996 of 1000 .* at most 996, or .*clip_sample to true"
+        ):
+            make("dpm_solver++", 1000, cosine, clip_sample=False)
+        images(smooth, make("dpm_solver++", 996, cosine, clip_sample=False), INDICES[:1])  # which are finite
+        images(smooth, make("dpm_solver++", 1000, cosine), INDICES[:1])
 
 
 class TestDistribution:

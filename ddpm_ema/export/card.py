@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ddpm_ema.averaging.profiles import Profile
-from ddpm_ema.config import Config
+from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.export.scorings import Scored
 from ddpm_ema.export.usage import Usage
 from ddpm_ema.numbers import decimals, figure, listed, metric_label, sampler_label, with_error
@@ -111,16 +111,15 @@ def _score(scored: Scored) -> str:
         figure(row["frechet_distance"]),
         with_error(row.get("frechet_distance_unbiased"), row.get("stderr")),
         f"{row['num_images']:,}",
-        _sampled(scored),
+        _sampled(scored.evaluation),
         _literal(results["reference"]),
         _difference(row),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _sampled(scored: Scored) -> str:
-    evaluation = scored.evaluation
-    return sampler_label(evaluation.model_dump()) + (", x_0 clipped" if evaluation.clip_sample else "")
+def _sampled(settings: EvaluationSettings) -> str:
+    return sampler_label(settings.model_dump()) + (", x_0 clipped" if settings.clip_sample else "")
 
 
 def _difference(row: Mapping[str, Any]) -> str:
@@ -135,18 +134,19 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 def _sampling(config: Config, usage: Usage, scored: Sequence[Scored]) -> str:
     """What the code below does, and how it differs from the scoring."""
-    settings = usage.settings
-    used = sampler_label(settings.model_dump()) + (", x_0 clipped" if settings.clip_sample else "")
-    text = f"The folder's scheduler and this code follow the run's evaluation settings ({used}); not scored."
+    used, precision = _sampled(usage.settings), usage.settings.mixed_precision
+    text = []
     if scored:
-        text = (
-            f"The folder's scheduler and this code sample as the newest scoring above did ({used}): from the same noise "
-            "they make the same images, up to the network's rounding in batches of another size."
+        text.append(
+            f"The folder's scheduler and this code sample as the newest scoring did, the first of the table ({used})."
         )
+        text.append("From the same noise they make the same images, up to rounding in batches of another size.")
+    else:
+        text.append(f"The folder's scheduler and this code follow the run's evaluation settings ({used}): not scored.")
+    if scored and precision != "no":
+        text.append(f"The scoring ran the network in {precision}, this code runs it in fp32.")
     if usage.beyond:
-        text += f" The pipeline's own call {listed(usage.beyond)}, so the loop is written out."
+        text.append(f"The pipeline's own call {listed(usage.beyond)}, so the loop is written out.")
     if config.model.class_conditional:
-        text += " The scoring draws labels as often as the data has them."
-    if settings.mixed_precision != "no":
-        text += f" The scoring ran the network in {settings.mixed_precision}, this code runs it in fp32."
-    return text
+        text.append("The scoring draws labels as often as the data has them.")
+    return " ".join(text)
