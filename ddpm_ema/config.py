@@ -295,7 +295,7 @@ class EvaluationSettings(Section):
     eta: Annotated[float, Field(ge=0, le=1), SAMPLES] = 0.0
     """DDIM's noise: 0 is deterministic, 1 is ancestral-like."""
     clip_sample: Annotated[bool, SAMPLES] = True
-    """Clip the predicted x_0 to [-1, 1] at every step (ddpm and ddim)."""
+    """Clip the predicted x_0 to [-1, 1] at every step, whatever the sampler."""
     guidance_scale: Annotated[float, Field(ge=0), SAMPLES] = 1.0
     """Classifier-free guidance of class-conditional networks; 1 means none."""
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], SAMPLES] = "no"

@@ -12,22 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from torch import Tensor
 
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, model
+from ddpm_ema import diffusion, model, sampling
 from ddpm_ema.averaging.profiles import profile_from_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
+from ddpm_ema.export.scorings import scorings_of
+from ddpm_ema.export.usage import Usage
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.rundir import Checkpoint, RunDir
 
-DDPM_PIPELINE: Any = diffusers.DDPMPipeline  # diffusers is not typed
-
 
 def export(run: Path | str, name: str, folder: Path | str, step: int | None = None, variant: bool = False) -> Path:
-    """Writes the weights `name` of a run as a folder that `DDPMPipeline.from_pretrained` loads; returns the folder.
+    """Writes the weights `name` of a run as a folder that `DiffusionPipeline.from_pretrained` loads; returns the folder.
+
+    Its scheduler, and the code in its card, sample as the newest scoring of exactly these weights did; where there is none,
+    as the run's evaluation settings say.
 
     `name` is raw, an average, a profile to reconstruct (power_0_075, bias_corrected_0_999), or NAME@STEP; `step` defaults to
     the newest checkpoint's. With `variant` the weights are stored as diffusers' variant of that name.
@@ -41,10 +43,11 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
     assert at is not None  # weights of a run stand at a step
     profile = profile_from_dict(weights.profile) if weights.profile else None
     unet = _network(config, weights.members[0](), f"{rundir.path}: weights {name!r} of step {at}")
-    pipeline: Any = DDPM_PIPELINE(unet=unet, scheduler=diffusion.noise_scheduler(config.diffusion))
+    scored = scorings_of(rundir, weights.key)
+    usage = Usage(config.diffusion, scored[0].evaluation if scored else _affordable(config), unet)
     with _appearing(target) as partial:
-        pipeline.save_pretrained(partial, variant=name if variant else None)
-        text = card.render(config, rundir, name, at, profile, unet, variant, weights.warnings)
+        usage.pipeline().save_pretrained(partial, variant=name if variant else None)
+        text = card.render(config, rundir, name, at, profile, usage, variant, weights.warnings, scored)
         (partial / "README.md").write_text(text, encoding="utf-8")
         for path in partial.rglob("*.safetensors"):  # safetensors makes them 0600; the card is what the umask allows
             path.chmod((partial / "README.md").stat().st_mode & 0o777)
@@ -84,6 +87,13 @@ def _config(run: RunDir) -> settings.Config:
             f"{run.path}: holds neither a checkpoint nor config.yaml, so it is no run directory to export from"
         )
     return settings.load(run.config_path)
+
+
+def _affordable(config: settings.Config) -> settings.EvaluationSettings:
+    """The run's evaluation settings, in no more steps than its sampler has noise levels: the default, 1,000, may be more."""
+    evaluation = config.evaluation
+    usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)
+    return evaluation.model_copy(update={"num_inference_steps": min(evaluation.num_inference_steps, usable)})
 
 
 def _network(config: settings.Config, tensors: Mapping[str, Tensor], where: str) -> Any:
@@ -147,5 +157,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments = parser.parse_args(argv)
     folder = arguments.output or arguments.run / "export" / arguments.name.replace("@", "-step-")
     path = export(arguments.run, arguments.name, folder, arguments.step, arguments.variant)
-    print(f"wrote {path}; load it with diffusers.DDPMPipeline.from_pretrained({str(path)!r})")
+    print(f"wrote {path}; load it with diffusers.DiffusionPipeline.from_pretrained({str(path)!r})")
     return path

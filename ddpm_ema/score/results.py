@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
-from ddpm_ema.numbers import figure, metric_label, with_error
+from ddpm_ema.numbers import figure, metric_label, sampler_label, with_error
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.measure import Score, pairs, rows
 
@@ -103,19 +103,10 @@ def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
     return f"{origin.get('split', config.evaluation.reference)} of {name}, {origin.get('size', '?')} images"
 
 
-def sampler_text(results: Mapping[str, Any]) -> str:
-    """`ddim, 25 steps, clipped x_0`: what the images were made with."""
-    parts = [str(results["sampler"]), f"{results['num_inference_steps']} steps"]
-    parts += [f"eta {results['eta']:g}"] if results.get("eta") else []
-    parts += [f"guidance {results['guidance_scale']:g}"] if results.get("guidance_scale") not in (None, 1) else []
-    parts += ["clipped x_0"] if results.get("clip_sample") else []
-    return ", ".join(parts)
-
-
 def heading(results: Mapping[str, Any]) -> str:
     """What the table is of."""
     images = f"{results['num_images']:,} images per row"
-    return f"step {results['step']}, {sampler_text(results)}, {images}, against {results['reference']}"
+    return f"step {results['step']}, {sampler_label(results)}, {images}, against {results['reference']}"
 
 
 def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | None = None) -> str:

@@ -18,7 +18,7 @@ from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.blocks import MemoryStore
 from ddpm_ema.score.folder import Record, ScoreFolder, made_with
 from ddpm_ema.score.measure import Measure, Score
-from ddpm_ema.score.results import results_of, sampler_text, settings_of
+from ddpm_ema.score.results import results_of, settings_of
 from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.together import on_main, only_on_main
 from ddpm_ema.weight_names import parse, profile_named
@@ -179,8 +179,7 @@ class Scoring:
         known = {name for record in self.folder.records() if record.rows for name in record.names}
         if left := sorted(known - keys.keys()):
             say(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
-        title = f"step {self.step}, {sampler_text(results)}, the same noise in every row"
-        self.folder.write(results, keys, self.config.evaluation.grid_images, title)
+        self.folder.write(results, keys, self.step, self.config.evaluation)
         return results
 
 
