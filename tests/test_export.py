@@ -23,6 +23,7 @@ from ddpm_ema.averaging import write_snapshot
 from ddpm_ema.averaging.profiles import PowerFunction
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import export
+from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 
 AVERAGES = {
@@ -306,6 +307,14 @@ def test_the_difference_from_raw_has_its_verdict(tmp_path: Path, delta, signific
     assert f", {verdict} |" in read_card(run, "ema_0_999", tmp_path / "out")
 
 
+def key_of(run: RunDir, name: str, step: int) -> str:
+    """What the row of these weights is known by; of weights that are gone, something else."""
+    try:
+        return WeightResolver(run, None).named(f"{name}@{step}").key
+    except UserError:
+        return "1" * 64
+
+
 def write_scores(run: RunDir, step: int, **changes: Any) -> None:
     """A results.json with one row of ema_0_999, in a folder of its own; changes go to whatever has that key."""
     row = {"weights": "ema_0_999", "num_images": 6000, "frechet_distance": changes.pop("distance", 12.25)}
@@ -317,6 +326,7 @@ def write_scores(run: RunDir, step: int, **changes: Any) -> None:
     where = changes.pop("rows", "rows")
     results = {"schema": 2, "step": step, "metric": "fd", "extractor": "classifier", "reference": "train of digits"}
     results |= {"finished": changes.pop("finished", ""), "evaluation": evaluation.model_dump(mode="json"), "rows": []}
+    row["weights_sha256"] = key_of(run, changes.get("weights", "ema_0_999"), step)
     results[where] = [{**row, **changes}]
     folder = run.score_dir(step, f"abc{len(run.score_dirs())}")
     folder.mkdir(parents=True)
