@@ -92,6 +92,8 @@ class ModelSettings(Section):
     """Dropout probability inside residual blocks."""
     class_conditional: bool = False
     """Give the network the class label (and a "no label" class, for guidance)."""
+    initialization: Literal["ddpm", "pytorch"] = "ddpm"
+    """First weights: ddpm as Ho et al. 2020 (near zero where a residual branch ends); pytorch as diffusers leaves them."""
 
 
 class DiffusionSettings(Section):
