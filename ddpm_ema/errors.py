@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """A loss or gradient that is not finite: ends with exit code 3, before the optimizer and the averages move."""
+    """A loss or gradient that is not finite: ends with exit code 3, before anything of that step is saved."""
 
     exit_code = EXIT_DIVERGED
 

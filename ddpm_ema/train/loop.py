@@ -18,7 +18,7 @@ from ddpm_ema.rundir import RunDir
 from ddpm_ema.saving import find_checkpoint
 from ddpm_ema.train.preview import Preview
 from ddpm_ema.train.state import finish_saving, full_weights, restore, save, save_snapshots
-from ddpm_ema.train.step import CUDA_CHECK_LAG, last_checkpoint, note_skipped_step, read_checks, train_step
+from ddpm_ema.train.step import check_lag, last_checkpoint, note_skipped_step, read_checks, train_step
 from ddpm_ema.train.trainer import Evaluator, MakeEvaluator, Share, Trainer, build, check_capabilities
 
 
@@ -62,7 +62,7 @@ def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> No
                 shares = next(batches)
             while not train_step(trainer, shares):
                 note_skipped_step(trainer)
-            read_checks(trainer, lag=CUDA_CHECK_LAG if processes.device.type == "cuda" else 0)
+            read_checks(trainer, lag=check_lag(trainer))
             logbook.tick()
             _at_intervals(trainer, preview, evaluator)
         stop.drain(processes)

@@ -139,7 +139,7 @@ def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
     training = config.training
     on_cuda = training.device != "cpu" and torch.cuda.is_available()
-    if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():
+    if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.mixed_precision: this GPU has no bf16; use fp16 or no")
     if training.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
