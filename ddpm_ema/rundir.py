@@ -49,7 +49,7 @@ def step_folder(step: int) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames inside `path` survive a power cut."""
+    """Makes renames inside `path` survive a power cut. No test can show it, nor what any other fsync here is for."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -271,7 +271,8 @@ class RunDir:
         left = [self.path / name for name in KEPT_ASIDE if (self.path / name).exists()]
         if not left:
             return None
-        number = 1 + max((int(p.name.rpartition("-")[2]) for p in self.path.glob("previous-[0-9]*")), default=0)
+        numbers = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
+        number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
         aside = self.path / f"previous-{number}"
         aside.mkdir()
         for path in left:
@@ -423,14 +424,14 @@ def _write_error(error: Exception, target: Path, needed: int) -> UserError:
 
 
 def _rows_up_to(path: Path, step: int) -> Iterator[str]:
-    """Lines of metrics.jsonl up to `step`; a line that a kill cut short is dropped."""
+    """Lines of metrics.jsonl up to `step`, without a line that a kill cut short and rows that the next one repeats."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row.get("step", step + 1) <= step:
+            if row.get("step", step + 1) <= step and not row.get("partial"):
                 yield line.rstrip("\n")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_runs import rows, settings
+from live_runs import exact, rows, settings
 from torch import Tensor
 
 from ddpm_ema import score, train
@@ -97,7 +97,7 @@ def test_tries_that_fp16_skipped_are_not_in_the_logged_loss(tmp_path: Path, monk
         else:
             skipped += 1
     assert skipped >= 2
-    row = trainer.window.take(trainer.processes)
+    row = trainer.window.means(trainer.processes)
     assert row["loss"] == pytest.approx(float(torch.cat(moved).double().mean()), rel=1e-12)
 
 
@@ -105,7 +105,7 @@ def window_row(windows: list[Window]) -> dict[str, float | None]:
     """The row that so many processes, each with its window, write together."""
     total = torch.stack([window.sums for window in windows]).sum(0)
     processes: Any = SimpleNamespace(world_size=len(windows), sum_=lambda _: total)
-    return windows[0].take(processes)
+    return windows[0].means(processes)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
@@ -129,6 +129,19 @@ def test_a_row_that_spans_a_change_in_the_number_of_processes_has_the_means_of_a
     assert row.pop("grad_norm") == pytest.approx((1 + 3 + 5) / 3)
     assert expected.pop("grad_norm") == pytest.approx(2)
     assert row == pytest.approx(expected)
+
+
+def test_a_run_that_was_extended_has_the_rows_of_one_that_was_long_from_the_start(tmp_path: Path) -> None:
+    """The row at a last step between two rows is of steps that the next row counts too; going on takes it back."""
+    whole = settings(tmp_path / "whole", training__steps=12, training__log_every=5)
+    train.run(whole)
+    short = settings(tmp_path / "run", training__steps=7, training__log_every=5)
+    train.run(short)
+    assert [(row["step"], row.get("partial")) for row in rows(short)] == [(5, None), (7, True)]
+    longer = settings(tmp_path / "run", training__steps=12, training__log_every=5)
+    train.run(longer)
+    assert [row["step"] for row in rows(longer)] == [5, 10, 12]
+    assert exact(longer) == exact(whole)
 
 
 # What is made of the weights after some steps, each alone: nothing else in the run then reads the checks in time.

@@ -348,6 +348,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(uninterrupted: config.Config, 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"model__initialization": "pytorch"}, "model.initialization: was ddpm, is pytorch"),
         ({"model__dropout": 0.1}, "model.dropout: was 0.0, is 0.1"),
         ({"diffusion__prediction": "sample"}, "diffusion.prediction: was epsilon, is sample"),
         ({"seed": 3}, "seed: was 0, is 3"),

@@ -29,5 +29,5 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
     os.chmod(path, mode)
-    with open(path, "rb+") as file:
+    with open(path, "rb+") as file:  # against a power cut, which no test can make
         os.fsync(file.fileno())

@@ -148,10 +148,18 @@ def _batches(trainer: Trainer) -> Generator[list[Share], None, None]:
 
 
 def log(trainer: Trainer) -> None:
-    """One row: means since the last row, and how far each copy is from raw (relative L2). A collective."""
+    """One row: means since the last row, and how far each copy is from raw (relative L2). A collective.
+
+    A row at the last step that lies between two rows is marked `partial`: its steps stay in the window that a checkpoint
+    carries, and a longer run that goes on from there drops the row and counts them in the next one.
+    """
     read_checks(trainer, lag=0)
     processes, step = trainer.processes, trainer.step
-    row: dict[str, Any] = trainer.window.take(processes)
+    row: dict[str, Any] = dict(trainer.window.means(processes))
+    if step % trainer.config.training.log_every:
+        row["partial"] = True
+    else:
+        trainer.window.clear()
     row["learning_rate"] = optimization.learning_rate(step - 1, trainer.config.training)
     row["skipped_steps"] = trainer.skipped_steps
     squares = trainer.bank.squared_distances()
