@@ -172,7 +172,7 @@ def test_where_checks_are_read_late_as_on_cuda_nothing_unchecked_is_kept(
     scored: list[int] = []
     common = {"training__log_every": 100, "checkpoints__every": 100}
     run = settings(tmp_path / "run", **{**common, **changes})
-    with pytest.raises(DivergedError, match="step 6: .*Nothing after step 5 was saved"):
+    with pytest.raises(DivergedError, match=r"step 6: .*Nothing after step 5 was saved"):
         train.run(run, lambda *_: lambda number, weights: scored.append(number) or [])  # type: ignore[func-returns-value]
     assert scored == []
     assert rows(run) == []
