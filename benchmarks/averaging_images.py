@@ -17,12 +17,17 @@ from ddpm_ema.averaging import (
     RAW,
     BiasCorrected,
     ConstantDecay,
+    CosineCooldown,
+    HalfLife,
+    HalfLifeShare,
     HardCopy,
     PowerFunction,
     Profile,
+    SqrtCooldown,
     StochasticWeightAverage,
     Uniform,
     Warmup,
+    Window,
     posthoc_coefficients,
 )
 
@@ -43,9 +48,11 @@ def profiles_picture(path: Path) -> None:
         ("the same decay at every step", [ConstantDecay(0.999), ConstantDecay(0.9999), BiasCorrected(0.9999)]),
         ("the same share of training", [PowerFunction(0.05), PowerFunction(0.10), PowerFunction(0.20), Uniform()]),
         ("warmed up", [Warmup(0.9999), Warmup(0.9999, inv_gamma=9, power=1)]),
+        ("half-lives", [HalfLife(200), HalfLifeShare(0.05), HalfLifeShare(0.20)]),
+        ("the last steps", [shape(2000, STEPS) for shape in (Window, CosineCooldown, SqrtCooldown)]),
         ("snapshots", [StochasticWeightAverage(5000, 500), HardCopy(3000)]),
     ]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7))
+    figure, axes = plt.subplots(3, 2, figsize=(12, 10.5))
     time = np.arange(1, STEPS + 1) / STEPS
     for axis, (title, profiles) in zip(axes.flat, panels, strict=True):
         for number, profile in enumerate(profiles):
@@ -57,7 +64,8 @@ def profiles_picture(path: Path) -> None:
                 )
             else:
                 axis.plot(time, weights * STEPS, color=colour, label=label(profile))
-        axis.set(title=title, xlim=(0, 1.02), ylim=(0, None), xlabel="time, as a share of training")
+        top = 15 if title == "the last steps" else None  # the first of them has 224 in a 1-sqrt decay
+        axis.set(title=title, xlim=(0, 1.02), ylim=(0, top), xlabel="time, as a share of training")
         axis.set_ylabel("weight" if title == "snapshots" else "weight x steps")
         axis.legend(fontsize=8, loc="upper left" if title != "snapshots" else "center left")
     figure.suptitle(f"What each rule gives the parameters after every one of {STEPS:,} steps")

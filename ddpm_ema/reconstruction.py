@@ -1,161 +1,54 @@
-"""Any average after the fact, from a run directory: its snapshots → weights of another profile."""
+"""The command line of scripts/reconstruct.py: a run's snapshots → files of averages that no one kept."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ddpm_ema import config
+from ddpm_ema import config as settings
 from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW
 from ddpm_ema.averaging.plan import plans
-from ddpm_ema.averaging.posthoc import Check, Fit, Reconstruction, fit
-from ddpm_ema.averaging.profiles import (
-    BiasCorrected,
-    PowerFunction,
-    Profile,
-    Uniform,
-    profile_from_dict,
-    profile_to_dict,
-)
-from ddpm_ema.averaging.snapshots import Snapshot, snapshot_metadata
+from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform, profile_from_dict
+from ddpm_ema.averaging.snapshots import snapshot_metadata
 from ddpm_ema.errors import UserError
+from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of
 from ddpm_ema.numbers import MISSING, listed
-from ddpm_ema.rundir import Checkpoint, RunDir, atomic_save, step_folder
-
-POWER = re.compile(r"power_0_(\d+)")
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """An average that no one kept while training."""
-
-    name: str
-    target: Profile
-    step: int
-    result: Reconstruction
-
-    def summary(self) -> dict[str, Any]:
-        """Plain objects: what was asked for and how well it was got."""
-        asked = {"weights": self.name, "profile": profile_to_dict(self.target), "step": self.step}
-        return {**asked, **self.result.fit.summary(self.result.check), "warnings": self.result.warnings}
+from ddpm_ema.rundir import RunDir, atomic_save, step_folder
+from ddpm_ema.weight_names import profile_named
 
 
-def snapshots_of(run: RunDir) -> list[Snapshot]:
-    """Every snapshot of the run, by step. Raises UserError where there is none."""
-    try:
-        found = [Snapshot.open(path) for paths in run.snapshots().values() for path in paths]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
-    if not found:
-        raise UserError(
-            f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with a power_function and a "
-            "uniform average and checkpoints.snapshots_every"
-        )
-    return sorted(found, key=lambda snapshot: snapshot.step)
+def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Writes `<folder>/<name>.safetensors`, fp32 by parameter name; the file's metadata says what it is and how good.
 
-
-def fit_from(run: RunDir, target: Profile, step: int | None = None) -> Fit:
-    """How the average with profile `target` is made as it would stand after `step` steps (None: the last with a snapshot).
-
-    Raises UserError for a run without snapshots, and for a step that none was stored at (the nearest ones are named).
+    Returns the file, and as plain objects what was asked for and how well it was matched.
     """
-    snapshots = snapshots_of(run)
-    at = snapshots[-1].step if step is None else step
-    training = config.load(run.config_path).training if run.config_path.is_file() else None
-    with _explained(run, target, at):
-        return fit(snapshots, at, target, step_variance=training.step_variance if training else None)
-
-
-def check_from(run: RunDir, found: Fit) -> Check | None:
-    """What the prediction is worth for an average stored at the same step, checkpoints included. Raises UserError."""
-    with _explained(run, found.target, found.step):
-        kept = [
-            snapshot
-            for checkpoint in run.checkpoints()
-            if checkpoint.step == found.step
-            for snapshot in _kept_in(checkpoint)
-        ]
-        return found.checked(kept)
-
-
-def _kept_in(checkpoint: Checkpoint) -> Iterator[Snapshot]:
-    profiles = {"raw": profile_to_dict(RAW)} | dict(checkpoint.manifest.get("profiles") or {})
-    for name in checkpoint.names:
-        if name in profiles:
-            file = "raw.safetensors" if name == "raw" else f"averages/{name}.safetensors"
-            yield Snapshot(checkpoint.step, profile_from_dict(profiles[name]), checkpoint.path / file)
-
-
-def weights_from(run: RunDir, found: Fit) -> dict[str, Tensor]:
-    """Parameter name -> fp32 CPU tensor. Raises UserError."""
-    with _explained(run, found.target, found.step):
-        return found.combined()
-
-
-@contextlib.contextmanager
-def _explained(run: RunDir, target: Profile, step: int) -> Iterator[None]:
+    path = folder / f"{name_of(target)}.safetensors"
+    summary: dict[str, Any] = {"weights": name_of(target), "profile": weights.profile, "step": weights.step}
+    summary |= {**(weights.reconstruction or {}), "warnings": list(weights.warnings)}
+    assert weights.step is not None
+    metadata = snapshot_metadata(weights.step, target, reconstruction=summary)
     try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: {name_of(target)} cannot be reconstructed at step {step}: {error}") from None
-
-
-def reconstruct_from(run: RunDir, target: Profile, step: int | None = None) -> Reconstructed:
-    """The average with profile `target`, and how far to trust it. Arguments and errors are those of `fit_from`."""
-    found = fit_from(run, target, step)
-    result = Reconstruction(weights_from(run, found), found, check_from(run, found))
-    return Reconstructed(name_of(target), target, found.step, result)
-
-
-def save(reconstructed: Reconstructed, folder: Path) -> Path:
-    """Writes `<folder>/<name>.safetensors`, fp32 by parameter name; the file's metadata says what it is and how good."""
-    path = folder / f"{reconstructed.name}.safetensors"
-    metadata = snapshot_metadata(reconstructed.step, reconstructed.target, reconstruction=reconstructed.summary())
-    try:
-        atomic_save(path, reconstructed.result.weights, metadata)
+        atomic_save(path, weights.members[0](), metadata)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
-    return path
+    return path, summary
 
 
-def default_folder(run: RunDir, step: int) -> Path:
-    return run.path / "reconstructed" / step_folder(step)
-
-
-def target_named(name: str) -> Profile | None:
-    """power_0_075 -> the power function of width 0.075; None for a name that is no reconstructed width."""
-    match = POWER.fullmatch(name)
-    if match is None:
-        return None
-    try:
-        return PowerFunction(std=float(f"0.{match[1]}"))
-    except ValueError as error:
-        raise UserError(f"{name!r}: {error}") from None
-
-
-def name_of(target: Profile) -> str:
-    """The name of a reconstructed average: power_0_075, constant_0_999, uniform. Holds no dot, see design of names."""
-    kind, *values = profile_to_dict(target).values()
-    kind = "power" if kind == "power_function" else kind
-    return re.sub(r"[^A-Za-z0-9_-]", "_", "_".join([kind, *(f"{value:.12g}" for value in values)]))
+def default_folder(run: RunDir, weights: NamedWeights) -> Path:
+    assert weights.step is not None
+    return run.path / "reconstructed" / step_folder(weights.step)
 
 
 def parse_target(text: str) -> Profile:
-    """`power_function:std=0.075`, `swa:start=1000,every=100`, `uniform` or `power_0_075` -> a profile.
+    """`power_function:std=0.075`, `swa:start=1000,every=100`, or a name such as `power_0_075` or `uniform` -> a profile.
 
     Raises UserError that names the field, or the nearest kind.
     """
-    if (named := target_named(text)) is not None:
-        return named
     kind, _, fields = text.partition(":")
-    values: dict[str, Any] = {"kind": kind}
+    values: dict[str, Any] = profile_named(text) or {"kind": kind}
     for field in filter(None, fields.split(",")):
         key, equals, value = field.partition("=")
         if not equals:
@@ -223,7 +116,7 @@ WANTED = (
 """What a plan is asked for where no targets are named."""
 
 
-def plan_text(training: config.TrainingSettings, targets: Sequence[Profile], room: float, size: float) -> str:
+def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], room: float, size: float) -> str:
     """For a terminal: what each plan predicts, which one to take, and which averages it cannot bring back.
 
     Args:
@@ -272,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         "--target",
         action="append",
         default=[],
-        help="power_function:std=0.075, constant:decay=0.999, bias_corrected:decay=0.9999, uniform, ...; may be repeated",
+        help="a name (power_0_075, bias_corrected_0_9999, uniform) or its fields (power_function:std=0.075); may be repeated",
     )
     parser.add_argument("--step", type=int, default=None, help="step it would stand at (default: the last snapshot's)")
     parser.add_argument(
@@ -289,20 +182,17 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     targets = [parse_target(text) for text in arguments.target]
     if arguments.plan:
         steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps else {}
-        training = config.load(arguments.config, steps).training
+        training = settings.load(arguments.config, steps).training
         print(plan_text(training, targets or WANTED, arguments.budget, 4 * arguments.parameters))
         return []
     if arguments.run is None or not targets:
         parser.error("give a run directory and one --target or more, or --plan")
     run = RunDir(arguments.run)
-    made = [_make(run, target, arguments.step, arguments.out) for target in targets]
+    config = settings.load(run.config_path) if run.config_path.is_file() else None
+    found = [(target, WeightResolver(run, None, config).reconstructed(target, arguments.step)) for target in targets]
+    # Tensors are made one target at a time, and let go once they are written.
+    made = [save(weights, target, arguments.out or default_folder(run, weights)) for target, weights in found]
     print(table([summary for _, summary in made]))
     for path, _ in made:
         print(f"wrote {path}")
     return [path for path, _ in made]
-
-
-def _make(run: RunDir, target: Profile, step: int | None, folder: Path | None) -> tuple[Path, dict[str, Any]]:
-    """One target; its weights are let go before the next one's are made."""
-    found = reconstruct_from(run, target, step)
-    return save(found, folder or default_folder(run, found.step)), found.summary()

@@ -21,7 +21,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_ema.averaging.files import save_tensors
+from ddpm_ema.averaging.files import HEAD_BYTES, is_pickle, save_tensors
 from ddpm_ema.errors import UserError
 
 SCHEMA = 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 HEARTBEAT_SECONDS = 5.0
 KEPT_ASIDE = ("checkpoints", "snapshots", "samples", "scores", "metrics.jsonl", "report.html", "config.yaml")
+MADE_OF_A_STEP = ("scores/*", "samples/*", "reconstructed/*")
+MADE_AT = re.compile(r"(?:step-)?(\d{8,})")
 
 
 class CorruptCheckpointError(UserError):
@@ -49,7 +51,7 @@ def step_folder(step: int) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames inside `path` survive a power cut."""
+    """Makes renames inside `path` survive a power cut. No test can show it, nor what any other fsync here is for."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,10 +98,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _refuse_pickle(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            head = file.read(2)
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
-    if head == b"PK" or head[:1] == b"\x80":
+    if is_pickle(head):
         raise UserError(
             f"{path}: is a pickle, which can run code when it is read; refused. Convert it to safetensors first"
         )
@@ -125,6 +127,7 @@ class Checkpoint:
         try:
             manifest = json.loads((self.path / "manifest.json").read_text())
         except OSError as error:
+            self._check_still_there()
             raise CorruptCheckpointError(f"{self.path}: no manifest.json ({error.strerror})") from None
         except ValueError as error:
             raise CorruptCheckpointError(f"{self.path}/manifest.json: not JSON ({error})") from None
@@ -161,12 +164,20 @@ class Checkpoint:
         if entry is None:
             raise CorruptCheckpointError(f"{self.path}: holds no {file}")
         if not path.is_file():
+            self._check_still_there()
             raise CorruptCheckpointError(f"{path}: is missing")
         if (size := path.stat().st_size) != entry["bytes"]:
             raise CorruptCheckpointError(f"{path}: {size} bytes, {entry['bytes']} were written")
         if file_sha256(path) != entry["sha256"]:
             _refuse_pickle(path)
             raise CorruptCheckpointError(f"{path}: sha256 mismatch, its content changed after it was written")
+
+    def _check_still_there(self) -> None:
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path}: is no longer there. Training deletes old checkpoints while it goes on: raise checkpoints.keep, "
+                "keep some for good with checkpoints.keep_every, or use a newer step"
+            )
 
 
 class RunDir:
@@ -255,8 +266,13 @@ class RunDir:
                 os.replace(checkpoint.path, doomed)  # a half-deleted folder must not look whole
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def drop_after(self, step: int) -> None:
-        """Forgets what a run wrote after `step`, where it now goes on: rows of metrics, snapshots, newer (bad) checkpoints."""
+    def drop_after(self, step: int) -> Path | None:
+        """Clears what a run wrote after `step`, where it now goes on.
+
+        Rows of metrics, snapshots and newer (bad) checkpoints are deleted: training writes them again. Scores, sample grids
+        and reconstructions of later steps tell of weights that will never be again: they move into `previous-N/`, which is
+        returned (None where there are none).
+        """
         for checkpoint in self.checkpoints():
             if checkpoint.step > step:
                 os.replace(checkpoint.path, checkpoint.path.with_name(f".{checkpoint.path.name}.bad.deleted"))
@@ -265,17 +281,24 @@ class RunDir:
                 shutil.rmtree(folder)
         if self.metrics_path.exists():
             atomic_write(self.metrics_path, "".join(line + "\n" for line in _rows_up_to(self.metrics_path, step)))
+        made = [path for pattern in MADE_OF_A_STEP for path in self.path.glob(pattern)]
+        return self._set_aside([path for path in made if (at := MADE_AT.match(path.name)) and int(at[1]) > step])
 
     def move_aside(self) -> Path | None:
         """Moves what an earlier run left into previous-N/; returns that folder, or None where there was nothing."""
-        left = [self.path / name for name in KEPT_ASIDE if (self.path / name).exists()]
-        if not left:
+        return self._set_aside([self.path / name for name in KEPT_ASIDE if (self.path / name).exists()])
+
+    def _set_aside(self, paths: Sequence[Path]) -> Path | None:
+        """Moves `paths` into a new previous-N/, where they lie as they lay here."""
+        if not paths:
             return None
-        number = 1 + max((int(p.name.rpartition("-")[2]) for p in self.path.glob("previous-[0-9]*")), default=0)
+        numbers = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
+        number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
         aside = self.path / f"previous-{number}"
-        aside.mkdir()
-        for path in left:
-            os.replace(path, aside / path.name)
+        for path in paths:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
         return aside
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -298,7 +321,7 @@ class RunDir:
                 self.clear_partial()
                 yield
         except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC):
                 raise UserError(
                     f"output_dir {self.path}: cannot be written ({error.strerror}); choose another folder"
                 ) from None
@@ -402,35 +425,37 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def explained(target: Path, needed: int) -> Iterator[None]:
-    """Turns a failed write of `needed` bytes to `target` into a UserError that says what is there and what to do."""
+def explained(target: Path, needed: int, kept: str = "Earlier checkpoints are whole") -> Iterator[None]:
+    """Turns a failed write of `needed` bytes to `target` into a UserError that says what is there and what to do.
+
+    `kept` is a sentence on what the failure leaves whole.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise _write_error(error, target, needed) from None
+        raise _write_error(error, target, needed, kept) from None
 
 
-def _write_error(error: Exception, target: Path, needed: int) -> UserError:
+def _write_error(error: Exception, target: Path, needed: int, kept: str) -> UserError:
     """safetensors reports a full disk in its own exception, so the space left decides, too."""
     existing = next(p for p in [target, *target.parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error) or free < needed:
         return UserError(
-            f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free. Earlier checkpoints are whole; "
-            "make room and start again"
+            f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free. {kept}; make room and start again"
         )
     return UserError(f"{target}: cannot be written ({error})")
 
 
 def _rows_up_to(path: Path, step: int) -> Iterator[str]:
-    """Lines of metrics.jsonl up to `step`; a line that a kill cut short is dropped."""
+    """Lines of metrics.jsonl up to `step`, without a line that a kill cut short and rows that the next one repeats."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row.get("step", step + 1) <= step:
+            if row.get("step", step + 1) <= step and not row.get("partial"):
                 yield line.rstrip("\n")
 
 

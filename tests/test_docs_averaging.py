@@ -44,6 +44,8 @@ def test_the_docs_code_runs_as_it_stands(printed: str) -> None:
     [
         "PowerFunction(std=0.1) after 10000 steps: centred at 88.8% of training, sigma_rel 0.1000, averaging 2361 steps",
         "74.1% still the initial weights",
+        "ema_0_9999                 10,000           1,497        7.1%            86.1%",
+        "warning: ema_0_9999 will still hold 86% of the initial weights after 1,500 steps: use bias_corrected or power_function",
         "update(step=200, num_steps=1) does not follow the update at step 100: expected num_steps=100",
         "0.9991",
     ],

@@ -114,9 +114,14 @@ class TestBadInput:
             of(features(2, 2, 0), 10, reference)
 
     def test_fewer_images_than_dimensions_carry_a_warning_in_the_result(self) -> None:
-        assert of(features(33, 32, 0), 10, standard_reference(32)).warnings == ()
         (note,) = of(features(32, 32, 0), 10, standard_reference(32)).warnings
-        assert note.startswith("32 images for 32 feature dimensions")
+        assert note.startswith("32 images for 32 feature dimensions: the covariance is singular")
+
+    def test_fewer_than_ten_images_per_dimension_carry_a_warning_about_the_distances_own_interval(self) -> None:
+        for count, warned in ((33, 1), (319, 1), (320, 0)):
+            notes = of(features(count, 32, 0), 10, standard_reference(32)).warnings
+            assert len(notes) == warned
+            assert all("below 10 per dimension" in note for note in notes)
 
     def test_features_that_are_not_finite_name_copy_and_image(self) -> None:
         values = features(20, 2, 0)

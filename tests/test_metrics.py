@@ -224,7 +224,11 @@ class TestReference:
     def make(self, cache: Path | None, extractor: CountingExtractor, **changed: str) -> metrics.Reference:
         settings = {"fingerprint": "f0", "split": "train", "resize": "none", **changed}
         key = metrics.content_key(extractor=extractor, **settings)
-        return metrics.reference_statistics(image_batches(), extractor, key=key, cache_dir=cache)
+        if (cached := metrics.load_cached(cache, key)) is not None:
+            return cached
+        features = torch.cat([extractor(images)["features"] for images in image_batches()])
+        noise = 128 + 40 * gaussian(20, 3, 5)
+        return metrics.keep(metrics.reference_of(features, key, saturated=0.25, noise=noise), cache)
 
     def test_it_is_made_of_every_image_once_and_kept(self, tmp_path: Path) -> None:
         extractor = CountingExtractor()
@@ -238,6 +242,10 @@ class TestReference:
         assert found.features is not None
         assert torch.equal(made.features, found.features)
         assert made.origin == found.origin
+        assert found.saturated == made.saturated == 0.25
+        expected = metrics.precision_recall(128 + 40 * gaussian(20, 3, 5), made.features)[0]
+        assert 0 < expected < 1
+        assert found.precision_of_noise == made.precision_of_noise == expected
         assert torch.equal(metrics.neighbour_radii(made.features), found.radii)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("changed", [{"fingerprint": "f1"}, {"split": "test"}, {"resize": "bicubic"}])
@@ -332,6 +340,29 @@ class TestPublishedStatistics:
         with pytest.raises(UserError, match="pickled ones are not opened"):
             metrics.read_published(tmp_path / "s.npz", 4)
         assert not (tmp_path / "exploded").exists()
+
+    def test_numbers_of_any_precision_and_byte_order_are_read(self, tmp_path: Path) -> None:
+        truth = self.write(tmp_path / "s.npz", "EDM")
+        np.savez(tmp_path / "b.npz", mu=truth.mu.numpy().astype(">f8"), sigma=truth.sigma.numpy().astype(">f4"))
+        read = metrics.read_published(tmp_path / "b.npz", 4).statistics
+        torch.testing.assert_close(read.mu, truth.mu)
+        torch.testing.assert_close(read.sigma, truth.sigma, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("mu", "sigma", "message"),
+        [
+            (np.zeros(4).astype(str), np.eye(4), "mu holds <U32, wanted real numbers"),
+            (np.zeros(4), np.eye(4) + 1j, "sigma holds complex128, wanted real numbers"),
+            (np.zeros(4), np.triu(np.ones((4, 4))), "sigma is no covariance"),
+            (np.zeros(4), -np.eye(4), "sigma is no covariance"),
+        ],
+    )
+    def test_what_is_no_mean_and_covariance_is_a_message(
+        self, tmp_path: Path, mu: np.ndarray, sigma: np.ndarray, message: str
+    ) -> None:
+        np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
+        with pytest.raises(UserError, match=message):
+            metrics.read_published(tmp_path / "s.npz", 4)
 
     @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 damaged"])
     def test_a_file_that_is_no_archive_is_a_message(self, tmp_path: Path, content: bytes) -> None:

@@ -229,9 +229,43 @@ def test_rows_after_the_resumed_step_and_a_row_cut_short_are_dropped(rundir: Run
     assert [c.step for c in rundir.checkpoints()] == [1, 2]
 
 
+def test_scores_sample_grids_and_reconstructions_of_steps_that_are_trained_anew_are_set_aside(rundir: RunDir) -> None:
+    later = (
+        "scores/00000003-ab/results.json",
+        "samples/step-00000003.png",
+        "reconstructed/step-00000003/power.safetensors",
+    )
+    kept = (
+        "scores/00000002-ab/results.json",
+        "samples/step-00000002.png",
+        "reconstructed/step-00000002/power.safetensors",
+    )
+    for name in (*later, *kept):
+        atomic_write(rundir.path / name, name)
+    aside = rundir.drop_after(2)
+    assert aside == rundir.path / "previous-1"
+    for name in later:
+        assert (aside / name).read_text() == name
+        assert not (rundir.path / name).exists()
+    assert all((rundir.path / name).exists() for name in kept)
+    assert [path.name for path in rundir.score_dirs()] == ["00000002-ab"]
+    assert rundir.drop_after(2) is None
+    assert rundir.move_aside() == rundir.path / "previous-2"
+
+
+def test_a_checkpoint_that_training_deletes_while_it_is_read_says_so_and_which_setting_keeps_it(rundir: RunDir) -> None:
+    opened, unopened = rundir.checkpoint(1), rundir.checkpoint(1)
+    assert opened.manifest["step"] == 1
+    shutil.rmtree(opened.path)
+    for checkpoint in (opened, unopened):
+        with pytest.raises(UserError, match=r"step-00000001: is no longer there\. .*checkpoints\.keep"):
+            checkpoint.weights("ema")
+
+
 def test_moving_aside_keeps_everything_of_the_earlier_run(rundir: RunDir) -> None:
     rundir.append_metrics({"step": 1})
     (rundir.path / "features.safetensors").write_bytes(b"x")
+    (rundir.path / "previous-7.old").mkdir()  # a person's own name, which is no number
     aside = rundir.move_aside()
     assert aside == rundir.path / "previous-1"
     assert RunDir(aside).newest_whole()[0] is not None

@@ -43,7 +43,7 @@ def numbers(found):
 
 
 def blocks(run):
-    return sorted((run.output_dir / "scores").glob("*/copies/*/block-*.safetensors"))
+    return sorted((run.output_dir / "scores").glob("*/weights/*/block-*.safetensors"))
 
 
 def found_results(run):
@@ -75,7 +75,7 @@ class TestStopAndGoOn:
             wait_until(lambda kill=kill: len(blocks(run)) >= 4 * (kill + 1))
             launch.signal(signal.SIGKILL)
             assert launch.wait() == [-signal.SIGKILL]
-        before = {path: path.stat().st_mtime_ns for path in blocks(run) if "raw-" in str(path)}
+        before = {path: path.stat().st_mtime_ns for path in blocks(run)}
         done = results(run)
         assert all(path.stat().st_mtime_ns == made for path, made in before.items())
         assert numbers(done) == {name: pytest.approx(v, rel=CLOSE) for name, v in numbers(whole).items()}
@@ -113,7 +113,8 @@ class TestWhatIsNotFinite:
             assert "power_0_10: the pixels of image 0 are not finite" in launch.output(rank)
             assert "Traceback" not in launch.output(rank)
         # What was finished before is kept.
-        assert list(run.output_dir.glob("scores/*/copies/raw-*/score.json"))
+        records = [json.loads(path.read_text()) for path in run.output_dir.glob("scores/*/weights/*/score.json")]
+        assert [record["name"] for record in records if record["rows"]] == ["raw"]
 
 
 class TestWhatIsMissing:
@@ -173,9 +174,11 @@ class TestCollectives:
         run = make_run(tmp_path / "run")
         processes = Processes.start("cpu")
         extractor = open_extractor(run.evaluation, run.output_dir)
-        return Studio.build(
+        made = Studio.build(
             run, processes, extractor, num_images=4, num_classes=None, known_labels=None, stop=self.Asked()
         )
+        made.prepare()
+        return made
 
     def test_a_rank_without_images_asks_as_often_as_one_with_them(self, studio):
         for images in ([0, 1], []):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scored import again, make_run, results
@@ -11,8 +13,10 @@ from ddpm_ema.averaging import BiasCorrected, PowerFunction
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Estimate
+from ddpm_ema.score.folder import Record
+from ddpm_ema.score.measure import Score
 from ddpm_ema.score.search import Search
-from ddpm_ema.score.sweep import candidates
+from ddpm_ema.score.sweep import candidates, describe, summary
 
 GROUPS = 20
 
@@ -76,6 +80,13 @@ class TestSearch:
             assert sampled.get(wanted[0], 0) < wanted[1] <= 2000
             sampled[wanted[0]] = wanted[1]
 
+    def test_it_halves_the_wider_gap_beside_the_best(self):
+        valley = Valley(20, 10, depth=600.0)
+        made = Search(20, 250, 4000, valley.estimate)
+        looked_at = [made.next() for _ in range(7)]
+        assert [place for place, _ in looked_at[:5]] == [0, 5, 10, 14, 19]
+        assert looked_at[5:] == [(7, 250), (12, 250)], "between 5 and 10 first, then between 10 and 14"
+
     @pytest.mark.parametrize("number", [2, 3, 5])
     def test_a_short_range_is_searched_whole(self, number):
         assert set(search(Valley(number, 1, depth=9.0)).counts) == set(range(number))
@@ -84,7 +95,7 @@ class TestSearch:
 class TestCandidates:
     def test_widths_are_evenly_spaced_and_decays_evenly_in_the_logarithm_of_what_is_left(self):
         found = candidates(SweepSettings(stds="0.05:0.25:5", decays="0.9:0.999:3"))
-        assert [c.name for c in found["std"]] == ["power_0_05", "power_0_1", "power_0_15", "power_0_2", "power_0_25"]
+        assert [c.name for c in found["std"]] == ["power_0_05", "power_0_10", "power_0_15", "power_0_20", "power_0_25"]
         assert found["std"][2].profile == PowerFunction(std=0.15)
         assert [c.value for c in found["decay"]] == [0.9, 0.99, 0.999]
         assert found["decay"][1].profile == BiasCorrected(decay=0.99)
@@ -118,7 +129,7 @@ class TestSweep:
         assert [row.get("std") for row in found["sweep"][:3]] == [0.05, 0.1, 0.15]
         assert [row.get("decay") for row in found["sweep"][3:]] == [0.5, 0.8]
         for row in found["sweep"]:
-            assert {"stderr", "precision_stderr", "recall_stderr", "delta_vs_raw", "warnings"} <= set(row)
+            assert {"stderr", "precision_stderr", "delta_vs_raw", "warnings", "weights_sha256", "versions"} <= set(row)
             assert {"predicted_relative_error", "profile_error", "amplification", "check"} < set(row["reconstruction"])
         assert any("Predicted error" in text for row in found["sweep"] for text in row["warnings"])
         lowest = min(found["sweep"][:3], key=lambda row: row["frechet_distance_unbiased"])
@@ -137,10 +148,8 @@ class TestSweep:
         found = results(searched)
         spent = found["sweep_search"]["std"]
         assert spent["candidates"] == 7
-        assert spent["images"] == sum(row["num_images"] for row in found["sweep"])
+        assert 5 * 100 <= spent["images"] <= spent["of"] == 7 * 120
         assert all("delta_vs_raw" in row for row in found["sweep"])
-        folder = next((run.output_dir / "scores").glob("00000008-*"))
-        assert {path.parent.name[:4] for path in folder.glob("copies/*/block-*")} == {"raw-"}
         monkeypatch.setattr(sampling, "sample", None)
         assert results(searched)["sweep"] == found["sweep"]
 
@@ -148,9 +157,195 @@ class TestSweep:
         before = results(again(run, evaluation__sweep={"stds": "0.05:0.15:3"}))
         assert results(run)["sweep"] == before["sweep"]
 
+    def test_a_sweep_that_came_before_raw_is_paired_with_it_later(self, run):
+        other = again(run, evaluation__seed=1, evaluation__weights=["ema_0_9"])
+        alone = results(again(other, evaluation__sweep={"stds": "0.05:0.15:2"}))
+        assert not any("delta_vs_raw" in row for row in alone["sweep"])
+        assert all("delta_vs_raw" in row for row in results(again(other, evaluation__weights=["raw"]))["sweep"])
+
     def test_a_run_without_snapshots_is_told_how_to_get_them(self, tmp_path):
         run = make_run(tmp_path / "run", evaluation__sweep={"stds": "0.05:0.15:3"}, evaluation__weights=["raw"])
         (run.output_dir / "snapshots").rename(tmp_path / "gone")
         with pytest.raises(UserError, match="snapshots_every"):
             results(run)
         assert not list(run.output_dir.glob("scores/*/copies/*")), "said before anything is sampled"
+
+
+class Desk:
+    """Stands for a scoring whose folder holds these: weights -> {images: distance}. Differences have an error of 0.1."""
+
+    def __init__(self, candidates, kept=None):
+        known = {**candidates, **(kept or {})}
+        self.known = {name: {n: self.estimated(d, n) for n, d in counts.items()} for name, counts in known.items()}
+        rows = {name: {max(c): {"weights": name, "weights_sha256": name}} for name, c in candidates.items()}
+        self.found = [
+            Record(name, name, None, [], {"kind": "std", "value": float(name), "num_images": max(c)}, rows[name], c)
+            for name, c in self.known.items()
+            if name in candidates
+        ]
+        self.folder = SimpleNamespace(records=lambda: self.found, results=dict)
+        self.resolver = SimpleNamespace(checkpoint=SimpleNamespace(names=["raw", *(kept or {})]))
+        self.kept = list(kept or {})
+
+    @staticmethod
+    def estimated(distance, images):
+        noise = np.random.default_rng(images + round(1000 * distance)).standard_normal(GROUPS)
+        pseudo = distance + 0.1 * GROUPS**0.5 / 2**0.5 * (noise - noise.mean()) / noise.std(ddof=1)
+        return Estimate(distance, distance, 0.0, (0.0, 0.0), tuple(pseudo.tolist()), (images // GROUPS,) * GROUPS)
+
+    def estimate(self, key, count):
+        return self.known[key].get(count)
+
+    def source_of(self, record):
+        return record
+
+    def scores(self):
+        best = {name: max(self.known[name]) for name in self.kept}
+        return [
+            Score({"weights": name, "weights_sha256": name, "num_images": n}, self.known[name][n])
+            for name, n in best.items()
+        ]
+
+    def best(self):
+        return summary(self, {})["sweep_best"]["std"]
+
+
+class TestSummary:
+    def test_what_is_significantly_worse_than_the_best_is_left_out_and_the_rest_is_named(self):
+        best = Desk({"0.05": {400: 3.0}, "0.10": {400: 2.0}, "0.15": {400: 2.1}, "0.20": {400: 2.4}}).best()
+        assert best["weights"] == "0.10"
+        assert best["std"] == 0.10
+        assert best["not_significantly_worse"] == ["0.15"]
+
+    def test_candidates_are_compared_over_the_images_that_both_have(self):
+        """A search leaves poor candidates with few images, over which the best may be another distance away."""
+        best = Desk({"0.05": {200: 2.5}, "0.10": {200: 2.4, 400: 2.0}, "0.15": {200: 3.0}}).best()
+        assert best["weights"] == "0.10"
+        assert best["not_significantly_worse"] == ["0.05"]
+
+    def test_one_with_fewer_images_is_the_best_only_where_it_is_significantly_better(self):
+        """A chance low of few images does not win, and another sweep over fewer images may find the true best."""
+        assert Desk({"0.05": {200: 1.9}, "0.10": {200: 2.0, 400: 2.0}}).best()["weights"] == "0.10"
+        assert Desk({"0.05": {200: 1.0}, "0.10": {200: 2.0, 400: 2.0}}).best()["weights"] == "0.05"
+
+    def test_weights_whose_images_are_gone_are_not_called_worse(self):
+        assert Desk({"0.05": {200: 9.0}, "0.10": {400: 2.0}}).best()["not_significantly_worse"] == ["0.05"]
+
+    def test_the_winner_less_the_best_kept_average_has_its_sign_and_its_interval(self):
+        kept = {"ema": {200: 3.0, 600: 3.5}, "power": {200: 2.5, 400: 2.5, 600: 2.6}}
+        found = Desk({"0.05": {200: 5.0, 400: 5.0}, "0.10": {200: 2.0, 400: 2.0}}, kept).best()["versus_best_kept"]
+        assert (found["weights"], found["delta"], found["significant"]) == ("power", -0.5, True)
+        assert found["stderr"] == pytest.approx(0.1, rel=0.4)
+        low, high = found["interval"]
+        assert low < -0.5 < high < 0
+        assert (low + high) / 2 == pytest.approx(-0.5)
+
+
+class TestSweepsInOneFolder:
+    """Any order, again and again: right, nothing erased, nothing sampled twice. A seed of its own is a folder of its own."""
+
+    WIDTHS = "0.03:0.15:4"
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        quick = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1, "evaluation__batch_size": 120}
+        quick["evaluation__num_inference_steps"] = 2
+        return make_run(tmp_path_factory.mktemp("order") / "run", evaluation__weights=["raw", "ema_0_9"], **quick)
+
+    @staticmethod
+    def swept(run, seed, **sweep):
+        return results(again(run, evaluation__seed=seed, evaluation__sweep={"num_images": 120, **sweep}))
+
+    @staticmethod
+    def counts(found):
+        return {row["weights"]: row["num_images"] for row in found["sweep"]}
+
+    def test_a_full_sweep_after_a_search_samples_only_what_is_missing_and_finds_what_it_finds_alone(
+        self, run, sampled, tmp_path
+    ):
+        searched = self.counts(self.swept(run, 1, stds=self.WIDTHS, search=True))
+        spent = len(sampled)
+        assert 100 in searched.values(), "some candidates got fewer images"
+        found = self.swept(run, 1, stds=self.WIDTHS)
+        assert set(self.counts(found).values()) == {120}
+        assert len(sampled) - spent == sum(120 - count for count in searched.values())
+        assert found["sweep_search"]["std"]["candidates"] == 4
+        (run.output_dir / "scores").rename(tmp_path / "scores")
+        alone = self.swept(run, 1, stds=self.WIDTHS)
+        (run.output_dir / "scores").rename(tmp_path / "alone")
+        (tmp_path / "scores").rename(run.output_dir / "scores")
+        for row, expected in zip(found["sweep"], alone["sweep"], strict=True):
+            assert row["weights"] == expected["weights"]
+            assert row["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=0.01)
+            assert row["delta_vs_raw"] == pytest.approx(expected["delta_vs_raw"], abs=0.05)
+
+    def test_a_search_after_a_full_sweep_samples_nothing_and_takes_nothing_away(self, run, sampled):
+        before = self.swept(run, 2, stds=self.WIDTHS)
+        sampled.clear()
+        found = self.swept(run, 2, stds=self.WIDTHS, search=True)
+        assert sampled == []
+        assert found["sweep"] == before["sweep"]
+        assert found["sweep_best"] == before["sweep_best"]
+
+    def test_ranges_that_overlap_add_up(self, run, sampled):
+        first = self.swept(run, 3, stds="0.05:0.15:3")
+        sampled.clear()
+        found = self.swept(run, 3, stds="0.10:0.20:3")
+        assert [row["std"] for row in found["sweep"]] == [0.05, 0.1, 0.15, 0.2]
+        assert found["sweep"][:3] == first["sweep"]
+        assert len(sampled) == 120
+        lowest = min(found["sweep"], key=lambda row: row["frechet_distance_unbiased"])
+        assert found["sweep_best"]["std"]["weights"] == lowest["weights"]
+
+    def test_decays_after_widths_and_widths_after_decays_keep_both(self, run, sampled):
+        widths = self.swept(run, 4, stds="0.05:0.15:2")
+        both = self.swept(run, 4, decays="0.5:0.8:2")
+        assert [row["sweep"] for row in both["sweep"]] == ["std", "std", "decay", "decay"]
+        assert both["sweep"][:2] == widths["sweep"]
+        assert both["sweep_best"]["std"] == widths["sweep_best"]["std"]
+        sampled.clear()
+        assert self.swept(run, 4, stds="0.05:0.15:2")["sweep"] == both["sweep"]
+        assert sampled == []
+
+    def test_a_candidate_and_the_same_weights_by_name_share_their_images(self, run, sampled):
+        self.swept(run, 5, stds="0.05:0.15:2")
+        sampled.clear()
+        named = again(run, evaluation__seed=5, evaluation__weights=["raw", "power_0_15"])
+        row = next(row for row in results(named)["rows"] if row["weights"] == "power_0_15")
+        assert (row["num_images"], sampled) == (60, [])
+        self.swept(again(run, evaluation__weights=["raw", "power_0_075"]), 5, stds="0.075:0.15:2")
+        assert sorted(sampled) == sorted([*range(60), *range(60, 120)]), "by name first, then the rest for the sweep"
+
+    @pytest.mark.parametrize(("seed", "num_images"), [(7, 120), (8, 40)])
+    def test_the_winner_is_paired_with_the_best_kept_average_over_the_images_that_both_have(
+        self, run, sampled, seed, num_images
+    ):
+        found = self.swept(again(run, evaluation__weights=[]), seed, stds="0.05:0.15:2", num_images=num_images)
+        assert len(sampled) == max(60, num_images) + 60 + 60 + 2 * num_images, "nothing is sampled for it"
+        best = found["sweep_best"]["std"]
+        kept = best["versus_best_kept"]
+        expected = min(
+            (row for row in found["rows"] if row["weights"] != "raw"), key=lambda row: row["frechet_distance_unbiased"]
+        )
+        assert kept["weights"] == expected["weights"]
+        low, high = kept["interval"]
+        assert low < kept["delta"] < high
+        assert kept["significant"] == (not low <= 0 <= high)
+        if kept["weights"] == "power_0_10":  # the same width, reconstructed: hardly anything lies between them
+            assert abs(kept["delta"]) < 0.2
+        assert describe(found).count("the best average that training kept") == 1
+
+    def test_without_a_kept_average_there_is_nothing_to_pair_the_winner_with(self, run):
+        found = self.swept(again(run, evaluation__weights=["raw"]), 9, stds="0.05:0.15:2")
+        assert found["sweep_best"]["std"]["versus_best_kept"] is None
+
+    def test_a_best_at_the_end_of_the_range_is_said(self, run):
+        found = self.swept(run, 10, stds="0.05:0.15:3")
+        lines = {place: self.described(found, place) for place in range(3)}
+        assert [("end of the range" in lines[place]) for place in range(3)] == [True, False, True]
+
+    @staticmethod
+    def described(found, place):
+        row = found["sweep"][place]
+        best = {**found["sweep_best"]["std"], "weights": row["weights"], "std": row["std"]}
+        return describe({**found, "sweep_best": {"std": best}})

@@ -17,7 +17,7 @@ import pytest
 import torch
 from live_runs import assert_bit_equal, exact, finish, settings, start, state, wait_until
 
-from ddpm_ema import config
+from ddpm_ema import StochasticWeightAverage, config
 from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.rundir import RunDir, read_tensors
@@ -386,6 +386,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(uninterrupted: config.Config, 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"model__initialization": "pytorch"}, "model.initialization: was ddpm, is pytorch"),
         ({"model__dropout": 0.1}, "model.dropout: was 0.0, is 0.1"),
         ({"diffusion__prediction": "sample"}, "diffusion.prediction: was epsilon, is sample"),
         ({"seed": 3}, "seed: was 0, is 3"),
@@ -613,6 +614,25 @@ def test_rows_say_what_a_person_needs_to_know(uninterrupted: config.Config) -> N
     assert row["distance/ema_0_9"] == pytest.approx(((ema - raw).norm() / raw.norm()).item(), rel=1e-6)
 
 
+def test_a_run_says_before_its_first_step_what_its_averages_will_be_worth_and_resolves_their_lengths(
+    tmp_path: Path,
+) -> None:
+    averages = {
+        "ema_0_9999": {"kind": "constant", "decay": 0.9999},
+        "last_half": {"kind": "window", "length": "50%", "end": "100%"},
+    }
+    run = settings(tmp_path / "run", training__steps=6, checkpoints__every=1, averages=averages)
+    table = finish(run).output().split("initial weights\n")[1].splitlines()
+    assert table[0].split() == ["ema_0_9999", "10,000", "6", "0.0%", "99.9%"]
+    assert table[1].split() == ["last_half", "-", "3", "83.3%", "0.0%"]
+    assert table[2].startswith("warning: ema_0_9999 will still hold 100% of the initial weights after 6 steps: use")
+    last = RunDir(run.output_dir).checkpoint(6)
+    assert last.manifest["profiles"]["last_half"] == {"kind": "window", "length": 3, "end": 6}
+    raw = [RunDir(run.output_dir).checkpoint(step).weights("raw") for step in (4, 5, 6)]
+    for name, mean in last.weights("last_half").items():
+        assert torch.allclose(mean, sum(weights[name] for weights in raw) / 3, rtol=1e-5, atol=1e-7)
+
+
 def test_the_averages_are_those_of_the_raw_weights_at_every_step(tmp_path: Path) -> None:
     """Saved at every step, the raw weights give the averages anew in float64, by the profile alone."""
     run = settings(tmp_path / "run", training__steps=9, checkpoints__every=1, checkpoints__keep=100)
@@ -653,6 +673,16 @@ def test_learning_rate_schedules_are_hand_computed_tables() -> None:
     assert table(5, [0, 2, 4], learning_rate_schedule="cosine", learning_rate_end=0.2) == [1.0, 0.6, 0.2]
     cycle = {"learning_rate_schedule": "cyclical", "cycle_steps": 3, "learning_rate_end": 0.5}
     assert table(99, [0, 1, 2, 3, 4, 5], **cycle) == [1.0, 0.75, 0.5, 1.0, 0.75, 0.5]
+
+
+def test_swa_takes_its_snapshots_where_the_cyclical_learning_rate_is_lowest() -> None:
+    given = TrainingSettings(
+        steps=40, learning_rate_schedule="cyclical", cycle_steps=10, learning_rate_end=1e-5, warmup_steps=5
+    )
+    swa = StochasticWeightAverage(start=5 + 10, every=10)
+    taken = [step for step in range(1, 41) if swa.weighting(40)[step - 1] > 0]
+    assert taken == [15, 25, 35]
+    assert taken == [step for step in range(6, 41) if given.learning_rate_at(step - 1) == pytest.approx(1e-5)]
 
 
 def processes_below(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddpm_ema.averaging.files import save_tensors
+from ddpm_ema.averaging.files import HEAD_BYTES, is_pickle, save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 
 ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -139,8 +139,8 @@ def open_safetensors(path: Path) -> safe_open:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        head = file.read(2)
-    if head == b"PK" or head[:1] == b"\x80":  # torch.save's zip archive, or a bare pickle
+        head = file.read(HEAD_BYTES)
+    if is_pickle(head):
         raise ValueError(
             f"{path}: this is a pickle, which can run code when it is read: refused. Convert it to safetensors"
         )

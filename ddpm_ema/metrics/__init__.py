@@ -16,7 +16,6 @@ from ddpm_ema.metrics.reference import (
     load_cached,
     read_published,
     reference_of,
-    reference_statistics,
 )
 from ddpm_ema.metrics.scores import (
     KernelDistance,
@@ -49,6 +48,5 @@ __all__ = [
     "precision_recall",
     "read_published",
     "reference_of",
-    "reference_statistics",
     "statistics_of",
 ]

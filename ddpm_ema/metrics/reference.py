@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,10 +20,10 @@ from torch import Tensor
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import check_statistics
 from ddpm_ema.metrics.moments import Statistics, statistics_of
-from ddpm_ema.metrics.scores import NEIGHBOURS, neighbour_radii
+from ddpm_ema.metrics.scores import NEIGHBOURS, neighbour_radii, precision_recall
 from ddpm_ema.rundir import atomic_save
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class FeatureExtractor(Protocol):
@@ -40,13 +40,19 @@ class FeatureExtractor(Protocol):
 @dataclass(frozen=True)
 class Reference:
     """`statistics` of the reference, the `features` fp32 [n, d] they were made of and their `radii` [n] (both None where a
-    file holds statistics only: no KID, precision or recall then), and `origin`: what it is, for results.json."""
+    file holds statistics only: no KID, precision or recall then), and `origin`: what it is, for results.json.
+
+    `saturated`: share of its channel values at 0 or 255. `precision_of_noise`: the precision that images of pure noise reach:
+    where it is high, precision says nothing with this extractor. Both are None where they are not known.
+    """
 
     statistics: Statistics
     origin: Mapping[str, Any]
     features: Tensor | None = None
     radii: Tensor | None = None
     warnings: tuple[str, ...] = field(default=())
+    saturated: float | None = None
+    precision_of_noise: float | None = None
 
 
 def content_key(*, fingerprint: str, split: str, resize: str, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -73,41 +79,23 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def reference_statistics(
-    batches: Iterable[Tensor],
-    extractor: FeatureExtractor,
-    *,
-    key: Mapping[str, Any],
-    cache_dir: Path | None = None,
-    progress: Callable[[int], object] | None = None,
+def reference_of(
+    features: Tensor, key: Mapping[str, Any], saturated: float | None = None, noise: Tensor | None = None
 ) -> Reference:
-    """Of every image of a set, once each, unflipped: `batches` of uint8 [n, c, h, w] in any order.
+    """From features fp32 [n, d] of every image of a set, once each, unflipped.
 
-    `key` from `content_key`; with a `cache_dir` the result is read from there where an entry of that key exists, and kept
-    there otherwise. `progress(n)` is called after each batch. Raises UserError for fewer than 2 images.
+    `key` from `content_key`; `saturated`: share of the images' channel values at 0 or 255; `noise`: features fp32 [k, d] of
+    images of pure noise. Raises UserError for fewer than 2 images.
     """
-    cached = load_cached(cache_dir, key)
-    if cached is not None:
-        return cached
-    parts = []
-    for images in batches:
-        features = extractor(images)["features"]
-        assert features is not None
-        parts.append(features.cpu())
-        if progress is not None:
-            progress(len(images))
-    features = torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
-    return keep(reference_of(features, key), cache_dir)
-
-
-def reference_of(features: Tensor, key: Mapping[str, Any]) -> Reference:
-    """From features fp32 [n, d] gathered elsewhere, such as over several processes."""
     notes: tuple[str, ...] = ()
     if len(features) <= features.shape[1]:
         notes = (f"the reference has {len(features)} images for {features.shape[1]} feature dimensions",)
     radii = neighbour_radii(features) if len(features) > NEIGHBOURS else None
     statistics = statistics_of(features, copy="the reference")
-    return Reference(statistics, dict(key), features.contiguous(), radii, notes)
+    reached = None
+    if noise is not None and radii is not None:
+        reached = precision_recall(noise.cpu(), features, radii)[0]
+    return Reference(statistics, dict(key), features.contiguous(), radii, notes, saturated, reached)
 
 
 def cache_path(cache_dir: Path, key: Mapping[str, Any]) -> Path:
@@ -130,7 +118,8 @@ def load_cached(cache_dir: Path | None, key: Mapping[str, Any]) -> Reference | N
         statistics = Statistics(tensors["mu"], tensors["sigma"], int(metadata["count"]))
         check_statistics(statistics, "the cached reference")
         notes = tuple(json.loads(metadata["warnings"]))
-        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes)
+        shares = json.loads(metadata["saturated"]), json.loads(metadata["precision_of_noise"])
+        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes, *shares)
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, ValueError, KeyError, UserError) as error:
@@ -149,6 +138,8 @@ def keep(reference: Reference, cache_dir: Path | None) -> Reference:
         "key": json.dumps(dict(reference.origin), sort_keys=True),
         "count": str(reference.statistics.count),
         "warnings": json.dumps(list(reference.warnings)),
+        "saturated": json.dumps(reference.saturated),
+        "precision_of_noise": json.dumps(reference.precision_of_noise),
         "sha256": _digest(tensors),
     }
     try:
@@ -192,11 +183,17 @@ def read_published(path: Path, dim: int) -> Reference:
         raise UserError(
             f"evaluation.reference: {path} holds {sorted(names)}; wanted mu and sigma (EDM, ADM and torch-fidelity layouts)"
         )
-    mu, sigma = torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
+    mu, sigma = (_float64(arrays[name], f"evaluation.reference: {path}: {name}") for name in ("mu", "sigma"))
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise UserError(
             f"evaluation.reference: {path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, "
             f"but the extractor gives {dim} features"
+        )
+    if not torch.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * float(sigma.abs().max())) or bool(
+        (sigma.diagonal() < 0).any()
+    ):
+        raise UserError(
+            f"evaluation.reference: {path}: sigma is no covariance: it is not symmetric, or a variance is negative"
         )
     layout = "ADM" if {"mu_s", "sigma_s"} & names else "EDM or torch-fidelity"
     origin = {"file": path.name, "layout": layout, "sha256": sha256, "bytes": os.path.getsize(path)}
@@ -204,3 +201,10 @@ def read_published(path: Path, dim: int) -> Reference:
     check_statistics(statistics, f"{path}")
     note = f"reference statistics from {path.name}: no KID, precision or recall, and its extractor cannot be checked"
     return Reference(statistics, origin, warnings=(note,))
+
+
+def _float64(array: np.ndarray, where: str) -> Tensor:
+    """Of numbers in any precision and byte order. Raises UserError for text, complex numbers and the like."""
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{where} holds {array.dtype}, wanted real numbers")
+    return torch.from_numpy(array.astype(np.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ from ddpm_ema.errors import StoppedError
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
 from ddpm_ema.processes import Processes, StopFlag, say
+from ddpm_ema.score.blocks import pixel_figures
 from ddpm_ema.score.studio import rounds
 from ddpm_ema.score.together import on_main
+from ddpm_ema.streams import Stream
 
 DEFAULT_CACHE = Path("~/.cache/ddpm_ema")
 
@@ -66,18 +69,35 @@ def open_reference(
         key = metrics.content_key(fingerprint=dataset.fingerprint, split=split, resize=resize, extractor=extractor)
         origin = on_main(processes, lambda: remember(lambda: metrics.load_cached(cache, key)))
         if origin is None:
-            features = _features(processes, extractor, dataset, config.evaluation.extractor_batch_size, stop)
-            work = lambda: remember(lambda: metrics.keep(metrics.reference_of(features, key), cache))  # noqa: E731
-            origin = on_main(processes, work)
+            features, saturated = _features(processes, extractor, dataset, config.evaluation.extractor_batch_size, stop)
+
+            def make() -> Reference:
+                noise = extractor(noise_images((config.data.channels, config.data.image_size, config.data.image_size)))
+                return metrics.keep(metrics.reference_of(features, key, saturated, noise["features"]), cache)
+
+            origin = on_main(processes, lambda: remember(make))
     assert origin is not None
     return (found[0] if found else None), origin
 
 
+def noise_images(image_shape: tuple[int, int, int], count: int = 256) -> Tensor:
+    """uint8 `[count, C, H, W]`: every channel value uniform in 0 ... 255, the same images at every call."""
+    size, made = math.prod(image_shape), []
+    for positions in torch.arange(count).split(16):
+        words = streams.words(0, Stream.NOISE_IMAGES, 0, positions, -(-size // 4))  # [n, words]
+        values = words[:, :, None] >> torch.tensor([0, 8, 16, 24])  # [n, words, 4]
+        made.append((values & 255).to(torch.uint8).flatten(1)[:, :size])
+    return torch.cat(made).reshape(count, *image_shape)
+
+
 def _features(
     processes: Processes, extractor: Extractor, dataset: Any, batch_size: int, stop: StopFlag | None
-) -> Tensor:
-    """float32 `[size, d]` in the data set's order, on rank 0; each process takes a share of every round."""
-    parts = []
+) -> tuple[Tensor, float]:
+    """float32 `[size, d]` in the data set's order, on rank 0, and the share of saturated channel values.
+
+    Each process takes a share of every round.
+    """
+    parts, saturated = [], 0.0
     with tqdm(
         total=len(dataset),
         desc="reference",
@@ -92,13 +112,16 @@ def _features(
                 raise StoppedError(f"stopped by {stop.reason} while reading the reference; start again")
             share = streams.partition(len(images), processes.rank, processes.world_size)
             mine = torch.tensor(images[share.start : share.stop], dtype=torch.int64)
-            features = torch.zeros(0, extractor.dim)
+            features, at_ends = torch.zeros(0, extractor.dim), 0.0
             if len(mine):
-                extracted = extractor(dataset.batch(mine))["features"]
+                made = dataset.batch(mine)
+                extracted = extractor(made)["features"]
                 assert extracted is not None
-                features = extracted.cpu()
-            gathered = processes.gather(features)
+                features, at_ends = extracted.cpu(), float(pixel_figures(made)[0].double().sum())
+            gathered = processes.gather((features, at_ends))
             if processes.is_main:
-                parts.append(torch.cat(gathered))
+                parts.append(torch.cat([part for part, _ in gathered]))
+            saturated += sum(share for _, share in gathered)
             bar.update(len(images))
-    return torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
+    whole = torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
+    return whole, saturated / max(1, len(dataset))

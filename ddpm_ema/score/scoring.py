@@ -1,27 +1,27 @@
-"""One checkpoint scored: every copy sampled from the same noise, compared with the reference, and with raw."""
+"""One checkpoint scored: every set of weights sampled from the same noise, compared with the reference, and with raw."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
+from ddpm_ema.averaging import profile_from_dict
 from ddpm_ema.config import Config, digest
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics import Reference
+from ddpm_ema.metrics import Estimate, Reference
+from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.processes import Processes, say
 from ddpm_ema.rundir import Checkpoint, RunDir
-from ddpm_ema.score.blocks import DiskStore, MemoryStore
+from ddpm_ema.sampling import PROTOCOL
+from ddpm_ema.score.blocks import MemoryStore
+from ddpm_ema.score.folder import Record, ScoreFolder, made_with
 from ddpm_ema.score.measure import Measure, Score
-from ddpm_ema.score.results import ScoreFolder, results_of, settings_of
+from ddpm_ema.score.results import results_of, settings_of
 from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Shelf, Source
+from ddpm_ema.weight_names import parse, profile_named
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,11 @@ class Label:
     """What every rank knows of a source, which only rank 0 can open."""
 
     name: str
-    slug: str
-    num_members: int
+    key: str
 
 
 class Scoring:
-    """Scores copies of one checkpoint, one after another. Made on every rank; files, metrics and rows are rank 0's."""
+    """Scores weights of one checkpoint, one set after another. Made on every rank; files, metrics and rows are rank 0's."""
 
     def __init__(
         self,
@@ -47,12 +46,13 @@ class Scoring:
     ) -> None:
         self.config, self.processes, self.studio = config, processes, studio
         self.step = processes.broadcast(checkpoint.step if checkpoint else 0)
-        self.settings = settings_of(config, studio.extractor, origin)
+        self.settings = settings_of(config, studio.extractor, origin, studio.known_labels)
         self.notes: list[str] = list(origin.get("notes", ()))
         rundir = RunDir(config.output_dir)
         self.folder = ScoreFolder(rundir.score_dir(self.step, digest(self.settings)))
-        self.shelf = Shelf(rundir, checkpoint, dict(studio.network.unet.config))
+        self.resolver = WeightResolver(rundir, checkpoint, config, studio.num_classes, studio.own_pipeline)
         self.measure = Measure(reference, config.evaluation, processes.device) if reference is not None else None
+        self.versions = made_with(processes.device)
         self.loaded: str | None = None
 
     @contextlib.contextmanager
@@ -65,121 +65,128 @@ class Scoring:
     def _take(self, stack: contextlib.ExitStack) -> None:
         stack.enter_context(RunDir(self.folder.path).lock())
 
-    def label(self, source: Source | None) -> Label:
+    def label(self, source: NamedWeights | None) -> Label:
         """Of rank 0's source, on every rank. A collective."""
-        label = self.processes.broadcast(Label(source.name, source.slug, len(source.members)) if source else None)
+        label = self.processes.broadcast(Label(source.name, source.key) if source else None)
         assert label is not None
         return label
 
-    def score(self, name: str) -> None:
-        """Scores the weights called `name`, unless that is done. A collective."""
-        self.score_source(self.open(name))
-
-    def open(self, name: str) -> Source | None:
+    def open(self, name: str) -> NamedWeights | None:
         """On rank 0: the source; elsewhere None. A collective; a name that means nothing is an error on every rank."""
-        return only_on_main(self.processes, lambda: self.shelf.source(name))
+        return only_on_main(self.processes, lambda: self.resolver.named(name))
 
-    def score_source(
-        self,
-        source: Source | None,
-        num_images: int | None = None,
-        more: Mapping[str, Any] | None = None,
-        keep_features: bool = False,
-    ) -> None:
-        """Samples what is missing of a copy and keeps its score. A collective."""
-        label = self.label(source)
-        count = num_images or self.config.evaluation.num_images
-        if self.processes.broadcast(self.folder.finished(label.slug) is not None):
-            return
-        self.sample(source, label, count)
-        on_main(self.processes, lambda: self._finish(source, label, count, more or {}, keep_features))
+    def score_source(self, source: NamedWeights | None, count: int | None = None, named: bool = True) -> None:
+        """Samples what is missing of these weights and keeps their score. A collective.
 
-    def sample(self, source: Source | None, label: Label, count: int) -> None:
-        """Extends the copy's blocks to the images 0 ... count - 1. A collective."""
-        store = self.store(label.slug) if self.processes.is_main else MemoryStore()
-        if self.processes.broadcast(store.done().issuperset(range(count))):
+        `named`: it was asked for by its name, and belongs into the table.
+        """
+        label, count = self.label(source), count or self.config.evaluation.num_images
+        record = self.folder.record(label.key) if self.processes.is_main else None
+        if not self.processes.broadcast(record is not None and count in record.rows):
+            self.sample(source, label, count)
+        on_main(self.processes, lambda: self._keep_score(source, count, named))
+
+    def sample(self, source: NamedWeights | None, label: Label, count: int) -> None:
+        """Extends the blocks of these weights to the images 0 ... count - 1. A collective."""
+        store = self.folder.store(label.key) if self.processes.is_main else MemoryStore()
+        if self.processes.broadcast(self.processes.is_main and store.done().issuperset(range(count))):
             return
-        if self.loaded != label.slug:
-            self.studio.network.load(self._tensors(source, label), label.name)
-            self.loaded = label.slug
+        on_main(self.processes, lambda: self.folder.keep(self.record(source)))
+        self.load(source, label)
         self.studio.extend(label.name, store, count)
 
-    def store(self, slug: str) -> DiskStore:
-        """Rank 0: what there is of a copy. Read from disk each time: one copy's features at most are held."""
-        return DiskStore(self.folder.copy_folder(slug))
+    def load(self, source: NamedWeights | None, label: Label) -> None:
+        """These weights into every rank's network; rank 0 reads them. A collective."""
+        if self.loaded != label.key:
+            self.studio.load(source)
+            self.loaded = label.key
 
-    def _tensors(self, source: Source | None, label: Label) -> list[dict[str, Tensor]]:
-        """The weights of every member, on every rank; rank 0 reads them. A collective."""
-        members = []
-        for place in range(label.num_members):
-            read = only_on_main(self.processes, partial(_read_member, source, place))
-            members.append(self.processes.broadcast_tensors(read))
-        return members
+    def record(self, source: NamedWeights | None) -> Record:
+        """Rank 0: what is known of these weights, or a new record."""
+        assert source is not None
+        return self.folder.record(source.key) or Record(source.key, source.name, source.profile)
 
-    def _finish(
-        self, source: Source | None, label: Label, count: int, more: Mapping[str, Any], keep_features: bool
-    ) -> None:
+    def _keep_score(self, source: NamedWeights | None, count: int, named: bool) -> None:
         assert source is not None
         assert self.measure is not None
-        store = self.store(label.slug)
-        block = store.block().first(count)
-        described = {"profile": source.profile, **more, "warnings": list(source.warnings)}
-        if source.reconstruction is not None:
-            described["reconstruction"] = source.reconstruction
-        score = self.measure.score(block, label.name, described)
-        self.folder.finish(label.slug, score, block.images)
-        if label.name != "raw" and not keep_features:
-            DiskStore.clear_folder(
-                store.folder
-            )  # raw's stay: later copies and sweeps are paired with any number of its images
+        record = self.record(source)
+        if count not in record.rows:
+            described = {
+                "weights_sha256": source.key,
+                "profile": source.profile,
+                "protocol": PROTOCOL,
+                "versions": self.versions,
+                "warnings": list(source.warnings),
+            }
+            if source.reconstruction is not None:
+                described["reconstruction"] = source.reconstruction
+            score = self.measure.score(self.folder.store(source.key).block(count), source.name, described)
+            record.rows[count], record.estimates[count] = score.row, score.estimate
+        if named and source.name not in record.names:
+            record.names.append(source.name)
+        self.folder.keep(record)
 
-    def raw_score(self, count: int) -> Score | None:
-        """Rank 0: raw over its first `count` images, or None where raw was not scored or its features are gone."""
-        assert self.measure is not None
-        slug = self.shelf.source("raw").slug if self.shelf.checkpoint else None
-        finished = self.folder.finished(slug) if slug else None
-        if slug is None or finished is None or sum(finished.estimate.counts) == count:
-            return finished
-        store = self.store(slug)
-        if not store.done().issuperset(range(count)):
+    def estimate(self, key: str, count: int) -> Estimate | None:
+        """Rank 0: the distance over the first `count` images of some weights; None where they were not sampled or are gone."""
+        record = self.folder.record(key)
+        if record is None or self.measure is None:
             return None
-        return Score(finished.row, self.measure.estimate(store.block().first(count), "raw"))
+        if count not in record.estimates:
+            store = self.folder.store(key)
+            if not store.done().issuperset(range(count)):
+                return None
+            record.estimates[count] = self.measure.estimate(store.block(count), record.name)
+            self.folder.keep(record)
+        return record.estimates[count]
 
-    def write(self, sources: Sequence[Source], sweep: Mapping[str, Any]) -> dict[str, Any]:
-        """Rank 0: results.json and grid.png of what is finished; returns the results."""
-        done = [(s.slug, score) for s in sources if (score := self.folder.finished(s.slug)) is not None]
-        done += [
-            (slug, score)
-            for slug, score in self.folder.others([slug for slug, _ in done], [s.row["weights"] for _, s in done])
-            if not score.row.get("sweep")
+    def source_of(self, record: Record) -> NamedWeights | None:
+        """Rank 0: the weights that a record tells of; None where they were written anew or are gone."""
+        for name in (*record.names, record.name):
+            if (source := self._named(record, name)) is not None:
+                return source
+        with contextlib.suppress(UserError, ValueError):
+            source = self.resolver.reconstructed(profile_from_dict(record.profile or {}))
+            return source if source.key == record.key else None
+        return None
+
+    def _named(self, record: Record, name: str) -> NamedWeights | None:
+        """The weights that are called `name` now, where they are still those of the record."""
+        with contextlib.suppress(UserError):
+            source = self.resolver.named(name)
+            return source if source.key == record.key else None
+        return None
+
+    def scores(self) -> list[Score]:
+        """Rank 0: of all weights that were asked for by name, now or earlier, and still are what they were."""
+        found = [(record, record.score(self.config.evaluation.num_images)) for record in self.folder.records()]
+        return [
+            replace(score, row={**score.row, "weights": name})
+            for record, score in found
+            if score is not None
+            for name in record.names
+            if self._named(record, name) is not None
         ]
-        scores = [score for _, score in done]
-        world, notes = self.processes.world_size, self.notes
-        results = results_of(self.config, self.studio.extractor, self.settings, self.step, scores, world, notes)
-        # A scoring without a sweep keeps what an earlier one found.
-        results |= sweep or {key: value for key, value in self.folder.results().items() if key.startswith("sweep")}
-        slugs = {str(score.row["weights"]): slug for slug, score in done}
-        self.folder.write_grid({row["weights"]: slugs[row["weights"]] for row in results["rows"]}, self.step)
-        self.folder.write_results(results)
-        self._tidy()
+
+    def write(self, sweep: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
+        """Rank 0: results.json and grid.png of what is finished; returns the results."""
+        assert self.measure is not None
+        results = results_of(
+            self.config, self.studio.extractor, self.settings, self.step, self.scores(), self.measure.reference
+        )
+        results |= {"versions": self.versions, "world_size": self.processes.world_size, **sweep}
+        results["warnings"] = [*([note] if note else []), *self.notes, *results["warnings"]]
+        keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
+        known = {name for record in self.folder.records() if record.rows for name in record.names}
+        if left := sorted(known - keys.keys()):
+            say(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
+        self.folder.write(results, keys, self.step, self.config.evaluation)
         return results
-
-    def _tidy(self) -> None:
-        """Features that a search kept are no longer asked for."""
-        for path in self.folder.path.glob("copies/*/score.json"):
-            if not path.parent.name.startswith("raw-"):
-                DiskStore.clear_folder(path.parent)
-
-
-def _read_member(source: Source | None, place: int) -> dict[str, Tensor]:
-    assert source is not None
-    return source.members[place]()
 
 
 def checkpoints(config: Config, processes: Processes) -> list[Checkpoint | None]:
     """The checkpoints to score, on rank 0 (elsewhere as many Nones). A collective.
 
-    A single None on rank 0, too, where there is no checkpoint and every name is a diffusers folder.
+    A single None on rank 0, too, where there is no checkpoint and no name needs one.
     """
     found = only_on_main(processes, lambda: _find_checkpoints(config))
     count = processes.broadcast(len(found) if found else 0)
@@ -189,7 +196,7 @@ def checkpoints(config: Config, processes: Processes) -> list[Checkpoint | None]
 def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     rundir, evaluation = RunDir(config.output_dir), config.evaluation
     everything = rundir.checkpoints()
-    if not everything and _folders_only(config):
+    if not everything and _needs_no_checkpoint(config):
         return [None]
     if not everything:
         raise UserError(f"{rundir.path}: no checkpoint to score; train first with scripts/train.py")
@@ -205,7 +212,7 @@ def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     return [rundir.checkpoint(step) for step in evaluation.steps]
 
 
-def _folders_only(config: Config) -> bool:
-    """Whether every name is a diffusers folder, so that no checkpoint is needed."""
-    parts = [part for name in config.evaluation.weights for part in name.split("+")]
-    return bool(parts) and all(Path(part).is_dir() and part not in ("raw", *config.averages) for part in parts)
+def _needs_no_checkpoint(config: Config) -> bool:
+    """Whether every name is a diffusers folder, or reconstructed from snapshots."""
+    parts = [part for name in config.evaluation.weights for part in parse(name, config.averages)]
+    return bool(parts) and all(part.folder or profile_named(part.name) is not None for part in parts)

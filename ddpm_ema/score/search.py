@@ -42,8 +42,6 @@ class Search:
 
     def is_significant(self, candidate: int) -> bool:
         """Whether the candidate's paired difference from the best is significant, over the images that both have."""
-        if candidate == self.best:
-            return False
         common = min(self.counts[candidate], self.counts[self.best])
         return difference(self.estimate(candidate, common), self.estimate(self.best, common)).significant
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ddpm_ema.averaging import BiasCorrected, PowerFunction
 from ddpm_ema.averaging.profiles import Profile
-from ddpm_ema.config import SweepSettings, digest
+from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics import difference
-from ddpm_ema.reconstruction import name_of
+from ddpm_ema.metrics import Difference, Estimate, difference
+from ddpm_ema.named_weights import NamedWeights, name_of
+from ddpm_ema.numbers import with_error
+from ddpm_ema.score.folder import Record
 from ddpm_ema.score.measure import Score, versus_raw
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.search import Search
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Source
-
-KEYS = ("sweep", "sweep_best", "sweep_search", "sweep_digest")
 
 
 @dataclass(frozen=True)
@@ -69,133 +68,194 @@ def _candidate(kind: str, value: float) -> Candidate:
 
 
 def prepare(scoring: Scoring) -> list[Run]:
-    """What the settings ask for, every candidate resolved: one that cannot be had is an error now. A collective."""
-    return [Run(scoring, kind, wanted) for kind, wanted in candidates(scoring.config.evaluation.sweep).items()]
+    """What the settings ask for, every candidate resolved: one that cannot be reconstructed is an error now. A collective."""
+    return [Run(scoring, wanted) for wanted in candidates(scoring.config.evaluation.sweep).values()]
 
 
-def sweep(runs: Iterable[Run], search: bool) -> dict[str, Any]:
-    """The keys of results.json that tell of the sweep: `sweep` (rows), `sweep_best`, `sweep_digest` and, of a search,
-    `sweep_search`, on rank 0. A collective; what is done already is taken from results.json."""
-    found: dict[str, Any] = {}
+def sweep(scoring: Scoring, runs: Iterable[Run], search: bool) -> dict[str, Any]:
+    """Scores what `runs` ask for; on rank 0 the keys of results.json that tell of this sweep and earlier ones. A collective."""
+    spent: dict[str, Any] = {}
     for run in runs:
-        for key, value in run.run(search).items():
-            found[key] = [*found.get(key, []), *value] if isinstance(value, list) else {**found.get(key, {}), **value}
-    return found
+        spent |= run.run(search)
+    return only_on_main(scoring.processes, lambda: summary(scoring, spent)) or {}
 
 
 class Run:
     """One sweep over candidates of one kind. `sources` are theirs, on rank 0."""
 
-    def __init__(self, scoring: Scoring, kind: str, wanted: list[Candidate]) -> None:
-        self.scoring, self.kind, self.candidates = scoring, kind, wanted
+    def __init__(self, scoring: Scoring, wanted: list[Candidate]) -> None:
+        self.scoring, self.candidates = scoring, wanted
         evaluation = scoring.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
-        found = only_on_main(scoring.processes, lambda: [self._source(candidate) for candidate in wanted])
-        self.sources: list[Source | None] = list(found) if found is not None else [None] * len(wanted)
-
-    def _source(self, candidate: Candidate) -> Source:
-        """Its key tells it from a copy of the same name scored over another number of images."""
-        source = self.scoring.shelf.reconstructed(candidate.name, candidate.profile)
-        return replace(source, key=digest([source.key, self.most_images]))
+        resolver = scoring.resolver
+        found = only_on_main(scoring.processes, lambda: [resolver.reconstructed(c.profile) for c in wanted])
+        self.sources: list[NamedWeights | None] = list(found) if found is not None else [None] * len(wanted)
 
     def run(self, search: bool) -> dict[str, Any]:
-        """All candidates, or a search among them, unless results.json has it. A collective."""
-        identity = digest([self.kind, search, [source.key for source in self.sources if source]])
-        processes, folder = self.scoring.processes, self.scoring.folder
-        done = only_on_main(processes, lambda: _done(folder.results(), self.kind, identity))
-        if processes.broadcast(done is not None):
-            return done or {}
+        """All candidates over as many images, or a search among them: what the search spent, by kind. A collective.
+
+        Nothing is sampled that an earlier sweep, a search or a scoring by name has sampled already.
+        """
+        scoring, processes = self.scoring, self.scoring.processes
         self._extend_raw()
-        part = self.search() if search else self.all()
-        return {**part, "sweep_digest": {self.kind: identity}} if processes.is_main else {}
+        looked_at = self._search() if search else dict.fromkeys(range(len(self.candidates)), self.most_images)
+        counts = on_main(processes, lambda: self._at_least(looked_at))
+        for place, count in counts.items():
+            scoring.score_source(self.sources[place], count, named=False)
+        on_main(processes, lambda: self._mark(counts))  # all at once: half a sweep is none
+        if not search:
+            return {}
+        images, whole = sum(looked_at.values()), len(self.candidates) * self.most_images
+        return {self.candidates[0].kind: {"candidates": len(self.candidates), "images": images, "of": whole}}
 
     def _extend_raw(self) -> None:
         """Samples raw up to the candidates' number of images, so that they are paired with it. A collective."""
         scoring = self.scoring
-        has_raw = scoring.processes.is_main and scoring.raw_score(scoring.config.evaluation.num_images) is not None
-        if scoring.processes.broadcast(has_raw):
+        if scoring.processes.broadcast(scoring.processes.is_main and _raw(scoring) is not None):
             raw = scoring.open("raw")
             scoring.sample(raw, scoring.label(raw), self.most_images)
 
-    def all(self) -> dict[str, Any]:
-        """Every candidate over the same number of images. A collective."""
-        for place in range(len(self.candidates)):
-            self.score(place, self.most_images)
-        return self.summary(range(len(self.candidates)), _is_significant)
-
-    def score(self, place: int, count: int, keep_features: bool = False) -> None:
-        candidate = self.candidates[place]
-        more = {"sweep": candidate.kind, candidate.kind: candidate.value}
-        self.scoring.score_source(self.sources[place], count, more, keep_features)
-
-    def search(self) -> dict[str, Any]:
-        """The best one, by a bracketing search. A collective."""
+    def _search(self) -> dict[int, int]:
+        """Candidate -> images, for those that a bracketing search looked at. A collective."""
         scoring = self.scoring
-        groups = scoring.config.evaluation.groups
-        first = max(10 * groups, self.most_images // 8)
+        first = max(10 * scoring.config.evaluation.groups, self.most_images // 8)
         search = Search(len(self.candidates), first, self.most_images, self._estimate)
         while (wanted := on_main(scoring.processes, search.next)) is not None:
             source = self.sources[wanted[0]]
             scoring.sample(source, scoring.label(source), wanted[1])
-        counts = scoring.processes.broadcast(search.counts)
-        for place, count in counts.items():
-            self.score(place, count, keep_features=True)  # until results.json has the sweep
-        if not scoring.processes.is_main:
-            return {}
-        worse = {self.candidates[c].name for c in counts if search.is_significant(c)}
-        part = self.summary(sorted(counts), lambda score, _: score.row["weights"] in worse)
-        spent, whole = sum(counts.values()), len(self.candidates) * self.most_images
-        part["sweep_search"] = {self.kind: {"candidates": len(self.candidates), "images": spent, "of": whole}}
-        return part
+        return scoring.processes.broadcast(dict(sorted(search.counts.items())))
 
-    def _estimate(self, place: int, count: int) -> Any:
-        source, measure = self.sources[place], self.scoring.measure
-        assert source is not None
-        assert measure is not None
-        return measure.estimate(self.scoring.store(source.slug).block().first(count), source.name)
-
-    def summary(self, places: Iterable[int], is_significant: Callable[[Score, Score], bool]) -> dict[str, Any]:
-        """Rank 0: rows in order of width, which is best, and which are not significantly worse. {} elsewhere."""
-        if not self.scoring.processes.is_main:
-            return {}
-        scores = [score for place in places if (score := self._finished(place)) is not None]
-        raws: dict[int, Score | None] = {}
-        rows = []
-        for score in scores:
-            count = sum(score.estimate.counts)
-            if count not in raws:
-                raws[count] = self.scoring.raw_score(count)
-            rows.append({**score.row, **versus_raw(score, raws[count])})
-        best = min(scores, key=lambda score: score.estimate.unbiased)
-        close = [score.row["weights"] for score in scores if score is not best and not is_significant(score, best)]
-        summary = {"weights": best.row["weights"], self.kind: best.row[self.kind], "not_significantly_worse": close}
-        return {"sweep": rows, "sweep_best": {self.kind: summary}}
-
-    def _finished(self, place: int) -> Score | None:
+    def _estimate(self, place: int, count: int) -> Estimate:
         source = self.sources[place]
-        return self.scoring.folder.finished(source.slug) if source else None
+        assert source is not None
+        found = self.scoring.estimate(source.key, count)
+        assert found is not None
+        return found
+
+    def _at_least(self, counts: Mapping[int, int]) -> dict[int, int]:
+        """Rank 0: the most images that this or an earlier sweep gave each candidate."""
+        return {
+            place: max(count, (self._record(place).candidate or {}).get("num_images", 0))
+            for place, count in counts.items()
+        }
+
+    def _mark(self, counts: Mapping[int, int]) -> None:
+        """Rank 0: these weights are candidates from now on."""
+        for place, count in counts.items():
+            candidate, record = self.candidates[place], self._record(place)
+            record.candidate = {"kind": candidate.kind, "value": candidate.value, "num_images": count}
+            self.scoring.folder.keep(record)
+
+    def _record(self, place: int) -> Record:
+        return self.scoring.record(self.sources[place])
 
 
-def _is_significant(score: Score, best: Score) -> bool:
-    return difference(score.estimate, best.estimate).significant
+def summary(scoring: Scoring, spent: Mapping[str, Any]) -> dict[str, Any]:
+    """Rank 0: `sweep` (rows, by kind and width), `sweep_best` and `sweep_search`, of every candidate that this sweep or an
+    earlier one scored and whose weights are still what they were; {} where there is none."""
+    found: dict[str, list[Swept]] = {}
+    for record in scoring.folder.records():
+        score = record.score(record.candidate["num_images"]) if record.candidate else None
+        if score is not None and record.candidate is not None and scoring.source_of(record) is not None:
+            found.setdefault(record.candidate["kind"], []).append(Swept(record.candidate["value"], record.name, score))
+    raw = _raw(scoring)
+    rows, best = [], {}
+    for kind, entries in sorted(found.items(), reverse=True):
+        entries.sort(key=lambda entry: entry.value)
+        rows += [_row(scoring, kind, entry, raw) for entry in entries]
+        best[kind] = _best(scoring, kind, entries)
+    searches = {**scoring.folder.results().get("sweep_search", {}), **spent}
+    searches = {kind: value for kind, value in searches.items() if kind in found}
+    return ({"sweep": rows, "sweep_best": best} if rows else {}) | ({"sweep_search": searches} if searches else {})
 
 
-def _done(results: Mapping[str, Any], kind: str, identity: str) -> dict[str, Any] | None:
-    """What results.json has of this very sweep."""
-    if results.get("sweep_digest", {}).get(kind) != identity:
+@dataclass(frozen=True)
+class Swept:
+    """A candidate with its score."""
+
+    value: float
+    name: str
+    score: Score
+
+    @property
+    def key(self) -> str:
+        return str(self.score.row["weights_sha256"])
+
+    @property
+    def count(self) -> int:
+        return sum(self.score.estimate.counts)
+
+
+def _row(scoring: Scoring, kind: str, entry: Swept, raw: Score | None) -> dict[str, Any]:
+    beside = scoring.estimate(str(raw.row["weights_sha256"]), entry.count) if raw is not None else None
+    named = {**entry.score.row, "weights": entry.name, "sweep": kind, kind: entry.value}
+    return {**named, **versus_raw(entry.score, beside)}
+
+
+def _raw(scoring: Scoring) -> Score | None:
+    """Rank 0: raw's score, where it was asked for."""
+    return next((score for score in scoring.scores() if score.row["weights"] == "raw"), None)
+
+
+def _best(scoring: Scoring, kind: str, entries: list[Swept]) -> dict[str, Any]:
+    """The lowest distance among the candidates with the most images, unless one with fewer is significantly lower."""
+    most = max(entry.count for entry in entries)
+    best = min((entry for entry in entries if entry.count == most), key=lambda entry: entry.score.estimate.unbiased)
+    for entry in entries:
+        against = _compared(scoring, entry.key, entry.count, best)
+        if against is not None and against.significant and against.delta < 0:
+            best = entry
+    close = []
+    for entry in entries:
+        against = _compared(scoring, entry.key, entry.count, best)
+        if entry is not best and not (against is not None and against.significant and against.delta > 0):
+            close.append(entry.name)
+    kept = _versus_best_kept(scoring, best)
+    return {"weights": best.name, kind: best.value, "not_significantly_worse": close, "versus_best_kept": kept}
+
+
+def _compared(scoring: Scoring, key: str, count: int, best: Swept) -> Difference | None:
+    """Some weights less the best candidate, over the images that both have; None where those are gone."""
+    common = min(count, best.count)
+    a, b = scoring.estimate(key, common), scoring.estimate(best.key, common)
+    return difference(a, b) if a is not None and b is not None else None
+
+
+def _versus_best_kept(scoring: Scoring, best: Swept) -> dict[str, Any] | None:
+    """The best candidate less the best average that training kept, over the images that both have: nothing is sampled for it."""
+    names = scoring.resolver.checkpoint.names[1:] if scoring.resolver.checkpoint else []
+    kept = [score for score in scoring.scores() if score.row["weights"] in names]
+    if not kept:
         return None
-    rows = [row for row in results["sweep"] if row.get("sweep") == kind]
-    parts = {key: {kind: results[key][kind]} for key in KEYS[1:] if kind in results.get(key, {})}
-    return {"sweep": rows, **parts}
+    row = min(kept, key=lambda score: score.estimate.unbiased).row
+    found = _compared(scoring, row["weights_sha256"], row["num_images"], best)
+    if found is None:
+        return None
+    low, high = (-end for end in reversed(found.interval95))
+    return {
+        "weights": row["weights"],
+        "delta": -found.delta,
+        "stderr": found.stderr,
+        "interval": [low, high],
+        "significant": found.significant,
+    }
 
 
 def describe(results: Mapping[str, Any]) -> str:
     """What the sweep found, for a terminal; empty where there was none."""
     lines = []
     for kind, best in results.get("sweep_best", {}).items():
+        rows = [row for row in results["sweep"] if row["sweep"] == kind]
+        images = next(row["num_images"] for row in rows if row["weights"] == best["weights"])
         close = best["not_significantly_worse"]
         tail = f"; not significantly worse: {', '.join(close)}" if close else ""
-        lines.append(f"best {kind} of the sweep: {best[kind]:.6g} ({best['weights']}){tail}")
+        lines.append(f"best {kind} of the sweep: {best[kind]:.6g} ({best['weights']}, {images:,} images){tail}")
+        if best[kind] in (rows[0][kind], rows[-1][kind]):
+            lines.append("  it lies at the end of the range: a wider range may hold a better one")
+        if kept := best["versus_best_kept"]:
+            size, side = with_error(abs(kept["delta"]), kept["stderr"]), "below" if kept["delta"] < 0 else "above"
+            verdict = "significant" if kept["significant"] else "not significant"
+            lines.append(f"  {size} {side} {kept['weights']}, the best average that training kept: {verdict}")
         if spent := results.get("sweep_search", {}).get(kind):
-            lines.append(f"  the search sampled {spent['images']:,} images, a full sweep would {spent['of']:,}")
+            lines.append(f"  the search looked at {spent['images']:,} images, a full sweep would at {spent['of']:,}")
     return "\n".join(lines)

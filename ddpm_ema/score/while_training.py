@@ -11,7 +11,7 @@ from ddpm_ema.averaging import profile_to_dict
 from ddpm_ema.config import Config
 from ddpm_ema.features import open_extractor
 from ddpm_ema.processes import Processes
-from ddpm_ema.score.blocks import MemoryStore
+from ddpm_ema.score.blocks import Block, MemoryStore
 from ddpm_ema.score.measure import Measure, Score, rows
 from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.reference import is_file, load_split, open_reference, reference_split
@@ -46,6 +46,7 @@ def while_training(
         num_classes=dataset.num_classes,
         known_labels=dataset.labels if config.model.class_conditional else None,
     )
+    studio.prepare()
     measure = Measure(reference, settings, processes.device) if reference is not None else None
     names = ["raw", *config.averages]
 
@@ -55,16 +56,16 @@ def while_training(
         studio.extend(f"step {step} {name}", store, count)
         profile = profile_to_dict(config.averages[name]) if name != "raw" else None
         more = {"profile": profile, "metric": metric_of(extractor), "extractor": extractor.name}
-        return only_on_main(processes, lambda: _measured(measure, store, name, more))
+        return only_on_main(processes, lambda: _measured(measure, store.block(count), name, more))
 
     def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
         scores = [score(name, step, weights(name)) for name in names]
         known = [found for found in scores if found is not None]
-        return processes.broadcast(rows(known, known[0]) if known else [])
+        return processes.broadcast(rows(known))
 
     return evaluate
 
 
-def _measured(measure: Measure | None, store: MemoryStore, name: str, more: dict[str, Any]) -> Score:
+def _measured(measure: Measure | None, block: Block, name: str, more: dict[str, Any]) -> Score:
     assert measure is not None
-    return measure.score(store.block(), name, more)
+    return measure.score(block, name, more)

@@ -211,7 +211,16 @@ def test_equal_averages_make_equal_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(PROFILES))
 def test_every_profile_can_be_stored_and_read_back(tmp_path: Path, kind: str) -> None:
-    settings = {"decay": 0.9, "std": 0.1, "start": 10, "every": 5}
+    settings = {
+        "decay": 0.9,
+        "std": 0.1,
+        "start": 10,
+        "every": 5,
+        "length": 3,
+        "end": 7,
+        "half_life": 9.0,
+        "share": 0.1,
+    }
     fields = {name: value for name, value in settings.items() if name in inspect.signature(PROFILES[kind]).parameters}
     written = write_snapshot(tmp_path / "x.safetensors", {"w": torch.ones(1)}, 7, PROFILES[kind](**fields))
     assert Snapshot.open(written.path) == written
