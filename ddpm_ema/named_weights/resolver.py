@@ -185,11 +185,10 @@ class WeightResolver:
         checkpoint = self._checkpoint(step)
         if checkpoint is None or checkpoint.step != step:
             return []
-        kept = {
-            name: profile_from_dict(_profile_in(checkpoint, name) or {}) for name in checkpoint.names if name != "raw"
-        }
         files = [
-            Snapshot(step, profile, checkpoint.path / f"averages/{name}.safetensors") for name, profile in kept.items()
+            Snapshot(step, profile_from_dict(profile), checkpoint.path / f"averages/{name}.safetensors")
+            for name in checkpoint.names
+            if name != "raw" and (profile := _profile_in(checkpoint, name)) is not None
         ]
         return [*files, Snapshot(step, RAW, checkpoint.path / "raw.safetensors")]
 
