@@ -290,8 +290,8 @@ def test_scores_of_other_weights_under_the_same_name_and_step_are_not_in_the_car
 def test_the_newest_scoring_decides_how_the_folder_samples_and_a_sweep_counts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny())
     solver = {"sampler": "dpm_solver++", "num_inference_steps": 15, "clip_sample": False}
-    write_scores(run, 100, weights="power_0_075", finished="2026-01-02T00:00:00Z", evaluation=solver, rows="sweep")
     write_scores(run, 100, weights="power_0_075", finished="2026-01-01T00:00:00Z", evaluation={"sampler": "ddpm"})
+    write_scores(run, 100, weights="power_0_075", finished="2026-01-02T00:00:00Z", evaluation=solver, rows="sweep")
     card = read_card(run, "power_0_075", tmp_path / "out")
     assert card.index("dpm_solver++ 15 steps, x_0 not clipped |") < card.index("ddpm 3 steps, x_0 clipped |")
     assert "as the newest scoring did, the first of the table (dpm_solver++ 15 steps, x_0 not clipped)" in card
