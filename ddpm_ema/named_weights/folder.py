@@ -68,6 +68,11 @@ def schedule_of(scheduler: Any) -> dict[str, Any]:
     }
 
 
+def build_scheduler(schedule: Mapping[str, Any]) -> Any:
+    """The `DDPMScheduler` of a `schedule_of`."""
+    return DDPM_SCHEDULER(**schedule, timestep_spacing="trailing")
+
+
 @dataclass(frozen=True)
 class PipelineFolder:
     """The folder of a pipeline, of a U-Net alone, or of a checkpoint of diffusers' train_unconditional.py."""
