@@ -2,12 +2,13 @@
 
     python benchmarks/cooldowns.py FOLDER [--steps 1500] [--num-images 1797] [--only window_150_1500 ...] [--output FILE.json]
 
-Trains the network of `configs/digits.yaml` at a constant rate (after its warm-up of a tenth), and keeps an average that emulates a linear,
-a cosine and a 1-sqrt decay over the last tenth and the last three tenths of the steps. For each of them the run is forked: its
-checkpoint before those steps is copied and resumed exactly, on the same images and noise, with the learning rate times r((t - (T - D)) / D).
-The fork's last raw weights are then scored beside the average, over the same noise. What is in FOLDER already is taken as it is.
+Trains the network of `configs/digits.yaml` at a constant rate (after a warm-up of a tenth), and keeps averages that emulate a
+linear, a cosine and a 1-sqrt decay over the last tenth and the last three tenths of the steps. For each of them the run is forked:
+its checkpoint before those steps is copied and resumed exactly, on the same images and noise, with the learning rate times
+r((t - (T - D)) / D). The fork's last raw weights are then scored beside the average, over the same noise. What is in FOLDER already
+is taken as it is, so a benchmark that was stopped goes on.
 
-`movement` compares the weights: ||fork - average|| / ||fork - raw||, 0 where the average is the fork and 1 where it is no nearer than raw.
+`weights_apart` is ||fork - average|| / ||fork - raw||: 0 where the average is the fork, 1 where it lies as far from it as raw does.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def scored(run: config.Config, forks: Mapping[Cooldown, Path]) -> list[dict[str,
                 "real_less_emulated": paired(results["pairs"], real, name),
                 "real_less_raw": paired(results["pairs"], real, "raw"),
                 "emulated_less_raw": paired(results["pairs"], name, "raw"),
-                "movement": float(torch.linalg.norm(true - made) / torch.linalg.norm(true - raw)),
+                "weights_apart": float(torch.linalg.norm(true - made) / torch.linalg.norm(true - raw)),
                 "reconstructed": {
                     "predicted": rebuilt.reconstruction["predicted_relative_error"],
                     "actual": float(error),
@@ -151,7 +152,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['decay']:16s} D {row['length']:4d}   real {row['real']['distance']:.3f} ± {row['real']['stderr']:.3f}"
             f"   emulated {row['emulated']['distance']:.3f} ± {row['emulated']['stderr']:.3f}   real − emulated "
-            f"{row['real_less_emulated']['delta']:.3f} [{low:.3f}, {high:.3f}]   movement {row['movement']:.3f}"
+            f"{row['real_less_emulated']['delta']:.3f} [{low:.3f}, {high:.3f}]   weights apart {row['weights_apart']:.3f}"
         )
 
 
