@@ -262,6 +262,8 @@ class SweepSettings(Section):
     """Power-function widths sigma_rel, evenly spaced, such as 0.02:0.25:12."""
     decays: Annotated[str | None, FREE] = None
     """Constant decays, evenly spaced in log(1 - decay), such as 0.99:0.99999:8."""
+    cooldowns: Annotated[str | None, FREE] = None
+    """Last steps over which a linear decay of the learning rate is emulated, evenly spaced, such as 150:1050:7."""
     search: Annotated[bool, FREE] = False
     """Find the best width by a bracketing search that spends few images on poor candidates, instead of scoring all."""
     num_images: Annotated[Positive | None, FREE] = None
@@ -269,7 +271,7 @@ class SweepSettings(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> SweepSettings:
-        for field in ("stds", "decays"):
+        for field in ("stds", "decays", "cooldowns"):
             text = getattr(self, field)
             if text is not None and not re.fullmatch(r"[0-9.eE+-]+:[0-9.eE+-]+:[0-9]+", text):
                 raise ValueError(f"{field}: {text!r} is not first:last:count, such as 0.02:0.25:12")

@@ -69,7 +69,7 @@ def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: Evaluatio
     options: dict[str, Any] = {"clip_sample": settings.clip_sample}
     if settings.sampler == "ddpm":
         return DDPMScheduler.from_config(noise_scheduler_config, **options)
-    if noise_scheduler_config["beta_schedule"] == "sigmoid":  # which DDPMScheduler alone knows
+    if noise_scheduler_config.get("beta_schedule") == "sigmoid":  # which DDPMScheduler alone knows
         options["trained_betas"] = DDPMScheduler.from_config(noise_scheduler_config).betas.tolist()
     if settings.sampler == "ddim":
         return DDIMScheduler.from_config(noise_scheduler_config, **options, set_alpha_to_one=True)

@@ -316,6 +316,26 @@ def test_precision_that_noise_reaches_too_is_not_shown_without_saying_so(tmp_pat
     assert written(tmp_path).text.count(says) == 2  # the table, and the sweep's figure
 
 
+def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) -> None:
+    swept = fake_run.swept()
+    for place, row in enumerate(swept["sweep"], start=1):
+        length = 250 * place
+        del row["std"]
+        row |= {"sweep": "cooldown", "cooldown": length, "weights": f"window_{length}_3000"}
+    best = {
+        **swept["sweep_best"]["std"],
+        "weights": "window_1500_3000",
+        "cooldown": 1500,
+        "not_significantly_worse": [],
+    }
+    del best["std"]
+    fake_run.write_results(tmp_path, fake_run.results(**swept | {"sweep_best": {"cooldown": best}}))
+    page = written(tmp_path)
+    assert "over the length of the emulated decay" in page.text
+    assert "steps of the emulated linear decay of the learning rate" in page.text
+    assert "the ring is the best, 1,500 steps" in page.text
+
+
 def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:
     rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1), saturated=0.55)]
     fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))

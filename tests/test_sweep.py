@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scored import again, make_run, results
+import torch
+from scored import STEPS, again, make_run, results, weights
 
 from ddpm_ema import sampling
-from ddpm_ema.averaging import BiasCorrected, PowerFunction
+from ddpm_ema.averaging import RAW, BiasCorrected, PowerFunction, Uniform, Window, write_snapshot
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Estimate
+from ddpm_ema.named_weights import WeightResolver
+from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.folder import Record
 from ddpm_ema.score.measure import Score
 from ddpm_ema.score.search import Search
@@ -100,6 +104,21 @@ class TestCandidates:
         assert [c.value for c in found["decay"]] == [0.9, 0.99, 0.999]
         assert found["decay"][1].profile == BiasCorrected(decay=0.99)
 
+    def test_decays_of_the_learning_rate_are_evenly_spaced_whole_steps_that_end_at_the_checkpoint(self):
+        found = candidates(SweepSettings(cooldowns="2:9:4"), step=40)["cooldown"]
+        assert [(c.value, c.name) for c in found] == [(n, f"window_{n}_40") for n in (2, 4, 7, 9)]
+        assert found[2].profile == Window(length=7, end=40)
+        assert [c.value for c in candidates(SweepSettings(cooldowns="1:3:9"))["cooldown"]] == [1, 2, 3], "each once"
+
+    @pytest.mark.parametrize(
+        ("cooldowns", "message"),
+        [("20:50:2", "expected at most `end`, 40"), ("0:9:3", "length"), ("-5:9:3", "length"), ("9:9:2", "different")],
+    )
+    def test_a_decay_longer_than_the_run_or_shorter_than_a_step_is_an_error_at_its_setting(self, cooldowns, message):
+        with pytest.raises(UserError, match=message) as error:
+            candidates(SweepSettings(cooldowns=cooldowns), step=40)
+        assert "evaluation.sweep.cooldowns: " in str(error.value)
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -135,6 +154,28 @@ class TestSweep:
         lowest = min(found["sweep"][:3], key=lambda row: row["frechet_distance_unbiased"])
         assert found["sweep_best"]["std"]["weights"] == lowest["weights"]
         assert {row["weights"] for row in found["rows"]} == {"raw"}
+
+    def test_an_emulated_decay_is_the_mean_of_the_last_steps_reconstructed_and_scored_beside_the_others(self, tmp_path):
+        """Weights that grow by one part per step: the mean of the last D of T is that of step T - (D - 1) / 2."""
+        run = make_run(tmp_path / "run", evaluation__weights=["raw"], evaluation__precision_recall=False)
+        rundir, last = RunDir(run.output_dir), STEPS[-1]
+        shutil.rmtree(run.output_dir / "snapshots")
+        for step in range(last + 1):
+            mean = weights(0, 1 + (step + 1) / 2 / last)
+            write_snapshot(rundir.snapshot_path(step, "raw"), weights(0, 1 + step / last), step, RAW)
+            if step:
+                write_snapshot(rundir.snapshot_path(step, "uniform"), mean, step, Uniform())
+        found = results(again(run, evaluation__sweep={"cooldowns": f"2:{last}:2"}))
+        swept = [(row["sweep"], row["cooldown"], row["weights"]) for row in found["sweep"]]
+        assert swept == [("cooldown", length, f"window_{length}_{last}") for length in (2, last)]
+        assert found["sweep_best"]["cooldown"]["cooldown"] in (2, last)
+        assert "best cooldown of the sweep" in describe(found)
+        resolver = WeightResolver(rundir, rundir.newest_whole()[0], run)
+        for row in found["sweep"]:
+            assert row["reconstruction"]["predicted_relative_error"] < 1e-3
+            expected = weights(0, 1 + (last - (row["cooldown"] - 1) / 2) / last)
+            for name, tensor in resolver.named(row["weights"]).members[0]().items():
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
     def test_a_stored_width_is_reconstructed_as_it_was_tracked(self, run):
         found = results(again(run, evaluation__sweep={"stds": "0.05:0.15:3"}, evaluation__weights=["power_0_10"]))

@@ -124,7 +124,7 @@ def over_steps(
 
 
 def sweep(scoring: Scoring, key: str, look: Look, note: str) -> list[Drawing]:
-    """Distance, then precision and recall, over the width of reconstructed averages, `key` (std or decay).
+    """Distance, then precision and recall, over the width of reconstructed averages, `key` (std, decay or cooldown).
 
     `note` says what to know of precision.
     """
@@ -154,7 +154,7 @@ def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Loo
         face = look.colour if row.weights in (names[best], *close) else PAPER
         axes.plot(at, value, "o", color=look.colour, markerfacecolor=face, markersize=5, markeredgewidth=1.3)
     axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
-    name = f"{x[best]:.4g}"
+    name = f"{x[best]:,.0f} steps" if key == "cooldown" else f"{x[best]:.4g}"
     above = y[best] < (y.min() + y.max()) / 2
     side = {0: "left", len(x) - 1: "right"}.get(best, "center")
     spot, offset = (x[best], y[best] + (2 if above else -2) * error[best]), (0, 9 if above else -16)
@@ -162,7 +162,7 @@ def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Loo
     axes.margins(y=0.16)
     _width_axis(axes, key)
     axes.set_ylabel(scoring.metric)
-    svg = to_svg(figure, f"sweep-{key}", f"{scoring.metric} over the width of the average; best at {name}")
+    svg = to_svg(figure, f"sweep-{key}", f"{scoring.metric} over {WIDTHS[key]}; best at {name}")
     caption = (
         f"At step {scoring.step:,}, {scoring.results.sampler} in {scoring.results.num_inference_steps} steps. Averages "
         f"reconstructed after training. Bands are one and two standard errors; the ring is the best, {name}."
@@ -191,18 +191,22 @@ def _sweep_shares(points: Sequence[Row], key: str, look: Look, note: str) -> Dra
     axes.margins(y=0.16)
     _width_axis(axes, key)
     axes.set_ylabel("share of images")
-    svg = to_svg(figure, f"shares-{key}", "Precision and recall over the width of the average")
+    svg = to_svg(figure, f"shares-{key}", f"Precision and recall over {WIDTHS[key]}")
     caption = "Precision (solid): samples that lie among real images. Recall (dashed): real images that samples reach."
     caption = f"{caption} {note}".rstrip()
     return Drawing(svg, f"Precision and recall over {WIDTHS[key]}", caption)
 
 
-WIDTHS = {"std": "the width of the average", "decay": "the decay"}
+WIDTHS = {"std": "the width of the average", "decay": "the decay", "cooldown": "the length of the emulated decay"}
 
 
 def _width_axis(axes: Axes, key: str) -> None:
     if key == "std":
         axes.set_xlabel("width of the average, \u03c3_rel")
+        return
+    if key == "cooldown":
+        _step_axis(axes)
+        axes.set_xlabel("steps of the emulated linear decay of the learning rate")
         return
     axes.set_xscale("function", functions=(lambda d: -np.log10(np.maximum(1 - d, 1e-9)), lambda v: 1 - 10.0 ** (-v)))
     low, high = axes.get_xlim()

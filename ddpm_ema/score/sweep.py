@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_ema.averaging import BiasCorrected, PowerFunction
+from ddpm_ema.averaging import BiasCorrected, PowerFunction, Window
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
@@ -24,7 +24,8 @@ from ddpm_ema.score.together import on_main, only_on_main
 
 @dataclass(frozen=True)
 class Candidate:
-    """One width: `kind` is `std` (a power function's) or `decay` (a debiased constant one)."""
+    """One width: `kind` is `std` (a power function's), `decay` (a debiased constant one) or `cooldown` (steps of a linear decay
+    of the learning rate that the mean of the last steps emulates)."""
 
     kind: str
     value: float
@@ -32,8 +33,9 @@ class Candidate:
     profile: Profile
 
 
-def candidates(settings: SweepSettings) -> dict[str, list[Candidate]]:
-    """kind -> candidates in order of width. Raises UserError for a range that cannot be."""
+def candidates(settings: SweepSettings, step: int | None = None) -> dict[str, list[Candidate]]:
+    """kind -> candidates in order of width, of a checkpoint at `step` (None: of a long one). Raises UserError for a range that
+    cannot be."""
     found = {}
     if settings.stds is not None:
         first, last, count = _range("stds", settings.stds)
@@ -44,6 +46,11 @@ def candidates(settings: SweepSettings) -> dict[str, list[Candidate]]:
             raise UserError(f"evaluation.sweep.decays: {settings.decays}: decays lie between 0 and 1")
         rests = np.geomspace(1 - first, 1 - last, count)  # evenly spaced in log(1 - decay)
         found["decay"] = [_candidate("decay", float(1 - rest)) for rest in rests]
+    if settings.cooldowns is not None:
+        first, last, count = _range("cooldowns", settings.cooldowns)
+        lengths = dict.fromkeys(round(length) for length in np.linspace(first, last, count))  # whole steps, each once
+        end = max(lengths) if step is None else step
+        found["cooldown"] = [_candidate("cooldown", length, end) for length in lengths]
     return found
 
 
@@ -58,10 +65,16 @@ def _range(field: str, text: str) -> tuple[float, float, int]:
     return values
 
 
-def _candidate(kind: str, value: float) -> Candidate:
-    value = float(f"{value:.6g}")
+def _candidate(kind: str, value: float, end: int = 0) -> Candidate:
+    value = value if kind == "cooldown" else float(f"{value:.6g}")
     try:
-        profile: Profile = PowerFunction(std=value) if kind == "std" else BiasCorrected(decay=value)
+        match kind:
+            case "std":
+                profile: Profile = PowerFunction(std=value)
+            case "decay":
+                profile = BiasCorrected(decay=value)
+            case _:
+                profile = Window(length=int(value), end=end)
     except ValueError as error:
         raise UserError(f"evaluation.sweep.{kind}s: {error}") from None
     return Candidate(kind, value, name_of(profile), profile)
@@ -69,7 +82,8 @@ def _candidate(kind: str, value: float) -> Candidate:
 
 def prepare(scoring: Scoring) -> list[Run]:
     """What the settings ask for, every candidate resolved: one that cannot be reconstructed is an error now. A collective."""
-    return [Run(scoring, wanted) for wanted in candidates(scoring.config.evaluation.sweep).values()]
+    wanted = candidates(scoring.config.evaluation.sweep, scoring.step)
+    return [Run(scoring, of_kind) for of_kind in wanted.values()]
 
 
 def sweep(scoring: Scoring, runs: Iterable[Run], search: bool) -> dict[str, Any]:
