@@ -13,13 +13,21 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# An environment knows the folder it was made in: a checkout that was moved needs a new one.
+MOVED := $(shell test -s $(VENV)/.installed && test "$$(cat $(VENV)/.installed)" != "$(CURDIR)" && echo moved)
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(if $(MOVED),moved)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,score,hub,dev,bench]'
-	@touch $@
+	@echo "$(CURDIR)" > $@
+
+.PHONY: moved
+moved:
+	@echo "this checkout was moved: making $(VENV) anew"
+	@rm -rf $(VENV)
 
 install: $(VENV)/.installed  ## .venv with pinned versions, the package editable, every extra
 

@@ -14,14 +14,20 @@ import matplotlib
 import numpy as np
 
 from ddpm_ema.averaging import (
+    RAW,
     BiasCorrected,
     ConstantDecay,
+    CosineCooldown,
+    HalfLife,
+    HalfLifeShare,
     HardCopy,
     PowerFunction,
     Profile,
+    SqrtCooldown,
     StochasticWeightAverage,
     Uniform,
     Warmup,
+    Window,
     posthoc_coefficients,
 )
 
@@ -42,9 +48,11 @@ def profiles_picture(path: Path) -> None:
         ("the same decay at every step", [ConstantDecay(0.999), ConstantDecay(0.9999), BiasCorrected(0.9999)]),
         ("the same share of training", [PowerFunction(0.05), PowerFunction(0.10), PowerFunction(0.20), Uniform()]),
         ("warmed up", [Warmup(0.9999), Warmup(0.9999, inv_gamma=9, power=1)]),
+        ("half-lives", [HalfLife(200), HalfLifeShare(0.05), HalfLifeShare(0.20)]),
+        ("the last steps", [shape(2000, STEPS) for shape in (Window, CosineCooldown, SqrtCooldown)]),
         ("snapshots", [StochasticWeightAverage(5000, 500), HardCopy(3000)]),
     ]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7))
+    figure, axes = plt.subplots(3, 2, figsize=(12, 10.5))
     time = np.arange(1, STEPS + 1) / STEPS
     for axis, (title, profiles) in zip(axes.flat, panels, strict=True):
         for number, profile in enumerate(profiles):
@@ -56,7 +64,8 @@ def profiles_picture(path: Path) -> None:
                 )
             else:
                 axis.plot(time, weights * STEPS, color=colour, label=label(profile))
-        axis.set(title=title, xlim=(0, 1.02), ylim=(0, None), xlabel="time, as a share of training")
+        top = 15 if title == "the last steps" else None  # the first of them has 224 in a 1-sqrt decay
+        axis.set(title=title, xlim=(0, 1.02), ylim=(0, top), xlabel="time, as a share of training")
         axis.set_ylabel("weight" if title == "snapshots" else "weight x steps")
         axis.legend(fontsize=8, loc="upper left" if title != "snapshots" else "center left")
     figure.suptitle(f"What each rule gives the parameters after every one of {STEPS:,} steps")
@@ -65,29 +74,50 @@ def profiles_picture(path: Path) -> None:
     plt.close(figure)
 
 
+def predicted(stored: list[Profile], count: int, target: Profile, steps: int = 100_000) -> float:
+    """Predicted error of `target` from averages stored `count` times, evenly, and from the initial weights."""
+    at = [0, *(steps * (i + 1) // count for i in range(count) for _ in stored)]
+    return posthoc_coefficients(at, [RAW, *stored * count], steps, target).predicted_relative_error or 0.0
+
+
 def posthoc_picture(path: Path) -> None:
-    stds = np.geomspace(0.01, 0.28, 25)
-    decays = 1 - np.geomspace(0.02, 0.0001, 25)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
-    for every, colour in ((1000, "C0"), (500, "C1"), (200, "C2"), (100, "C3")):
-        steps = [step for step in range(every, STEPS + 1, every) for _ in range(2)]
-        stored = [0.05, 0.10] * (STEPS // every)
-        label = f"every {every} steps ({STEPS // every} x 2 snapshots)"
-
-        def error(target: Profile, steps: list[int] = steps, stored: list[float] = stored) -> float:
-            return posthoc_coefficients(steps, stored, STEPS, target).profile_error
-
-        left.loglog(stds, [error(PowerFunction(float(std))) for std in stds], color=colour, label=label)
-        right.loglog(1 - decays, [error(BiasCorrected(float(decay))) for decay in decays], color=colour, label=label)
+    stds, lengths = np.geomspace(0.01, 0.285, 40), np.geomspace(3e-4, 1.0, 40)
+    narrow, wide, uniform = PowerFunction(0.05), PowerFunction(0.10), Uniform()
+    sets = {
+        "power .05, .10 (EDM2's pair)": [narrow, wide],
+        "power .05, uniform": [narrow, uniform],
+        "power .05, .10, uniform": [narrow, wide, uniform],
+        "raw, uniform": [RAW, uniform],
+        "raw": [RAW],
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
+    for number, (title, stored) in enumerate(sets.items()):
+        errors = [predicted(stored, 20, PowerFunction(float(std))) for std in stds]
+        left.loglog(stds, errors, color=f"C{number}", label=title)
+    for number, count in enumerate((10, 20, 50, 100)):
+        errors = [predicted([narrow, wide, uniform], count, BiasCorrected(1 - 1e-5 / share)) for share in lengths]
+        right.loglog(lengths, errors, color=f"C{number}", label=f"{count} snapshots")
+    for decay, steps in ((0.999, 800_000), (0.999, 100_000), (0.9999, 800_000), (0.9999, 100_000), (0.999, 1500)):
+        share = 1 / (1 - decay) / steps
+        right.axvline(share, color="0.6", linewidth=0.8, linestyle=":")
+        right.text(
+            share, 2e-6, f" {decay:g} of {steps:,}", rotation=90, fontsize=7, va="bottom", ha="right", color="0.3"
+        )
     for axis in (left, right):
         axis.axhline(0.05, color="0.5", linestyle="--", linewidth=1)
         axis.grid(alpha=0.3)
-    left.set(xlabel="power function of width sigma_rel", ylabel="relative error of the profile got")
-    right.set(xlabel="1 - decay of a debiased constant decay")
-    right.invert_xaxis()
-    left.legend(fontsize=8)
-    left.text(0.0102, 0.055, "above: a warning", fontsize=8, color="0.4")
-    figure.suptitle(f"Averages made from snapshots of sigma_rel 0.05 and 0.10 over {STEPS:,} steps")
+        axis.set_ylim(1e-6, 10)
+    left.set(
+        xlabel="power function of width sigma_rel",
+        ylabel="predicted error / distance from raw",
+        title="20 snapshots of",
+    )
+    right.set(
+        xlabel="time constant of a debiased decay, as a share of the run", title="power .05, .10 and uniform, from"
+    )
+    left.legend(fontsize=8, loc="lower left")
+    right.legend(fontsize=8, loc="upper right")
+    left.text(0.0102, 0.057, "above: a warning", fontsize=8, color="0.4")
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -19,13 +19,13 @@ import torch
 
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.features import open_extractor
+from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.blocks import Block, MemoryStore
 from ddpm_ema.score.measure import Measure
 from ddpm_ema.score.reference import load_split, open_reference, reference_split
 from ddpm_ema.score.studio import Studio
-from ddpm_ema.score.weights import Shelf
 
 SIZES = (300, 500, 1000, 1500, 2000, 3000, 5000, 6000, 10_000, 20_000, 50_000)
 
@@ -38,8 +38,7 @@ def sample(run: config.Config, processes: Processes, extractor: Any, dataset: An
         run, processes, extractor, num_images=count, num_classes=dataset.num_classes, known_labels=labels
     )
     rundir, store = RunDir(run.output_dir), MemoryStore()
-    source = Shelf(rundir, rundir.newest_whole()[0], dict(studio.network.unet.config)).source(name)
-    studio.network.load([member() for member in source.members], name)
+    studio.load(WeightResolver(rundir, rundir.newest_whole()[0], run).named(name))
     studio.extend(f"{name} {run.evaluation.mixed_precision}", store, count)
     return store.block(count)
 
@@ -48,7 +47,9 @@ def curve(measure: Measure, blocks: dict[str, Block], sizes: list[int]) -> list[
     """One row for each N."""
     rows = []
     for size in sizes:
-        estimates = {name: measure.estimate(Block.join([block], torch.arange(size)), name) for name, block in blocks.items()}
+        estimates = {
+            name: measure.estimate(Block.join([block], torch.arange(size)), name) for name, block in blocks.items()
+        }
         row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
         for name, found in estimates.items():
             row["copies"][name] = {"plain": found.distance, "corrected": found.unbiased, "stderr": found.stderr}

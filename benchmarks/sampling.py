@@ -26,7 +26,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from torch import Tensor
 
-from ddpm_ema import config, diffusion, metrics, sampling
+from ddpm_ema import config, diffusion, metrics, model, sampling
 from ddpm_ema.features import Extractor
 from ddpm_ema.score.blocks import Block, DiskStore, pixel_figures
 from ddpm_ema.score.measure import Measure
@@ -51,7 +51,7 @@ def settings(sampler: str, steps: int, **evaluation: Any) -> config.Config:
 
 def ours(run: config.Config, device: torch.device, batch: int, weights: dict[str, Tensor]) -> Callable[[], Any]:
     """Our sampling of one batch."""
-    network = Network(run, None, device, batch)
+    network = Network(model.build(run), run.evaluation, device, batch)
     network.load([weights], "bench")
     scheduler: Any = diffusion.noise_scheduler(run.diffusion)
     sampler = sampling.Sampler(scheduler.config, run.evaluation)
@@ -89,7 +89,7 @@ def speed(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     found: dict[str, Any] = {}
     for kind, pipe in (("ddpm", "DDPMPipeline"), ("ddim", "DDIMPipeline")):
         plain = settings(kind, steps)
-        reference = Network(plain, None, torch.device("cpu"), batch)
+        reference = Network(model.build(plain), plain.evaluation, torch.device("cpu"), batch)
         weights = {name: tensor.clone() for name, tensor in reference.unet.state_dict().items()}
         unet = reference.unet.to(device, memory_format=torch.contiguous_format)
         work = {pipe: pipeline(kind, plain, device, batch, steps, unet)}
@@ -133,7 +133,7 @@ def outside(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     count, batch = arguments.images, arguments.batch
     parts: dict[str, float] = {}
     run = settings("ddpm", 8, num_images=count, compile=arguments.compile)
-    network = Network(run, None, device, batch)
+    network = Network(model.build(run), run.evaluation, device, batch)
     scheduler: Any = diffusion.noise_scheduler(run.diffusion)
     sampler = sampling.Sampler(scheduler.config, run.evaluation)
     x_t, t = torch.randn(batch, CHANNELS, SIZE, SIZE, device=device), torch.full((batch,), 500, device=device)

@@ -1,4 +1,4 @@
-"""Every setting, on one page: what it means, its unit, what it may be, and what a file or a command line may say.
+"""Every setting, on one page: what it means, its unit, what it may be, what must agree about it, and how it is read.
 
 A configuration is YAML validated by pydantic: unknown keys are errors, values are frozen, and all errors come at once, each
 with its key path. `load` is the one way in: the file, then dotted overrides, then one validation of the whole.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Flag, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,20 +26,47 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
-from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
+from ddpm_ema.averaging.lengths import resolve_lengths
+from ddpm_ema.averaging.profiles import profile_from_dict, profile_to_dict
 from ddpm_ema.errors import UserError
+from ddpm_ema.weight_names import NAME, parse, profile_named
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
-RECONSTRUCTED = re.compile(r"power_0_\d+")
+# What a file or a command line may hold: far more than settings need, and little enough for a message within a second.
+MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 10_000, 20, 40, 800
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _profile(value: Any) -> Profile:
-    return profile_from_dict(value) if isinstance(value, Mapping) else value
+class Effect(Flag):
+    """What depends on a setting. Every setting carries one of these, and each list of settings that must agree is derived."""
+
+    FREE = 0
+    """May change at any time; where it moves the weights (steps, learning rate), they have another sha256."""
+    RUN = auto()
+    """Another value makes another training run: a resumed run must agree."""
+    SAMPLES = auto()
+    """Changes the images that given weights are sampled to, so it names the scoring. With RUN: scoring must agree with training."""
+    SCORES = auto()
+    """Changes the figures of given images, so it names the scoring."""
+    CONTENT = auto()
+    """Says where data or an extractor are found: they are compared by their fingerprint or sha256, not by this setting."""
+
+
+FREE, RUN, SAMPLES, SCORES, CONTENT = Effect.FREE, Effect.RUN, Effect.SAMPLES, Effect.SCORES, Effect.CONTENT
+
+
+def _profile(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    training = info.data.get("training") or TrainingSettings()  # bad ones are told of by their own section
+    return profile_from_dict(resolve_lengths(value, num_steps=training.steps, batch_size=training.batch_size))
 
 
 AnyProfile = Annotated[Any, BeforeValidator(_profile), PlainSerializer(profile_to_dict)]
@@ -49,160 +79,192 @@ class Section(BaseModel):
 class DataSettings(Section):
     """Where the images come from and how they are kept."""
 
-    source: Literal["digits", "torchvision", "folder", "hub"] = "digits"
+    source: Annotated[Literal["digits", "torchvision", "folder", "hub"], CONTENT] = "digits"
     """digits (ships inside scikit-learn), a torchvision data set, a folder of images, or a Hugging Face Hub data set."""
-    name: str | None = None
+    name: Annotated[str | None, CONTENT] = None
     """Name of the torchvision or Hub data set, such as CIFAR10."""
-    path: Path | None = None
+    path: Annotated[Path | None, CONTENT] = None
     """The folder of images; for torchvision, where the data set lies or is downloaded to."""
-    split: str = "train"
+    split: Annotated[str, CONTENT] = "train"
     """Which split is trained on, where the source has splits."""
-    image_size: Annotated[int, Field(ge=4)] = 8
+    image_size: Annotated[int, Field(ge=4), RUN | SAMPLES] = 8
     """Height and width in pixels after centre-crop and antialiased resize."""
-    channels: Literal[1, 3] = 1
+    channels: Annotated[Literal[1, 3], RUN | SAMPLES] = 1
     """1 (grey) or 3 (RGB)."""
-    horizontal_flip: bool = False
+    horizontal_flip: Annotated[bool, RUN] = False
     """Mirror half of the training images, drawn anew at every visit. Never applied to reference statistics."""
-    storage: Literal["auto", "device", "memory", "mmap", "stream"] = "auto"
+    storage: Annotated[Literal["auto", "device", "memory", "mmap", "stream"], FREE] = "auto"
     """Where decoded uint8 images are kept: on the device, in memory, in a memory-mapped file, or nowhere (decoded by workers)."""
-    num_workers: NonNegative = 2
+    num_workers: Annotated[NonNegative, FREE] = 2
     """Processes that decode images; used by storage: stream alone."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, FREE] = None
     """Folder of memory-mapped images and reference statistics; none means ~/.cache/ddpm_ema."""
-    max_bad_images: NonNegative = 0
+    max_bad_images: Annotated[NonNegative, CONTENT] = 0
     """How many unreadable images may be skipped (each is named) before it is an error."""
-    background: Annotated[int, Field(ge=0, le=255)] = 255
+    background: Annotated[int, Field(ge=0, le=255), CONTENT] = 255
     """Grey level that transparent pixels are laid over."""
 
 
 class ModelSettings(Section):
     """The U-Net (diffusers UNet2DModel). The defaults are the DDPM paper's CIFAR-10 network."""
 
-    block_out_channels: tuple[Positive, ...] = (128, 256, 256, 256)
+    block_out_channels: Annotated[tuple[Positive, ...], RUN | SAMPLES] = (128, 256, 256, 256)
     """Channels of each resolution, from fine to coarse."""
-    layers_per_block: Positive = 2
+    layers_per_block: Annotated[Positive, RUN | SAMPLES] = 2
     """Residual blocks a resolution."""
-    attention: tuple[bool, ...] = (False, True, False, False)
+    attention: Annotated[tuple[bool, ...], RUN | SAMPLES] = (False, True, False, False)
     """Whether each resolution has self-attention, from fine to coarse."""
-    attention_head_dim: Positive | None = None
+    attention_head_dim: Annotated[Positive | None, RUN | SAMPLES] = None
     """Channels an attention head; none means a single head."""
-    norm_num_groups: Positive = 32
+    norm_num_groups: Annotated[Positive, RUN | SAMPLES] = 32
     """Groups of the group normalisation; must divide every entry of block_out_channels."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[BelowOne, RUN] = 0.0
     """Dropout probability inside residual blocks."""
-    class_conditional: bool = False
+    layout: Annotated[Literal["ddpm", "diffusers"], RUN | SAMPLES] = "ddpm"
+    """Time embedding, padding and epsilon of the normalisation: those of the DDPM paper, or diffusers' defaults."""
+    class_conditional: Annotated[bool, RUN | SAMPLES] = False
     """Give the network the class label (and a "no label" class, for guidance)."""
+    initialization: Annotated[Literal["ddpm", "pytorch"], RUN] = "ddpm"
+    """First weights: ddpm as Ho et al. 2020 (near zero where a residual branch ends); pytorch as diffusers leaves them."""
 
 
 class DiffusionSettings(Section):
     """The forward process and the objective (Ho et al. 2020; Nichol & Dhariwal 2021)."""
 
-    num_train_timesteps: Annotated[int, Field(ge=2)] = 1000
+    num_train_timesteps: Annotated[int, Field(ge=2), RUN | SAMPLES] = 1000
     """Number of noise levels T."""
-    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
+    schedule: Annotated[Literal["linear", "cosine", "sigmoid"], RUN | SAMPLES] = "linear"
     """Noise schedule of the betas."""
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_start: Annotated[float, Field(gt=0, lt=1), RUN | SAMPLES] = 1e-4
     """First beta of the linear and sigmoid schedules."""
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    beta_end: Annotated[float, Field(gt=0, lt=1), RUN | SAMPLES] = 0.02
     """Last beta of the linear and sigmoid schedules."""
-    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction: Annotated[Literal["epsilon", "v_prediction", "sample"], RUN | SAMPLES] = "epsilon"
     """What the network predicts: the noise, the velocity v (Salimans & Ho 2022), or x_0."""
-    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_large"
+    variance: Annotated[Literal["fixed_small", "fixed_large", "learned"], RUN | SAMPLES] = "fixed_large"
     """Variance of the reverse process; the paper's CIFAR-10 figures use fixed_large; learned doubles the output channels."""
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    min_snr_gamma: Annotated[PositiveFloat | None, RUN] = None
     """Clamp of the min-SNR loss weight (Hang et al. 2023); none means the paper's unweighted loss."""
-    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    label_dropout: Annotated[float, Field(ge=0, le=1), RUN] = 0.1
     """Probability of training a class-conditional network without its label (Ho & Salimans 2022)."""
 
 
 class TrainingSettings(Section):
     """The optimisation, and how it runs."""
 
-    steps: Positive = 3000
+    steps: Annotated[Positive, FREE] = 3000
     """Optimizer steps of the whole run."""
-    batch_size: Positive = 64
+    batch_size: Annotated[Positive, RUN] = 64
     """Images a step over all processes together: the global batch."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: Annotated[Positive | None, FREE] = None
     """Most images one process holds at once; none means its whole share of the batch. Changes memory, not the result."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[PositiveFloat, FREE] = 2e-4
     """Peak learning rate; means the same on any number of processes and micro-batches."""
-    learning_rate_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
+    learning_rate_schedule: Annotated[Literal["constant", "linear", "cosine", "cyclical"], FREE] = "constant"
     """After warm-up: constant; linear or cosine decay to learning_rate_end at the last step; or SWA's cycles down to it."""
-    learning_rate_end: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate_end: Annotated[float, Field(ge=0), FREE] = 0.0
     """Learning rate that decaying and cyclical schedules come down to."""
-    cycle_steps: Positive = 1000
+    cycle_steps: Annotated[Positive, FREE] = 1000
     """Steps of one cycle of the cyclical schedule."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: Annotated[NonNegative, FREE] = 0
     """Steps over which the learning rate rises linearly from zero."""
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Annotated[Literal["adam", "adamw"], RUN] = "adam"
     """Adam, or AdamW with weight_decay."""
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    adam_betas: Annotated[tuple[BelowOne, BelowOne], RUN] = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: Annotated[PositiveFloat, RUN] = 1e-8
     """Added to the root of Adam's second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), RUN] = 0.0
     """Decoupled weight decay; used by adamw alone."""
-    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    gradient_clip: Annotated[PositiveFloat | None, RUN] = 1.0
     """Global gradient norm above which gradients are scaled down; none means no clipping."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], RUN] = "no"
     """Precision of the network's forward and backward pass. Noising, loss, weights and averages are fp32 always."""
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """Compile the network with torch.compile: slower to start, faster afterwards; needs a C++ compiler on CPU."""
-    channels_last: bool = True
+    channels_last: Annotated[bool, FREE] = True
     """Keep 4-d tensors in channels-last memory order, which convolutions prefer."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     """auto takes CUDA where there is one; cuda where there is none is an error."""
-    tf32: bool = True
+    tf32: Annotated[bool, FREE] = True
     """Allow TF32 in training's matrix products and convolutions on CUDA. Feature extraction never uses it."""
-    split_averages: bool | None = None
+    split_averages: Annotated[bool | None, FREE] = None
     """Keep 1/n of the averages on each of n processes; none means yes where there are several."""
-    resume: Literal["auto", "fresh", "never"] = "auto"
+    resume: Annotated[Literal["auto", "fresh", "never"], FREE] = "auto"
     """auto goes on where the folder stands; fresh moves what is there aside and starts over; never refuses a used folder."""
-    allow_batch_size_change: bool = False
+    allow_batch_size_change: Annotated[bool, FREE] = False
     """Let a resumed run go on with another global batch (its data stream then differs from an uninterrupted run's)."""
-    allow_new_averages: bool = False
+    allow_new_averages: Annotated[bool, FREE] = False
     """Let a resumed run add averages: they start at the raw weights of that step."""
-    world_size: Positive | None = None
+    world_size: Annotated[Positive | None, FREE] = None
     """Number of processes the run must have; a launch that gives another number is refused. None means any."""
-    timeout: Annotated[float, Field(gt=0)] = 600.0
+    timeout: Annotated[PositiveFloat, FREE] = 600.0
     """Seconds after which a process that no longer answers is given up."""
-    max_skipped: Positive = 50
+    max_skipped: Annotated[Positive, FREE] = 50
     """fp16 steps skipped in a row (overflow) after which the run counts as diverged."""
-    log_every: Positive = 50
+    log_every: Annotated[Positive, FREE] = 50
     """Steps between rows of metrics.jsonl; figures are means over those steps."""
-    trackers: tuple[str, ...] = ()
+    trackers: Annotated[tuple[str, ...], FREE] = ()
     """Further loggers that accelerate knows: tensorboard, wandb, ...; a failing one is dropped with a warning."""
-    sample_every: NonNegative = 0
+    sample_every: Annotated[NonNegative, FREE] = 0
     """Steps between sample grids (raw and every copy, same noise); 0 means none."""
-    sample_images: Positive = 16
+    sample_images: Annotated[Positive, FREE] = 16
     """Images in each row of a sample grid."""
+
+    def learning_rate_at(self, step: float) -> float:
+        """Learning rate of the optimizer step that follows `step` completed ones: a pure function, so there is nothing to resume.
+
+        Linear warm-up (Goyal et al. 2017), then constant, linear or cosine decay (Loshchilov & Hutter 2017) that reaches
+        `learning_rate_end` at the last step, or the saw-tooth cycles of SWA (Izmailov et al. 2018, eq. 2).
+        """
+        peak, end = self.learning_rate, self.learning_rate_end
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        match self.learning_rate_schedule:
+            case "constant":
+                return peak
+            case "linear":
+                return peak + (end - peak) * min(1.0, done)
+            case "cosine":
+                return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            case "cyclical":
+                phase = (step - self.warmup_steps) % self.cycle_steps / max(1, self.cycle_steps - 1)
+                return peak + (end - peak) * phase
+
+    def step_variance(self, step: float) -> float:
+        """How far the step after `step` moves the weights, squared, in the unit of the peak: what post-hoc averages go by."""
+        return (self.learning_rate_at(step) / self.learning_rate) ** 2
 
 
 class CheckpointSettings(Section):
     """What is kept of a run while it trains. The last step is always kept."""
 
-    every: Positive = 1000
+    every: Annotated[Positive, FREE] = 1000
     """Steps between checkpoints."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2), FREE] = 2
     """How many of the newest checkpoints are kept; never fewer than two."""
-    keep_every: Positive | None = None
+    keep_every: Annotated[Positive | None, FREE] = None
     """Checkpoints at multiples of this many steps are kept for good; none means none are."""
-    snapshots_every: NonNegative = 0
-    """Steps between snapshots of the power-function averages, for post-hoc reconstruction; 0 means none."""
-    snapshot_dtype: Literal["float32", "bfloat16"] = "float32"
+    snapshots_every: Annotated[NonNegative, FREE] = 0
+    """Steps between snapshots, for post-hoc reconstruction (reconstruct.py --plan); the last step and the initial weights are stored,
+    too. 0 means none."""
+    snapshots: Annotated[tuple[str, ...], FREE] = ()
+    """What snapshots are taken of: names under averages, and raw. Empty means the power functions and uniform averages."""
+    snapshot_dtype: Annotated[Literal["float32", "bfloat16"], FREE] = "float32"
     """Precision snapshots are stored in; docs/averaging.md says what bfloat16 costs."""
 
 
 class SweepSettings(Section):
     """Reconstructed averages of other widths, scored one after another. Ranges are first:last:count."""
 
-    stds: str | None = None
+    stds: Annotated[str | None, FREE] = None
     """Power-function widths sigma_rel, evenly spaced, such as 0.02:0.25:12."""
-    decays: str | None = None
+    decays: Annotated[str | None, FREE] = None
     """Constant decays, evenly spaced in log(1 - decay), such as 0.99:0.99999:8."""
-    search: bool = False
+    search: Annotated[bool, FREE] = False
     """Find the best width by a bracketing search that spends few images on poor candidates, instead of scoring all."""
-    num_images: Positive | None = None
+    num_images: Annotated[Positive | None, FREE] = None
     """Images a candidate; none means evaluation.num_images."""
 
     @model_validator(mode="after")
@@ -217,54 +279,54 @@ class SweepSettings(Section):
 class EvaluationSettings(Section):
     """Sampling and scoring. The same for every copy, so that copies can be compared image by image."""
 
-    weights: tuple[str, ...] = ()
-    """Which weights: raw, names under averages, power_0_075 (reconstructed), NAME@STEP, a diffusers folder, or A+B
-    (prediction ensemble). Empty means raw and every average."""
-    steps: tuple[Positive, ...] | Literal["last", "all"] = "last"
+    weights: Annotated[tuple[str, ...], FREE] = ()
+    """Which weights: raw, names under averages, a profile to reconstruct (power_0_075, bias_corrected_0_999), NAME@STEP, a
+    diffusers folder, or A+B (prediction ensemble). Empty means raw and every average."""
+    steps: Annotated[tuple[Positive, ...] | Literal["last", "all"], FREE] = "last"
     """Which checkpoints: the last, all that are kept, or a list of steps."""
-    num_images: Annotated[int, Field(ge=2)] = 50_000
+    num_images: Annotated[int, Field(ge=2), SCORES] = 50_000
     """Images sampled from every copy."""
-    batch_size: Positive = 256
+    batch_size: Annotated[Positive, FREE] = 256
     """Images one process samples at once. Changes memory and speed, not the images."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), SAMPLES] = 0
     """Image i's noise is a function of this seed, i and the sampling step."""
-    sampler: Literal["ddpm", "ddim", "dpm_solver++"] = "ddpm"
+    sampler: Annotated[Literal["ddpm", "ddim", "dpm_solver++"], SAMPLES] = "ddpm"
     """Ancestral DDPM, DDIM, or DPM-Solver++ (2M)."""
-    num_inference_steps: Positive = 1000
+    num_inference_steps: Annotated[Positive, SAMPLES] = 1000
     """Network evaluations an image."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    eta: Annotated[float, Field(ge=0, le=1), SAMPLES] = 0.0
     """DDIM's noise: 0 is deterministic, 1 is ancestral-like."""
-    clip_sample: bool = True
-    """Clip the predicted x_0 to [-1, 1] at every step (ddpm and ddim)."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    clip_sample: Annotated[bool, SAMPLES] = True
+    """Clip the predicted x_0 to [-1, 1] at every step, whatever the sampler."""
+    guidance_scale: Annotated[float, Field(ge=0), SAMPLES] = 1.0
     """Classifier-free guidance of class-conditional networks; 1 means none."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], SAMPLES] = "no"
     """Precision of the network; the sampler's state is fp32 always."""
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """Compile the sampling network once; weights are loaded into it by name."""
-    extractor: str = "inception-v3-compat"
+    extractor: Annotated[str, CONTENT] = "inception-v3-compat"
     """Feature extractor: a name torch-fidelity knows, or classifier (scripts/train_features.py)."""
-    extractor_path: Path | None = None
+    extractor_path: Annotated[Path | None, CONTENT] = None
     """Weights of the extractor; none means torch-fidelity's download, or <output_dir>/features.safetensors for classifier."""
-    extractor_batch_size: Positive = 256
+    extractor_batch_size: Annotated[Positive, FREE] = 256
     """Images in one pass of the feature extractor."""
-    reference: str = "train"
+    reference: Annotated[str, CONTENT] = "train"
     """What samples are compared with: a split of the data (train, test), or a published .npz of statistics."""
-    groups: Annotated[int, Field(ge=10)] = 20
+    groups: Annotated[int, Field(ge=10), SCORES] = 20
     """Groups of images of the delete-a-group jackknife that gives standard errors and takes the bias away."""
-    kid_subsets: Positive = 100
+    kid_subsets: Annotated[Positive, SCORES] = 100
     """Subsets of the kernel distance."""
-    kid_subset_size: Annotated[int, Field(ge=2)] = 1000
+    kid_subset_size: Annotated[int, Field(ge=2), SCORES] = 1000
     """Images in a subset; capped at the number there are."""
-    precision_recall: bool = True
+    precision_recall: Annotated[bool, SCORES] = True
     """Also compute precision and recall (k = 3 nearest neighbours)."""
-    grid_images: Positive = 16
+    grid_images: Annotated[Positive, FREE] = 16
     """Images in each row of the grid."""
     sweep: SweepSettings = SweepSettings()
     """A sweep over widths of the average."""
-    every: NonNegative = 0
+    every: Annotated[NonNegative, FREE] = 0
     """Steps between quick scorings while training; 0 means none."""
-    every_num_images: Annotated[int, Field(ge=2)] = 1000
+    every_num_images: Annotated[int, Field(ge=2), FREE] = 1000
     """Images a copy of a quick scoring."""
 
 
@@ -280,9 +342,9 @@ def _names(averages: dict[str, Any]) -> dict[str, Any]:
 class Config(Section):
     """All settings of a run."""
 
-    output_dir: Path = Path("runs/ddpm")
+    output_dir: Annotated[Path, FREE] = Path("runs/ddpm")
     """The run directory: all that passes between train, score, report and export."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), RUN] = 0
     """Everything random in training is a function of this, the step and the position in the global batch."""
     data: DataSettings = DataSettings()
     """Images."""
@@ -292,12 +354,19 @@ class Config(Section):
     """Objective."""
     training: TrainingSettings = TrainingSettings()
     """Optimisation."""
-    averages: Annotated[dict[str, AnyProfile], AfterValidator(_names)] = Field(default_factory=dict)
-    """Averaged copies to keep: name -> profile, such as ema_0_999: {kind: constant, decay: 0.999}."""
+    averages: Annotated[dict[str, AnyProfile], AfterValidator(_names), RUN] = Field(default_factory=dict)
+    """Averaged copies to keep: name -> profile, such as ema_0_999: {kind: constant, decay: 0.999, start: 1000}. A length is
+    a number of steps, a share of training.steps (5%) or images (500kimg); docs/averaging.md has every rule."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Sampling and scoring."""
+
+    @property
+    def snapshot_names(self) -> tuple[str, ...]:
+        """What snapshots are taken of."""
+        chosen = (name for name, profile in self.averages.items() if profile.kind in ("power_function", "uniform"))
+        return self.checkpoints.snapshots or tuple(chosen)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -318,52 +387,114 @@ def _disagreements(config: Config) -> Iterable[str]:
         yield f"training.micro_batch_size: {training.micro_batch_size} is more than the global batch, {training.batch_size}"
     if len(config.model.attention) != len(config.model.block_out_channels):
         yield "model.attention: needs one entry for each of model.block_out_channels"
+    yield from _unknown_weights(config)
+
+
+def _unknown_weights(config: Config) -> Iterable[str]:
     known = ["raw", *config.averages]
+    for name in config.checkpoints.snapshots:
+        if name not in known:
+            yield f"checkpoints.snapshots: {name!r} is neither raw nor under averages{_nearest(name, known)}"
     for text in config.evaluation.weights:
-        for name in text.split("+"):
-            name, _, step = name.partition("@")
-            if step and not step.isdigit():
-                yield f"evaluation.weights: {text!r}: the part after @ must be a step"
-            if (
-                NAME.fullmatch(name)
-                and name not in known
-                and not RECONSTRUCTED.fullmatch(name)
-                and not Path(name).is_dir()
-            ):
+        try:
+            names = parse(text, config.averages)
+        except ValueError as error:
+            yield f"evaluation.weights: {error}"
+            continue
+        for name in (found.name for found in names if not found.folder):
+            if name not in known and profile_named(name) is None:
                 yield f"evaluation.weights: {name!r} is neither raw nor under averages{_nearest(name, known)}"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number and a repeated key is an error."""
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, a date is a word, and a repeated key is an error.
+
+    What would take long or not end is refused before it is built: aliases that multiply, deep nesting, endless numbers.
+    """
+
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.level > MOST_LEVELS:
+            raise UserError(f"{self.name}, line {self.line + 1}: nested too deeply: more than {MOST_LEVELS} levels")
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            values, levels = _extent(node, {})
+            if values > MOST_VALUES:
+                raise _refusal(node, f"more than {MOST_VALUES:,} values once its aliases are written out")
+            if levels > MOST_LEVELS:
+                raise _refusal(node, f"nested too deeply: more than {MOST_LEVELS} levels")
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|\.[0-9_]+(?:[eE][-+]?[0-9]+)?)$"),
-    list("-+0123456789."),
-)
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, levels) of a node with every alias written out; a node inside itself has no end."""
+    if id(node) not in known:
+        known[id(node)] = (MOST_VALUES + 1, 1)
+        inner = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = [_extent(child, known) for child in inner] if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(n for n, _ in inner), 1 + max((levels for _, levels in inner), default=0)
+    return known[id(node)]
+
+
+def _refusal(node: yaml.Node, what: str) -> UserError:
+    return UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: {what}")
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _refusal(key, "a key must be a word")
         if key.value in seen:
-            raise UserError(
-                f"{key.start_mark.name}, line {key.start_mark.line + 1}: {key.value!r} stands there twice; keep one"
-            )
+            raise _refusal(key, f"{key.value!r} stands there twice; keep one")
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > 64 or abs(value := int(loader.construct_yaml_int(node))) >= 2**63:
+        raise _refusal(node, f"{_shown(node.value)} has more than 63 bits")
+    return value
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [found for found in resolvers if found[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|\.[0-9_]+(?:[eE][-+]?[0-9]+)?)$"),
+    list("-+0123456789."),
+)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _parse(text: Any, where: str) -> Any:
     """YAML (an open file or a string) -> plain objects; `where` names it in the message."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        loader.name = where
+        return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())[:LONGEST_LINE]}") from None
+    except (ValueError, KeyError, AttributeError) as error:  # what PyYAML makes of an odd !!tag
+        raise UserError(f"{where}: a value cannot be read ({_shown(error)})") from None
+
+
+def _shown(value: Any) -> str:
+    """`repr`, cut short whatever it holds."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 3, 8, 8, 8
+    return short.repr(value)
 
 
 def load(path: Path | str | None, overrides: Mapping[str, list[str]] | None = None) -> Config:
@@ -415,14 +546,16 @@ def validate(tree: Mapping[str, Any], where: str = "settings") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _explain(problem)]
+        shown = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines[:MOST_LINES]]
+        more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
         raise UserError(
-            "\n".join([f"{where}: {len(lines)} bad setting{'s' if len(lines) > 1 else ''}", *lines])
+            "\n".join([f"{where}: {len(lines)} bad setting{'s' if len(lines) > 1 else ''}", *shown, *more])
         ) from None
 
 
 def _explain(problem: Any) -> list[str]:
     """One pydantic error -> lines `  key.path: what was expected (got ...)`."""
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part)[:80] for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return [f"  {'.'.join(path)}: unknown setting{_nearest(path[-1], _siblings(path))}"]
     message = problem["msg"].removeprefix("Value error, ")
@@ -431,7 +564,7 @@ def _explain(problem: Any) -> list[str]:
         return [f"  {prefix}{line}" for line in message.split("\n")]
     got = problem["input"]
     nearest = _nearest(got, re.findall(r"'([^']+)'", message)) if problem["type"] == "literal_error" else ""
-    return [f"  {'.'.join(path)}: {message[0].lower()}{message[1:]}{nearest} (got {got!r})"]
+    return [f"  {'.'.join(path)}: {message[0].lower()}{message[1:]}{nearest} (got {_shown(got)})"]
 
 
 def _siblings(path: list[str]) -> list[str]:
@@ -458,6 +591,37 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known here: {', '.join(known)}" if known else ""
+
+
+def effects(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Effect]]:
+    """Key path and mark of every setting, in the order of this page."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from effects(field.annotation, f"{prefix}{name}.")
+        else:
+            (mark,) = (found for found in field.metadata if isinstance(found, Effect))
+            yield f"{prefix}{name}", mark
+
+
+def chosen(settings: Mapping[str, Any], marks: Callable[[Effect], object]) -> dict[str, Any]:
+    """Key path -> value of the settings whose mark is among `marks`, as far as these plain objects (of `to_dict`) have them."""
+    found = {}
+    for key in (key for key, mark in effects() if marks(mark)):
+        value: Any = settings
+        for name in key.split("."):
+            value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+        if value is not _ABSENT:
+            found[key] = value
+    return found
+
+
+_ABSENT = object()
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any], mark: Effect) -> list[tuple[str, Any, Any]]:
+    """(key path, before, after) of the settings that carry `mark` and are in both, with different values."""
+    before, after = (chosen(settings, lambda found: mark in found) for settings in (was, now))
+    return [(key, before[key], after[key]) for key in after if key in before and before[key] != after[key]]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

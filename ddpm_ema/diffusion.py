@@ -22,8 +22,8 @@ from ddpm_ema.config import DiffusionSettings
 Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`predict(x_t, timesteps, labels)`: fp32 `[n, C, H, W]`, int64 `[n]`, int64 `[n]` or None -> `[n, C or 2C, H, W]`."""
 
-_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
-_VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
 _VLB_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
 
 
@@ -31,11 +31,11 @@ def noise_scheduler(settings: DiffusionSettings) -> DDPMScheduler:
     """The scheduler that training, sampling and export share: the only place where settings become betas."""
     return DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
-        beta_schedule=_SCHEDULES[settings.schedule],
+        beta_schedule=SCHEDULES[settings.schedule],
         beta_start=settings.beta_start,
         beta_end=settings.beta_end,
         prediction_type=settings.prediction,
-        variance_type=_VARIANCES[settings.variance],
+        variance_type=VARIANCES[settings.variance],
         timestep_spacing="trailing",
     )
 
@@ -47,12 +47,12 @@ class Objective:
         self.settings = settings
         self.num_train_timesteps = settings.num_train_timesteps
         scheduler: Any = noise_scheduler(settings)
-        # Derived in float64 from the scheduler's own fp32 tables, rounded once: training and sampling agree on x_t.
-        alphas_cumprod, betas = scheduler.alphas_cumprod.double(), scheduler.betas.double()
+        # Derived in float64 from the scheduler's own fp32 table, rounded once: training and sampling agree on x_t.
+        alphas_cumprod = scheduler.alphas_cumprod.double()
         self._signal = alphas_cumprod.sqrt().float()
         self._sigma = (1 - alphas_cumprod).sqrt().float()
         self._weight = _loss_weight(alphas_cumprod, settings).float()
-        self._posterior = _Posterior(alphas_cumprod, betas) if settings.variance == "learned" else None
+        self._posterior = _Posterior(alphas_cumprod) if settings.variance == "learned" else None
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables to `device`, in place; returns self."""
@@ -137,8 +137,10 @@ def _loss_weight(alphas_cumprod: Tensor, settings: DiffusionSettings) -> Tensor:
 class _Posterior:
     """q(x_{t-1} | x_t, x_0) of Ho et al. 2020, eq. 7, and the bound on it that trains a learned variance."""
 
-    def __init__(self, alphas_cumprod: Tensor, betas: Tensor) -> None:
+    def __init__(self, alphas_cumprod: Tensor) -> None:
         previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+        # Of the same table as diffusers' samplers; the scheduler's betas differ in rounding, and then x_0 at t = 0, too.
+        betas = 1 - alphas_cumprod / previous
         self._from_x_0 = (betas * previous.sqrt() / (1 - alphas_cumprod)).float()
         self._from_x_t = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float()
         variance = betas * (1 - previous) / (1 - alphas_cumprod)

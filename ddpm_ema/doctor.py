@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -25,8 +26,6 @@ from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DONE
 
 MIB = 2**20
 GIB = 2**30
-NEEDED = ("torch", "numpy", "safetensors")
-STAGES = ("accelerate", "diffusers", "torchvision", "torch-fidelity", "scikit-learn", "tyro", "matplotlib")
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 CACHES = ("HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
 SLOW_MIB_PER_SECOND = 20
@@ -54,17 +53,30 @@ def failure(subject: str, text: str) -> Finding:
 
 
 def check_packages() -> Iterator[Finding]:
-    """Versions of what the stages import; a stage whose package is missing cannot run, the others can."""
-    found, missing = [f"python {sys.version.split()[0]}"], []
-    for name in NEEDED + STAGES:
+    """Versions of the packages that pyproject.toml names. Without those of `train` nothing can train; `score` may be missing."""
+    found = [f"python {sys.version.split()[0]}"]
+    missing: dict[str, list[str]] = {"train": [], "score": []}
+    for name, extra in _requirements():
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
+            missing["score" if extra == "score" else "train"].append(name)
     yield ok("versions", ", ".join(found))
-    if missing:
-        report = failure if set(missing) & set(NEEDED) else warning
-        yield report("packages", f"not installed: {', '.join(missing)}; install ddpm_ema with its extra `score`")
+    for extra, report in (("train", failure), ("score", warning)):
+        if missing[extra]:
+            names = ", ".join(missing[extra])
+            yield report("packages", f"not installed: {names}; pip install 'ddpm_ema[{extra}]'")
+
+
+def _requirements() -> list[tuple[str, str | None]]:
+    """(package, extra or None) of what the library, training and scoring need, from the installed metadata."""
+    found = []
+    for line in importlib.metadata.requires("ddpm_ema") or ():
+        extra = re.search(r"extra == .(\w+)", line)
+        name = re.match(r"[A-Za-z0-9_.-]+", line)
+        if name and name[0] != "ddpm_ema" and (extra is None or extra[1] in ("train", "score")):
+            found.append((name[0], extra[1] if extra else None))
+    return found
 
 
 def check_device(wanted: str) -> Iterator[Finding]:
@@ -91,7 +103,7 @@ def _check_gpu(index: int) -> Finding:
     ones = torch.ones(64, 64, device=f"cuda:{index}")
     free, total = torch.cuda.mem_get_info(index)
     memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    text = f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}, bf16 {torch.cuda.is_bf16_supported()}"
+    text = f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}, bf16 {torch.cuda.is_bf16_supported(including_emulation=False)}"
     if bool((ones @ ones != 64).any()):
         return failure(f"cuda:{index}", f"{text}: a product of ones came out wrong; take this GPU out of service")
     return ok(f"cuda:{index}", text)

@@ -15,9 +15,17 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """A loss or gradient that is not finite: ends with exit code 3, before the optimizer and the averages move."""
+    """A loss or gradient that is not finite: ends with exit code 3, before anything of that step is saved."""
 
     exit_code = EXIT_DIVERGED
+
+
+class PeerFailedError(UserError):
+    """Another rank ended with an error of its own: this one ends with the same exit code, so that every node reports it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StoppedError(UserError):

@@ -6,32 +6,44 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from ddpm_ema.config import EvaluationSettings
+from ddpm_ema.numbers import sampler_label
 from ddpm_ema.rundir import atomic_write
 
-GAP, TARGET = 2, 48  # pixels between images; side that small images are enlarged to, by a whole factor
+GAP, TARGET, TOP = 2, 48, 24  # pixels: between images; side that small images are enlarged to; height of the title
 
 
-def save_grid(path: Path, rows: Mapping[str, Tensor], title: str = "") -> None:
-    """Writes a PNG: one labelled row a name. rows: name -> uint8 [n, C, H, W], C 1 or 3, the same H and W everywhere."""
+def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: EvaluationSettings, note: str = "") -> None:
+    """Writes a PNG: one labelled row per name, under a title that says how the images were sampled.
+
+    Args:
+        path: of the PNG; its `Title` entry repeats the title as text.
+        rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere.
+        step: of training, for the title.
+        settings: what the images were sampled with, for the title.
+        note: stands behind the sampler.
+    """
+    title = f"step {step}, {sampler_label(settings.model_dump())}{note}, the same noise in every row"
     sample = next(iter(rows.values()))
     scale = max(1, round(TARGET / sample.shape[-1]))
     height, width = sample.shape[-2] * scale, sample.shape[-1] * scale
     font = ImageFont.load_default(size=13)
     margin = 12 + max(int(font.getlength(name)) for name in rows)
     columns = max(len(images) for images in rows.values())
-    top = 24 if title else GAP
-    canvas = Image.new("RGB", (margin + columns * (width + GAP), top + len(rows) * (height + GAP)), "white")
+    total = max(margin + columns * (width + GAP), 12 + int(font.getlength(title)))
+    canvas = Image.new("RGB", (total, TOP + len(rows) * (height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((6, 5), title, fill="black", font=font)
-    for y, (name, images) in zip(range(top, canvas.height, height + GAP), rows.items(), strict=False):
+    for y, (name, images) in zip(range(TOP, canvas.height, height + GAP), rows.items(), strict=False):
         draw.text((6, y + height // 2 - 8), name, fill="black", font=font)
         for x, image in zip(range(margin, canvas.width, width + GAP), images, strict=False):
             canvas.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
-    data = io.BytesIO()
-    canvas.save(data, "PNG")
+    data, entries = io.BytesIO(), PngImagePlugin.PngInfo()
+    entries.add_text("Title", title)
+    canvas.save(data, "PNG", pnginfo=entries)
     atomic_write(path, data.getvalue())
 
 

@@ -16,11 +16,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
 
+LINGER_SECONDS = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -127,7 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for rank, failure in sorted(error.failures.items()):
             how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
             print(f"launch: rank {rank} ended with {how}", file=sys.stderr)
-        return exit_code((failure.exitcode for failure in error.failures.values()), relay.stopped)
+        code = exit_code((failure.exitcode for failure in error.failures.values()), relay.stopped)
+        if code not in (EXIT_DONE, EXIT_STOPPED):
+            # `error` keeps the rendezvous store of node 0 alive: ranks on other nodes read there why this one ended.
+            time.sleep(LINGER_SECONDS if options.nnodes not in ("1", "1:1") else 0)
+        return code
     return EXIT_DONE
 
 

@@ -40,10 +40,9 @@ class Window:
         self.sums[_NORM] += grad_norm.detach().double()
         self.sums[_STEPS] += 1
 
-    def take(self, processes: Processes) -> dict[str, float | None]:
-        """Means over the window and over all processes; starts a new window. A collective."""
+    def means(self, processes: Processes) -> dict[str, float | None]:
+        """Means over the window and over all processes. A collective."""
         sums = processes.sum_(self.sums.to("cpu", copy=True))
-        self.sums.zero_()
         norm, steps = sums[_NORM] / processes.world_size, sums[_STEPS] / processes.world_size
         row: dict[str, float | None] = {"loss": (sums[_LOSS].sum() / sums[_COUNT].sum()).item()}
         for quarter in range(QUARTERS):
@@ -51,6 +50,10 @@ class Window:
             row[f"loss_q{quarter}"] = sums[_LOSS][quarter].item() / count if count else None
         row["grad_norm"] = (norm / steps).item()
         return row
+
+    def clear(self) -> None:
+        """Starts a new window."""
+        self.sums.zero_()
 
     def state(self, processes: Processes) -> list[list[float]]:
         """One vector a rank. A collective."""
@@ -123,7 +126,7 @@ class Logbook:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         if self.processes.is_main:
             self.rundir.append_metrics(whole)
-            numbers = {k: v for k, v in whole.items() if isinstance(v, int | float)}
+            numbers = {k: v for k, v in whole.items() if type(v) in (int, float)}
             self._track(lambda: self.processes.accelerator.log(numbers, step=step))
         self.bar.set_postfix({"loss": f"{row['loss']:.4f}", "img/s": f"{whole['images_per_second'] or 0:.1f}"})
 

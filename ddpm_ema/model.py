@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+
 import torch
 from diffusers import UNet2DModel
+from torch import Tensor, nn
 
 from ddpm_ema import streams
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
+from ddpm_ema.streams import Stream
+
+# Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
+NEAR_ZERO = ("conv2", "to_out.0", "conv_out")
+# What google/ddpm-cifar10-32 has and diffusers does not default to.
+PAPER_LAYOUT = {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
 
 
 def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
@@ -24,8 +34,8 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
         raise UserError("\n".join(["the network cannot be built:", *(f"  {problem}" for problem in problems)]))
     model, channels = config.model, config.data.channels
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(streams.seed_for(config.seed, streams.Stream.INIT, 0))
-        return UNet2DModel(
+        torch.manual_seed(streams.seed_for(config.seed, Stream.INIT, 0))
+        network = UNet2DModel(
             sample_size=config.data.image_size,
             in_channels=channels,
             out_channels=2 * channels if config.diffusion.variance == "learned" else channels,
@@ -37,12 +47,48 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
             norm_num_groups=model.norm_num_groups,
             dropout=model.dropout,
             num_class_embeds=num_classes + 1 if model.class_conditional and num_classes is not None else None,
-            # What google/ddpm-cifar10-32 has and diffusers does not default to: the paper's own layout.
-            norm_eps=1e-6,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            downsample_padding=0,
+            **(PAPER_LAYOUT if model.layout == "ddpm" else {}),
         )
+    if model.initialization == "ddpm":
+        _initialize(network, config.seed)
+    return network
+
+
+@torch.no_grad()
+def _initialize(network: UNet2DModel, seed: int) -> None:
+    """First weights as in the code of Ho et al. 2020 (https://github.com/hojonathanho/diffusion, `nn.py` and `unet.py`).
+
+    Weights are uniform with variance scale / fan_avg (Glorot & Bengio 2010), scale 1 or near zero; biases are zero.
+    That code knows no classes; their embeddings are standard normal, as in its class-conditional successor (Nichol &
+    Dhariwal 2021). Each weight depends on the seed and its own name alone: not on the layers around it, nor on torch's
+    generators.
+    """
+    for name, module in network.named_modules():
+        match module:
+            case nn.Conv2d() | nn.Linear():
+                fan_avg = (module.weight.shape[0] + module.weight.shape[1]) * module.weight[0, 0].numel() / 2
+                limit = math.sqrt(3 * (1e-10 if name.endswith(NEAR_ZERO) else 1.0) / fan_avg)
+                module.weight.copy_(limit * _symmetric_uniform(seed, _key(name), module.weight.shape))
+                if module.bias is not None:
+                    module.bias.zero_()
+            case nn.Embedding():
+                rows = torch.arange(module.num_embeddings)
+                module.weight.copy_(streams.normal(seed, Stream.INIT, _key(name), rows, (module.embedding_dim,)))
+            case nn.GroupNorm():
+                module.reset_parameters()  # weights 1, biases 0
+            case _:
+                assert not list(module.parameters(recurse=False)), f"{name}: no rule for the first weights of {module}"
+
+
+def _key(name: str) -> int:
+    """A layer's name as a 64-bit number."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _symmetric_uniform(seed: int, key: int, shape: torch.Size) -> Tensor:
+    """Numbers in (-1, 1), fp32 `shape`."""
+    words = streams.words(seed, Stream.INIT, key, torch.arange(shape[0]), shape[1:].numel())  # int64 [out, rest]
+    return ((words.double() + 0.5) * 2.0**-31 - 1).float().view(shape)
 
 
 def no_label(model: UNet2DModel) -> int | None:

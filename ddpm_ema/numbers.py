@@ -35,11 +35,23 @@ def with_error(value: float | None, error: float | None, signed: bool = False) -
     return f"{figure(value, places, signed)} \u00b1 {error:.{places}f}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def listed(names: Sequence[str], conjunction: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`; nothing of nothing."""
+    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def metric_label(results: Mapping[str, Any]) -> str:
     """`FID` only where results.json says so; anything else names its extractor: `FD (classifier)`."""
     return "FID" if results.get("metric") == "fid" else f"FD ({results.get('extractor', 'unknown extractor')})"
+
+
+def sampler_label(settings: Mapping[str, Any]) -> str:
+    """`ddim 20 steps, eta 0.5`, of evaluation settings or results.json; clipping and guidance where they are not the default."""
+    parts = [f"{settings['sampler']} {settings['num_inference_steps']} steps"]
+    if settings["sampler"] == "ddim" and settings.get("eta"):
+        parts.append(f"eta {settings['eta']:g}")
+    if settings.get("guidance_scale") not in (None, 1):
+        parts.append(f"guidance {settings['guidance_scale']:g}")
+    if settings.get("clip_sample") is False:
+        parts.append("x_0 not clipped")
+    return ", ".join(parts)

@@ -1,8 +1,7 @@
-"""The optimizer, its learning rate as a function of the step, and its state as tensors with names."""
+"""The optimizer, and its state as tensors with names."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,28 +9,6 @@ from torch import Tensor, nn
 
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.errors import UserError
-
-
-def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Learning rate of the optimizer step that follows `step` completed ones: a pure function, so there is nothing to resume.
-
-    Linear warm-up (Goyal et al. 2017), then constant, linear or cosine decay (Loshchilov & Hutter 2017) that reaches
-    `learning_rate_end` at the last step, or the saw-tooth cycles of SWA (Izmailov et al. 2018, eq. 2).
-    """
-    peak, end = settings.learning_rate, settings.learning_rate_end
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - 1 - settings.warmup_steps)
-    match settings.learning_rate_schedule:
-        case "constant":
-            return peak
-        case "linear":
-            return peak + (end - peak) * min(1.0, done)
-        case "cosine":
-            return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        case "cyclical":
-            phase = (step - settings.warmup_steps) % settings.cycle_steps / max(1, settings.cycle_steps - 1)
-            return peak + (end - peak) * phase
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -7,13 +7,16 @@ travels between CPUs over a gloo group of its own, so that it neither waits for 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -23,10 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm_ema.errors import StoppedError, UserError
+from ddpm_ema.errors import PeerFailedError, StoppedError, UserError
 
 T = TypeVar("T")
 ROLL_CALL_SECONDS = 5.0
+HEARTBEAT_SECONDS = 15.0
+FAILED = "ddpm_ema/failed"  # key in the rendezvous store
 
 
 class Processes:
@@ -127,21 +132,35 @@ class Processes:
             with self.naming_lost_ranks(what):
                 dist.barrier(group=self.control)
 
-    def main_first(self, work: Callable[[], T]) -> T:
+    def main_first(self, work: Callable[[], T], what: str = "reading the images") -> T:
         """Runs `work` on rank 0, and on the others once it is done there, so that they find what it left (a cache).
 
+        It may take hours: ranks that work go on answering, and those that wait say for whom, and `what` it does.
         A UserError on any rank is raised on all of them.
         """
-        result: list[T] = []
-        for turn in (True, False):
-            error = None
-            if self.is_main == turn:
-                try:
-                    result.append(work())
-                except UserError as caught:
-                    error = caught
-            self.raise_together(error)
-        return result[0]
+        if self.control is None:
+            return work()
+        futures = [self._answering(work if self.is_main == turn else None, what) for turn in (True, False)]
+        [result] = [future.result() for future in futures if future is not None]
+        return result
+
+    def _answering(self, work: Callable[[], T] | None, what: str) -> Future[T] | None:
+        """Runs `work` in a thread, on the ranks that have some, until it is done on all. A collective."""
+        with ThreadPoolExecutor(1, thread_name_prefix=what) as thread:
+            future = thread.submit(work) if work is not None else None
+            told = False
+            while busy := [rank for rank, done in enumerate(self.gather(self._is_done(future))) if not done]:
+                if not told and self.rank == (0 if busy[0] else 1):
+                    say(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
+                    told = True
+        error = future.exception() if future is not None else None
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        self.raise_together(error)
+        return future
+
+    def _is_done(self, future: Future[Any] | None) -> bool:
+        return future is None or bool(wait([future], timeout=min(HEARTBEAT_SECONDS, self.timeout / 3)).done)
 
     def raise_together(self, error: UserError | None) -> None:
         """Raises on every rank the first error that any rank brings; a collective."""
@@ -157,11 +176,30 @@ class Processes:
         except (RuntimeError, dist.DistError) as error:
             if self.control is None or not _is_communication(error):
                 raise
+            if (failed := _failed_peer()) is not None:
+                raise PeerFailedError(
+                    f"rank {self.rank} on {socket.gethostname()} ends, because rank {failed['rank']} on {failed['host']} ended "
+                    f"while {what}: {failed['error']}",
+                    failed["exit_code"],
+                ) from None
             lost = _roll_call(self.rank, self.world_size)
             raise StoppedError(
                 f"rank {self.rank} on {socket.gethostname()}: {lost} while {what}. This process ends; start all of them again "
                 f"and the run goes on from its last checkpoint ({_first_line(error)})"
             ) from None
+
+    @contextlib.contextmanager
+    def telling_peers(self) -> Iterator[None]:
+        """Leaves word of an error that ends this rank, so that its peers end with its exit code, not as if it was lost."""
+        try:
+            yield
+        except Exception as error:
+            if self.control is not None and not isinstance(error, StoppedError | PeerFailedError):
+                code = error.exit_code if isinstance(error, UserError) else 1
+                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
+                word = {"rank": self.rank, "host": socket.gethostname(), "exit_code": code, "error": text}
+                _quietly(lambda: dist.distributed_c10d._get_default_store().set(FAILED, json.dumps(word)))
+            raise
 
     def close(self) -> None:
         """Leaves the group. Call it on every rank once all is done."""
@@ -257,10 +295,30 @@ def _has_launcher() -> bool:
     return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
 
 
+_COMMUNICATION = re.compile(r"\b(gloo|nccl)\b|connection (closed|reset|refused)|socket timeout|timed out waiting", re.I)
+
+
 def _is_communication(error: Exception) -> bool:
-    text = str(error).lower()
-    words = ("gloo", "connection", "timed out", "timeout", "socket", "peer", "nccl", "store")
-    return isinstance(error, dist.DistError) or any(word in text for word in words)
+    """Whether ranks lost each other. An error that quotes source code, as compilers' do, may hold any word."""
+    if isinstance(error, dist.DistError):
+        return True
+    compiling = any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__)  # its import takes seconds
+    return not compiling and _COMMUNICATION.search(_first_line(error)) is not None
+
+
+def _failed_peer() -> dict[str, Any] | None:
+    """What a rank that ended with an error of its own left in the rendezvous store, which may be gone as well."""
+    found: list[dict[str, Any]] = []
+
+    def look() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        if store.check([FAILED]):
+            found.append(json.loads(store.get(FAILED)))
+
+    thread = threading.Thread(target=_quietly, args=(look,), daemon=True)
+    thread.start()
+    thread.join(ROLL_CALL_SECONDS)
+    return found[0] if found else None
 
 
 def _roll_call(rank: int, world_size: int) -> str:

@@ -1,193 +1,166 @@
-"""Any average after the fact, from a run directory: its snapshots of power-function averages → weights of another profile."""
+"""The command line of scripts/reconstruct.py: a run's snapshots → files of averages that no one kept."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_ema.averaging.posthoc import Reconstruction, Snapshot, reconstruct
-from ddpm_ema.averaging.profiles import PowerFunction, Profile, profile_from_dict, profile_to_dict
+from ddpm_ema import config as settings
+from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW
+from ddpm_ema.averaging.plan import plans
+from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform
+from ddpm_ema.averaging.snapshots import snapshot_metadata
 from ddpm_ema.errors import UserError
+from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of, parse_target
+from ddpm_ema.numbers import MISSING, listed
 from ddpm_ema.rundir import RunDir, atomic_save, step_folder
 
-POWER = re.compile(r"power_0_(\d+)")
 
+def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Writes `<folder>/<name>.safetensors`, fp32 by parameter name; the file's metadata says what it is and how good.
 
-@dataclass(frozen=True)
-class Reconstructed:
-    """An average that no one kept while training."""
-
-    name: str
-    target: Profile
-    step: int
-    result: Reconstruction
-
-    def summary(self) -> dict[str, Any]:
-        """Plain objects: what was asked for and how well it was got."""
-        coefficients = self.result.coefficients
-        return {
-            "weights": self.name,
-            "profile": profile_to_dict(self.target),
-            "step": self.step,
-            "profile_error": coefficients.profile_error,
-            "condition_number": coefficients.condition_number,
-            "amplification": coefficients.amplification,
-            "num_snapshots": len(coefficients.weights),
-            "warnings": list(self.result.warnings),
-        }
-
-
-def snapshots_of(run: RunDir) -> list[Snapshot]:
-    """Every snapshot of the run, by step. Raises UserError where there is none."""
-    try:
-        found = [Snapshot.open(path) for paths in run.snapshots().values() for path in paths]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
-    if not found:
-        raise UserError(
-            f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with two power_function "
-            "averages (such as std 0.05 and 0.10) and checkpoints.snapshots_every"
-        )
-    return sorted(found, key=lambda snapshot: snapshot.step)
-
-
-def reconstruct_from(run: RunDir, target: Profile, step: int | None = None) -> Reconstructed:
-    """The average with profile `target` as it would stand after `step` steps; by default the last step with a snapshot.
-
-    Raises UserError for a run without snapshots, and for a step that none was stored at (the nearest ones are named).
+    Returns the file, and as plain objects what was asked for and how well it was matched.
     """
-    snapshots = snapshots_of(run)
-    at = snapshots[-1].step if step is None else step
+    path = folder / f"{name_of(target)}.safetensors"
+    summary: dict[str, Any] = {"weights": name_of(target), "profile": weights.profile, "step": weights.step}
+    summary |= {**(weights.reconstruction or {}), "warnings": list(weights.warnings)}
+    assert weights.step is not None
+    metadata = snapshot_metadata(weights.step, target, reconstruction=summary)
     try:
-        return Reconstructed(name_of(target), target, at, reconstruct(snapshots, at, target))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: {name_of(target)} cannot be reconstructed at step {at}: {error}") from None
-
-
-def save(reconstructed: Reconstructed, folder: Path) -> Path:
-    """Writes `<folder>/<name>.safetensors`, fp32 by parameter name; the file's metadata says what it is and how good."""
-    path = folder / f"{reconstructed.name}.safetensors"
-    summary = reconstructed.summary()
-    metadata = {"step": str(reconstructed.step), "profile": json.dumps(summary["profile"])}
-    try:
-        atomic_save(path, reconstructed.result.weights, metadata | {"reconstruction": json.dumps(summary)})
+        atomic_save(path, weights.members[0](), metadata)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
-    return path
+    return path, summary
 
 
-def default_folder(run: RunDir, step: int) -> Path:
-    return run.path / "reconstructed" / step_folder(step)
-
-
-def target_named(name: str) -> Profile | None:
-    """power_0_075 -> the power function of width 0.075; None for a name that is no reconstructed width."""
-    match = POWER.fullmatch(name)
-    if match is None:
-        return None
-    try:
-        return PowerFunction(std=float(f"0.{match[1]}"))
-    except ValueError as error:
-        raise UserError(f"{name!r}: {error}") from None
-
-
-def name_of(target: Profile) -> str:
-    """The name of a reconstructed average: power_0_075, constant_0_999, uniform. Holds no dot, see design of names."""
-    kind, *values = profile_to_dict(target).values()
-    kind = "power" if kind == "power_function" else kind
-    return re.sub(r"[^A-Za-z0-9_-]", "_", "_".join([kind, *(f"{value:.12g}" for value in values)]))
-
-
-def parse_target(text: str) -> Profile:
-    """`power_function:std=0.075`, `swa:start=1000,every=100`, `uniform` or `power_0_075` -> a profile.
-
-    Raises UserError that names the field, or the nearest kind.
-    """
-    if (named := target_named(text)) is not None:
-        return named
-    kind, _, fields = text.partition(":")
-    values: dict[str, Any] = {"kind": kind}
-    for field in filter(None, fields.split(",")):
-        key, equals, value = field.partition("=")
-        if not equals:
-            raise UserError(
-                f"--target {text}: {field!r} is not FIELD=VALUE; write for example power_function:std=0.075"
-            )
-        values[key.strip()] = _number(value, text)
-    try:
-        return profile_from_dict(values)
-    except ValueError as error:
-        raise UserError(f"--target {text}: {error}") from None
-
-
-def _number(value: str, text: str) -> int | float:
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"--target {text}: {value!r} is not a number") from None
+def default_folder(run: RunDir, weights: NamedWeights) -> Path:
+    assert weights.step is not None
+    return run.path / "reconstructed" / step_folder(weights.step)
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     """How good each reconstruction is, for a terminal."""
-    columns = ("weights", "step", "snapshots", "profile error", "condition", "amplification")
-    cells = [
-        (
-            str(entry["weights"]),
-            f"{entry['step']:,}",
-            str(entry["num_snapshots"]),
-            f"{entry['profile_error']:.2%}",
-            f"{entry['condition_number']:.1e}",
-            f"{entry['amplification']:.1f}",
+    rows = [("weights", "step", "snapshots", "predicted error", "amplification", "check", "predicted", "actual")]
+    for entry in summaries:
+        check = entry["check"] or {"weights": "", "predicted": None, "actual": None}
+        rows.append(
+            (
+                str(entry["weights"]),
+                f"{entry['step']:,}",
+                str(entry["num_snapshots"]),
+                _percent(entry["predicted_relative_error"]),
+                f"{entry['amplification']:.1f}",
+                *(str(check["weights"]), _percent(check["predicted"]), _percent(check["actual"])),
+            )
         )
-        for entry in summaries
-    ]
-    widths = [max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (columns, *cells)
-    ]
     warnings = [f"warning: {entry['weights']}: {text}" for entry in summaries for text in entry["warnings"]]
-    return "\n".join([*lines, *warnings])
+    return "\n".join([*_aligned(rows, left=(0, 5)), *warnings])
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{share:.2%}" if share < 10 else f"{100 * share:.0f}%"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Lines of a table whose columns are aligned, to the left or the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+WANTED = (
+    *(PowerFunction(std) for std in (0.02, 0.03, 0.05, 0.10, 0.15, 0.20, 0.25)),
+    *(BiasCorrected(decay) for decay in (0.99, 0.999, 0.9999, 0.99999)),
+    Uniform(),
+)
+"""What a plan is asked for where no targets are named."""
+
+
+def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], room: float, size: float) -> str:
+    """For a terminal: what each plan predicts, which one to take, and which averages it cannot bring back.
+
+    Args:
+        training: whose steps and learning rates count.
+        targets: averages wanted at the end.
+        room: bytes for snapshots.
+        size: bytes of one.
+
+    Raises UserError where nothing fits.
+    """
+    try:
+        found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)
+    except ValueError as error:
+        raise UserError(f"--plan: {error}") from None
+    best = found[0]
+    names = [" + ".join("raw" if one == RAW else name_of(one) for one in plan.stored) for plan in found]
+    rows = [["stored", *names], ["every", *(f"{plan.every:,} steps" for plan in found)]]
+    rows.append(["disk", *(f"{plan.num_files * size / 1e9:.3g} GB" for plan in found)])
+    rows += [[name_of(target), *(_percent(plan.errors[i]) for plan in found)] for i, target in enumerate(targets)]
+    lines = _aligned(rows)
+    lines.append(f"Store {names[0]} every {best.every:,} steps (checkpoints.snapshots, checkpoints.snapshots_every).")
+    if lost := best.beyond(MAX_PREDICTED_ERROR):
+        kept = listed([name_of(targets[place]) for place in lost])
+        lines.append(
+            f"Keep {kept} while training: {MAX_PREDICTED_ERROR:.0%} or more, and no plan within this disk does better."
+        )
+    return "\n".join(lines)
+
+
+def _amount(text: str) -> float:
+    """20GB, 35.7M, 800k -> a number; for argparse."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kMGT]?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 20GB, 35.7M or 800000")
+    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """The command line of scripts/reconstruct.py: one file a target, then a table of how far each can be trusted."""
+    """The command line of scripts/reconstruct.py: one file a target, then a table of how far each can be trusted; or a plan."""
     parser = argparse.ArgumentParser(
-        prog="reconstruct.py", description="Reconstructs averages that no one kept, from the snapshots of a run."
+        prog="reconstruct.py",
+        description="Reconstructs averages that no one kept, from the snapshots of a run; --plan says before a run what to store.",
     )
-    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
+    parser.add_argument("run", type=Path, nargs="?", help="the run directory, such as runs/digits")
     parser.add_argument(
         "--target",
         action="append",
-        required=True,
-        help="power_function:std=0.075, constant:decay=0.999, bias_corrected:decay=0.9999, uniform, ...; may be repeated",
+        default=[],
+        help="a name (power_0_075, bias_corrected_0_9999, uniform) or its fields (power_function:std=0.075); may be repeated",
     )
     parser.add_argument("--step", type=int, default=None, help="step it would stand at (default: the last snapshot's)")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder of the files (default: RUN/reconstructed/step-N)"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="which averages to store of a run, how often, and what they give"
+    )
+    parser.add_argument("--steps", type=_amount, default=None, help="--plan: steps of the run (default: --config's)")
+    parser.add_argument("--config", type=Path, default=None, help="--plan: settings, whose learning rates count")
+    parser.add_argument("--budget", type=_amount, default=20e9, help="--plan: bytes for snapshots (default: 20GB)")
+    parser.add_argument("--parameters", type=_amount, default=35.7e6, help="--plan: of the model (default: 35.7M)")
     arguments = parser.parse_args(argv)
     targets = [parse_target(text) for text in arguments.target]
+    if arguments.plan:
+        steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps else {}
+        training = settings.load(arguments.config, steps).training
+        print(plan_text(training, targets or WANTED, arguments.budget, 4 * arguments.parameters))
+        return []
+    if arguments.run is None or not targets:
+        parser.error("give a run directory and one --target or more, or --plan")
     run = RunDir(arguments.run)
-    made = [_make(run, target, arguments.step, arguments.out) for target in targets]
+    config = settings.load(run.config_path) if run.config_path.is_file() else None
+    found = [(target, WeightResolver(run, None, config).reconstructed(target, arguments.step)) for target in targets]
+    # Tensors are made one target at a time, and let go once they are written.
+    made = [save(weights, target, arguments.out or default_folder(run, weights)) for target, weights in found]
     print(table([summary for _, summary in made]))
     for path, _ in made:
         print(f"wrote {path}")
     return [path for path, _ in made]
-
-
-def _make(run: RunDir, target: Profile, step: int | None, folder: Path | None) -> tuple[Path, dict[str, Any]]:
-    """One target; its weights are let go before the next one's are made."""
-    found = reconstruct_from(run, target, step)
-    return save(found, folder or default_folder(run, found.step)), found.summary()

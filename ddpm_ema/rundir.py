@@ -2,7 +2,7 @@
 
     checkpoints/step-00003000/   manifest.json (written last), raw.safetensors, optimizer.safetensors, averages/<name>.safetensors
     snapshots/step-00001500/     <name>.safetensors, for post-hoc reconstruction
-    samples/  scores/  metrics.jsonl  config.yaml  report.html
+    samples/  scores/  metrics.jsonl  config.yaml  report.html  imported.json (of a run that was trained elsewhere)
 
 A checkpoint is written into a folder beside its target, synced, and renamed. What a kill leaves behind starts with a dot, is
 never read, and is cleared by the next holder of the lock. Order comes from step numbers, never from clocks.
@@ -30,13 +30,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_ema.averaging.files import save_tensors
+from ddpm_ema.averaging.files import HEAD_BYTES, is_pickle, save_tensors
 from ddpm_ema.errors import UserError
 
 SCHEMA = 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 HEARTBEAT_SECONDS = 5.0
-KEPT_ASIDE = ("checkpoints", "snapshots", "samples", "scores", "metrics.jsonl", "report.html", "config.yaml")
+KEPT_ASIDE = (
+    "checkpoints",
+    "snapshots",
+    "samples",
+    "scores",
+    "metrics.jsonl",
+    "report.html",
+    "config.yaml",
+    "imported.json",
+)
 MADE_OF_A_STEP = ("scores/*", "samples/*", "reconstructed/*")
 MADE_AT = re.compile(r"(?:step-)?(\d{8,})")
 
@@ -51,7 +60,7 @@ def step_folder(step: int) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames inside `path` survive a power cut."""
+    """Makes renames inside `path` survive a power cut. No test can show it, nor what any other fsync here is for."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,10 +107,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _refuse_pickle(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            head = file.read(2)
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
-    if head == b"PK" or head[:1] == b"\x80":
+    if is_pickle(head):
         raise UserError(
             f"{path}: is a pickle, which can run code when it is read; refused. Convert it to safetensors first"
         )
@@ -188,6 +197,7 @@ class RunDir:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.report_path = self.path / "report.html"
+        self.imported_path = self.path / "imported.json"
         self._checkpoints = self.path / "checkpoints"
         self._snapshots = self.path / "snapshots"
 
@@ -292,7 +302,8 @@ class RunDir:
         """Moves `paths` into a new previous-N/, where they lie as they lay here."""
         if not paths:
             return None
-        number = 1 + max((int(p.name.rpartition("-")[2]) for p in self.path.glob("previous-[0-9]*")), default=0)
+        numbers = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
+        number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
         aside = self.path / f"previous-{number}"
         for path in paths:
             target = aside / path.relative_to(self.path)
@@ -447,14 +458,14 @@ def _write_error(error: Exception, target: Path, needed: int, kept: str) -> User
 
 
 def _rows_up_to(path: Path, step: int) -> Iterator[str]:
-    """Lines of metrics.jsonl up to `step`; a line that a kill cut short is dropped."""
+    """Lines of metrics.jsonl up to `step`, without a line that a kill cut short and rows that the next one repeats."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row.get("step", step + 1) <= step:
+            if row.get("step", step + 1) <= step and not row.get("partial"):
                 yield line.rstrip("\n")
 
 

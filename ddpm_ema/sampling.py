@@ -27,6 +27,13 @@ DPMSolverMultistepScheduler: Any = diffusers.DPMSolverMultistepScheduler
 PROTOCOL = 2
 """Raised whenever the same settings give other images or features on purpose; part of every scoring's identity."""
 
+LAMBDA_MIN = -5.1
+"""log(alpha / sigma) of the noisiest level that DPM-Solver++ starts from without clipping, as diffusers advises.
+
+A cosine schedule ends so close to pure noise that predicted noise, divided by alpha there, says nothing about x_0: unclipped,
+every pixel of the samples saturates. Clipped, the bound changes nothing that could be measured (docs/scoring.md).
+"""
+
 Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
 """(x_t float32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None) -> float32 `[n, C or 2C, H, W]`."""
 
@@ -46,30 +53,61 @@ class _HandOver(TorchFunctionMode):
         return self.noise
 
 
+def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> Any:
+    """The diffusers scheduler that samples as `settings` say; what a pipeline folder holds.
+
+    Args:
+        noise_scheduler_config: of a DDPMScheduler (`diffusion.noise_scheduler(...).config`).
+        settings: sampler and clip_sample are used.
+
+    Returns:
+        A DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler, the last of second order in x_0 (Lu et al. 2022,
+        arXiv 2211.01095). Its thresholding at a `sample_max_value` of 1 is plain clipping: whatever quantile of |x_0|
+        diffusers finds, it clamps it to [1, 1] before it clips to it and divides by it.
+    """
+    # As keywords: from_config drops what `_use_default_values` in a config lists, even where it has another value.
+    options: dict[str, Any] = {"clip_sample": settings.clip_sample}
+    if settings.sampler == "ddpm":
+        return DDPMScheduler.from_config(noise_scheduler_config, **options)
+    if noise_scheduler_config["beta_schedule"] == "sigmoid":  # which DDPMScheduler alone knows
+        options["trained_betas"] = DDPMScheduler.from_config(noise_scheduler_config).betas.tolist()
+    if settings.sampler == "ddim":
+        return DDIMScheduler.from_config(noise_scheduler_config, **options, set_alpha_to_one=True)
+    options |= {"thresholding": settings.clip_sample, "sample_max_value": 1.0}
+    options |= {"solver_order": 2, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    return DPMSolverMultistepScheduler.from_config(noise_scheduler_config, **options)
+
+
+def usable_levels(noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> int:
+    """How many noise levels the sampler may start from, and so its most steps.
+
+    All of them; for DPM-Solver++ without clipping those with log(alpha / sigma) >= LAMBDA_MIN.
+    """
+    if settings.sampler == "dpm_solver++" and not settings.clip_sample:
+        return int((scheduler_for(noise_scheduler_config, settings).lambda_t >= LAMBDA_MIN).sum())
+    return int(noise_scheduler_config["num_train_timesteps"])
+
+
 class Sampler:
-    """A diffusers sampler over the training run's noise levels: `len(sampler)` network evaluations an image.
+    """A diffusers sampler over the training run's noise levels: `len(sampler)` network evaluations per image.
 
-    Timesteps are spaced 'trailing' (Lin et al. 2023, arXiv 2305.08891, table 2): sampling starts at the last noise
-    level. DDPM and DDIM run over the respaced chain whose `alphas_cumprod` are those at the chosen timesteps: a step then
-    goes exactly to the next chosen timestep, where diffusers' DDIM goes to `t - T // n`, another one unless n divides T.
+    Timesteps are spaced 'trailing' (Lin et al. 2023, arXiv 2305.08891, table 2): sampling starts at the last usable
+    noise level. Every step goes exactly to the next chosen timestep; the last one gives the predicted x_0.
 
-    Raises UserError for more steps than there are noise levels.
+    Raises UserError for more steps than there are usable noise levels.
     """
 
     def __init__(self, noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> None:
-        steps, levels = settings.num_inference_steps, int(noise_scheduler_config["num_train_timesteps"])
-        if steps > levels:
-            raise UserError(
-                f"evaluation.num_inference_steps: {steps} is more than the {levels} noise levels of the model; "
-                f"set at most {levels}"
-            )
-        self.kind = settings.sampler
+        self.kind, steps = settings.sampler, settings.num_inference_steps
         self.eta = settings.eta if settings.sampler == "ddim" else 0.0
-        base = DDPMScheduler.from_config(dict(noise_scheduler_config))
-        self.timesteps = trailing(_usable_levels(base) if self.kind == "dpm_solver++" else levels, steps)
-        self._learned = str(base.config.variance_type).startswith("learned")
+        self._scheduler = scheduler_for(noise_scheduler_config, settings)
+        usable = usable_levels(noise_scheduler_config, settings)
+        _check_steps(steps, usable, int(noise_scheduler_config["num_train_timesteps"]))
+        self.timesteps = trailing(usable, steps)
         self._clip = settings.clip_sample
-        self._scheduler: Any = self._solver(base) if self.kind == "dpm_solver++" else self._respaced(base)
+        self._learned = str(noise_scheduler_config["variance_type"]).startswith("learned")
+        if self.kind == "ddim":
+            self._scheduler = _respaced(self._scheduler, self.timesteps)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -79,33 +117,10 @@ class Sampler:
         """Whether steps add noise, so that `step` needs it."""
         return self.kind == "ddpm" or self.eta > 0
 
-    def _respaced(self, base: Any) -> Any:
-        """The chain that visits the chosen timesteps alone; its own timesteps are len(self) - 1 ... 0."""
-        alphas_cumprod = base.alphas_cumprod[self.timesteps[::-1]]  # [n]
-        betas = 1 - alphas_cumprod.double() / torch.cat([torch.ones(1), alphas_cumprod[:-1]]).double()
-        chain = {"num_train_timesteps": len(self), "trained_betas": betas.tolist(), "clip_sample": self._clip}
-        chain |= {"timestep_spacing": "leading", "prediction_type": base.config.prediction_type}
-        if self.kind == "ddpm":
-            scheduler = DDPMScheduler(**chain, variance_type=base.config.variance_type)
-        else:
-            scheduler = DDIMScheduler(**chain, set_alpha_to_one=True)
-            scheduler.set_timesteps(len(self))
-        scheduler.alphas_cumprod = alphas_cumprod  # rather than the product of the betas, which rounds once more
-        return scheduler
-
-    def _solver(self, base: Any) -> Any:
-        """The second-order multistep solver in x_0 (Lu et al. 2022, arXiv 2211.01095)."""
-        keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-        config = {key: base.config[key] for key in keep}
-        return DPMSolverMultistepScheduler(
-            **config, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"
-        )
-
     def start(self) -> list[int]:
-        """Begin a trajectory; returns the timesteps that the network is asked at, one a step."""
-        if self.kind == "dpm_solver++":
-            self._scheduler.set_timesteps(timesteps=self.timesteps)  # forgets the last trajectory's predictions
-            self._scheduler.set_begin_index(0)
+        """Begin a trajectory; returns the timesteps that the network is asked at, one per step."""
+        if self.kind != "ddim":
+            self._scheduler.set_timesteps(timesteps=self.timesteps)  # the solver forgets its last predictions, too
         return self.timesteps
 
     def step(self, index: int, prediction: Tensor, x_t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -115,29 +130,48 @@ class Sampler:
         like x_t, needed where `uses_noise` at every step but the last.
         """
         if self.kind == "ddpm":
-            return self._ancestral(len(self) - 1 - index, prediction, x_t, noise)
+            return self._ancestral(index, prediction, x_t, noise)
         if self._learned:
             prediction = prediction[:, : x_t.shape[1]]
+        timestep, options = self._scheduler.timesteps[index], {}
         if self.kind == "ddim":
-            level = len(self) - 1 - index
             eta = self.eta if noise is not None else 0.0  # into x_0 there is no noise to add
             # The noise is derived anew from the clipped x_0: both halves of the step agree (Nichol & Dhariwal 2021).
             options = {"eta": eta, "variance_noise": noise, "use_clipped_model_output": self._clip}
-            return self._move(prediction, level, x_t, **options)
-        return self._move(prediction, self._scheduler.timesteps[index], x_t)
-
-    def _move(self, prediction: Tensor, timestep: Any, x_t: Tensor, **options: Any) -> Tensor:
         moved: Tensor = self._scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
         return moved
 
-    def _ancestral(self, level: int, prediction: Tensor, x_t: Tensor, noise: Tensor | None) -> Tensor:
-        if level == 0:  # no noise in the image itself; diffusers adds some where the last timestep is not 0
-            return self._move(prediction, level, x_t)
-        assert noise is not None
-        with _HandOver(noise) as handed:
-            x_next = self._move(prediction, level, x_t)
-        assert handed.calls == 1, "DDPMScheduler.step no longer draws its noise with one torch.randn"
-        return x_next
+    def _ancestral(self, index: int, prediction: Tensor, x_t: Tensor, noise: Tensor | None) -> Tensor:
+        """The last step returns x_0: diffusers adds noise to it where the last timestep is not 0."""
+        last = index == len(self) - 1
+        assert last or noise is not None
+        with _HandOver(torch.zeros_like(x_t) if noise is None else noise) as handed:
+            x_next, x_0 = self._scheduler.step(prediction, self.timesteps[index], x_t, return_dict=False)
+        assert last or handed.calls == 1, "DDPMScheduler.step no longer draws its noise with one torch.randn"
+        chosen: Tensor = x_0 if last else x_next
+        return chosen
+
+
+def _respaced(scheduler: Any, timesteps: Sequence[int]) -> Any:
+    """DDIM over the noise levels at `timesteps` alone, counted n - 1 ... 0.
+
+    diffusers' DDIM steps from t to t - T // n, which is not its next timestep unless n divides T.
+    """
+    chain = DDIMScheduler.from_config(scheduler.config, num_train_timesteps=len(timesteps), timestep_spacing="leading")
+    chain.set_timesteps(len(timesteps))
+    chain.alphas_cumprod = scheduler.alphas_cumprod[timesteps[::-1]]  # [n]
+    return chain
+
+
+def _check_steps(steps: int, usable: int, levels: int) -> None:
+    if steps > usable:
+        known, way_out = f"{levels} noise levels of the model", ""
+        if usable < levels:
+            known = f"{usable} of {levels} noise levels that dpm_solver++ can start from without clipping"
+            way_out = ", or evaluation.clip_sample to true"
+        raise UserError(
+            f"evaluation.num_inference_steps: {steps} is more than the {known}; set it to at most {usable}{way_out}"
+        )
 
 
 @torch.inference_mode()
@@ -155,8 +189,11 @@ def sample(
     """Images `indices` (int64 `[n]`) as uint8 `[n, C, H, W]` on `device`.
 
     The state is float32 throughout. `labels` int64 `[n]` are handed to `predict`. `after_step` is called after each
-    network evaluation (a progress bar; raising there ends the sampling). Raises NonFiniteImages for NaN or infinity.
+    network evaluation (a progress bar; raising there ends the sampling). No indices give no images, and the network is
+    not asked. Raises NonFiniteImages for NaN or infinity.
     """
+    if len(indices) == 0:
+        return torch.zeros(0, *image_shape, dtype=torch.uint8, device=device)
     positions = indices.to(device)
     x_t = streams.normal(seed, Stream.SAMPLE, 0, positions, tuple(image_shape))  # [n, C, H, W]
     labels = None if labels is None else labels.to(device)
@@ -175,12 +212,13 @@ def sample(
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] float -> 0..255, to the nearest: rounding down would darken every image by half a level.
 
+    The same arithmetic as in diffusers' pipelines, so that a pixel between two levels goes the same way.
     Raises NonFiniteImages, which a cast to integers would hide.
     """
     bad = ~torch.isfinite(images).flatten(1).all(dim=1)
     if bool(bad.any()):
         raise NonFiniteImages(bad.nonzero().flatten().tolist())
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return (images / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 class NonFiniteImages(ValueError):
@@ -220,13 +258,3 @@ def trailing(levels: int, steps: int) -> list[int]:
     diffusers walks there in floating point and for some `steps` (61 of 1000) takes one more, to timestep -1.
     """
     return [round(levels * left / steps) - 1 for left in range(steps, 0, -1)]
-
-
-def _usable_levels(base: Any) -> int:
-    """How many noise levels DPM-Solver++ may start from: those with log(alpha / sigma) of at least -5.1.
-
-    A cosine schedule ends so close to pure noise that predicted noise, divided by alpha there, says nothing about x_0,
-    and the solver does not clip; diffusers advises this bound (`lambda_min_clipped`). Linear schedules stay above it.
-    """
-    log_ratio = 0.5 * (torch.log(base.alphas_cumprod) - torch.log1p(-base.alphas_cumprod))
-    return int((log_ratio >= -5.1).sum())

@@ -1,6 +1,6 @@
 """A run's state to checkpoints and back: copied to host memory, written by a background thread, read by rank 0 alone.
 
-What a resumed run may change is decided here, in `check_resume`.
+What a resumed run may change is decided by the settings' marks (`config.Effect.RUN`), and held to here, in `check_resume`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from ddpm_ema.config import Config, digest, to_dict
+from ddpm_ema.config import Config, Effect, differing, digest, to_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.processes import Processes, say
 from ddpm_ema.rundir import Checkpoint, RunDir
-
-# A resumed run is the same run where these agree. Everything else (steps, learning rate, logging, ...) may change.
-FIXED = {
-    "seed": None,
-    "model": None,
-    "diffusion": None,
-    "data": ("image_size", "channels", "horizontal_flip"),
-    "training": ("optimizer", "adam_betas", "adam_epsilon", "weight_decay", "gradient_clip", "mixed_precision"),
-}
 
 
 class Saver:
@@ -120,15 +111,19 @@ def find_checkpoint(config: Config, rundir: RunDir, processes: Processes) -> Che
 
 def check_resume(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
     """Raises UserError that lists every setting that differs and may not; says what differs and may."""
+    if checkpoint.manifest.get("imported"):
+        raise UserError(f"{checkpoint.path}: was imported, without the optimizer's state; it cannot be trained further")
     was, now = checkpoint.manifest["settings"], to_dict(config)
     where = f"{checkpoint.path}: this run was made with other settings"
-    problems = [*_fixed_differences(was, now), *_average_differences(was, now, config.training.allow_new_averages)]
-    batch = was["training"]["batch_size"], now["training"]["batch_size"]
-    if batch[0] != batch[1] and not config.training.allow_batch_size_change:
-        problems.append(
-            f"training.batch_size: was {batch[0]}, is {batch[1]} (--training.allow-batch-size-change goes on; the data "
-            "stream is then another)"
-        )
+    problems = []
+    for key, before, after in differing(was, now, Effect.RUN):
+        if key == "averages":
+            problems += _average_differences(before, after, config.training.allow_new_averages)
+        elif key != "training.batch_size":
+            problems.append(f"{key}: was {before}, is {after}")
+        elif not config.training.allow_batch_size_change:
+            hint = "--training.allow-batch-size-change goes on; the data stream is then another"
+            problems.append(f"{key}: was {before}, is {after} ({hint})")
     if problems:
         lines = "\n  ".join(problems)
         raise UserError(f"{where}:\n  {lines}\nUse those settings, another output_dir, or --training.resume fresh")
@@ -149,21 +144,7 @@ def check_dataset(checkpoint_manifest: Mapping[str, Any], dataset: Any) -> None:
         )
 
 
-def _fixed_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for section, fields in FIXED.items():
-        if not isinstance(now[section], dict):
-            problems += [f"{section}: was {was[section]}, is {now[section]}"] if was[section] != now[section] else []
-            continue
-        for field in fields or now[section]:
-            before, after = was[section].get(field), now[section][field]
-            if before != after:
-                problems.append(f"{section}.{field}: was {before}, is {after}")
-    return problems
-
-
-def _average_differences(was: Mapping[str, Any], now: Mapping[str, Any], allow_new: bool) -> list[str]:
-    before, after = was["averages"], now["averages"]
+def _average_differences(before: Mapping[str, Any], after: Mapping[str, Any], allow_new: bool) -> list[str]:
     problems = [f"averages.{name}: was {before[name]}, is gone" for name in before if name not in after]
     for name, profile in after.items():
         if name not in before:

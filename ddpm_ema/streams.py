@@ -36,7 +36,7 @@ class Stream(IntEnum):
     NOISE = 3  # noise added to the images: position in the global batch
     LABEL_DROPOUT = 4  # which labels are hidden: position in the global batch
     SAMPLE = 5  # sampling: step = sampling step (0 is the starting noise), position = image index
-    DROPOUT = 6  # seeds of the dropout masks: position = rank
+    DROPOUT = 6  # seeds of the dropout masks: position = the first of the micro-batch in the global batch
     SAMPLE_LABEL = 7  # labels asked for when sampling: position = image index
     PREVIEW = 8  # sample grids while training
     FEATURES = 9  # training of the feature classifier

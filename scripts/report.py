@@ -1,4 +1,4 @@
-"""python scripts/report.py RUN [--output FILE]: one HTML page that says which weights to ship, and why."""
+"""python scripts/report.py RUN [--output FILE --scoring FOLDER]: one HTML page that says which weights to ship, and why."""
 
 import sys
 

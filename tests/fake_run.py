@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 from safetensors.numpy import save_file
+
+from ddpm_ema import config
 
 STEPS = 3000
 AVERAGES: dict[str, dict[str, Any]] = {
@@ -20,8 +23,8 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "power_0_05": {"kind": "power_function", "std": 0.05},
     "power_0_10": {"kind": "power_function", "std": 0.10},
 }
-# copy -> corrected distance, its error, difference from raw and its error, kid, precision, recall
-FIGURES = {
+# weights -> corrected distance, its error, difference from raw and its error, kid, precision, recall
+FIGURES: dict[str, tuple[Any, ...]] = {
     "raw": (27.4, 2.0, None, None, 0.0311, 0.712, 0.644),
     "ema_0_999": (9.1, 1.2, -18.3, 2.2, 0.0102, 0.858, 0.671),
     "ema_0_999_debiased": (3.1, 0.9, -24.3, 2.0, 0.0041, 0.884, 0.744),
@@ -29,85 +32,139 @@ FIGURES = {
     "power_0_05": (4.9, 1.0, -22.5, 1.9, 0.0050, 0.861, 0.751),
     "power_0_10": (2.7, 0.8, -24.7, 2.0, 0.0039, 0.889, 0.741),
 }
+# The settings that training had; this scoring had others on its command line, as `EVALUATION` says.
 SETTINGS: dict[str, Any] = {
     "output_dir": "runs/digits",
-    "seed": 0,
     "data": {"source": "digits", "image_size": 8, "channels": 1},
-    "model": {"block_out_channels": [32, 64, 64]},
-    "diffusion": {"num_train_timesteps": 1000, "prediction": "epsilon"},
+    "model": {"block_out_channels": [32, 64, 64], "attention": [False, True, False]},
     "training": {"steps": STEPS, "batch_size": 64, "learning_rate": 1e-3},
     "averages": AVERAGES,
-    "evaluation": {"num_images": 6000, "every": 500, "every_num_images": 1000},
+    "evaluation": {"sampler": "ddim", "num_inference_steps": 50, "every": 500, "every_num_images": 1000},
 }
 
 
+def settings() -> dict[str, Any]:
+    """All settings of the run, as config.yaml holds them."""
+    return config.to_dict(config.validate(SETTINGS))
+
+
+def evaluation(**changes: Any) -> dict[str, Any]:
+    """All evaluation settings of the scoring."""
+    scored = {"sampler": "dpm_solver++", "num_inference_steps": 25, "num_images": 6000, "extractor": "classifier"}
+    return {**settings()["evaluation"], **scored, **changes}
+
+
+def difference(delta: float, error: float, key: str = "delta") -> dict[str, Any]:
+    """The fields of a paired difference; `key` is `delta_vs_raw` in a row."""
+    low, high = delta - 2.1 * error, delta + 2.1 * error
+    stderr = "delta_stderr" if key == "delta_vs_raw" else "stderr"
+    return {key: delta, stderr: error, "interval": [low, high], "significant": not low <= 0 <= high}
+
+
+def row(name: str, distance: float, error: float = 1.0, **more: Any) -> dict[str, Any]:
+    """One row of results.json; `delta=(difference from raw, its error)` pairs it."""
+    delta = more.pop("delta", None)
+    return {
+        "weights": name,
+        "weights_sha256": hashlib.sha256(name.encode()).hexdigest(),
+        "profile": AVERAGES.get(name),
+        "warnings": [],
+        "num_images": 6000,
+        "frechet_distance": distance + 1.2,
+        "frechet_distance_unbiased": distance,
+        "stderr": error,
+        "interval95": [distance - 2.1 * error, distance + 2.1 * error],
+        "kid": 0.01,
+        "kid_std": 0.001,
+        "inception_score": 8.5,
+        "inception_score_std": 0.1,
+        "precision": 0.85,
+        "precision_stderr": 0.005,
+        "recall": 0.7,
+        "recall_stderr": 0.006,
+        "saturated": 0.48,
+        "seconds": 21.4,
+        **({} if delta is None else difference(*delta, key="delta_vs_raw")),
+        **more,
+    }
+
+
 def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = tuple(FIGURES), **changes: Any) -> dict:
-    """A results.json; figures are worse at earlier steps."""
-    late = STEPS / step
+    """A results.json; figures are worse at earlier steps. `changes` replace its keys, the evaluation settings among them."""
     rows = []
     for name in names:
         distance, error, delta, delta_error, kid, precision, recall = FIGURES[name]
-        row = {
-            "weights": name,
-            "profile": AVERAGES.get(name),
-            "frechet_distance": distance * late + 1.2,
-            "frechet_distance_unbiased": distance * late,
-            "stderr": error,
-            "kid": kid,
-            "precision": precision,
-            "recall": recall,
-            "seconds": 21.4,
-        }
-        if delta is not None and "raw" in names:
-            row |= {"delta_vs_raw": delta, "delta_stderr": delta_error}
-            row["interval"] = [delta - 2.1 * delta_error, delta + 2.1 * delta_error]
-        rows.append(row)
-    pairs = []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            delta, error = FIGURES[a][0] - FIGURES[b][0], 2.0 if "raw" in (a, b) else 0.6
-            interval = [delta - 2.1 * error, delta + 2.1 * error]
-            pairs.append({"a": a, "b": b, "delta": delta, "stderr": error, "interval": interval})
+        paired = (delta, delta_error) if delta is not None and "raw" in names else None
+        more = {"kid": kid, "precision": precision, "recall": recall, "num_images": num_images, "delta": paired}
+        rows.append(row(name, distance * STEPS / step, error, **more))
+    pairs = [
+        {"a": a, "b": b, **difference(FIGURES[a][0] - FIGURES[b][0], 2.0 if "raw" in (a, b) else 0.6)}
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    ]
+    scored = evaluation(num_images=num_images)
+    scored |= {key: value for key, value in changes.items() if key in scored and key != "sweep"}
+    keys = ("sampler", "num_inference_steps", "num_images", "seed", "eta", "clip_sample", "mixed_precision", "groups")
+    keys = (*keys, "extractor", "kid_subsets", "kid_subset_size", "precision_recall")
     return {
         "schema": 2,
+        "protocol": 1,
         "step": step,
+        "finished": "2025-06-01T12:00:00+00:00",
         "metric": "fd",
-        "extractor": "classifier",
+        **{key: scored[key] for key in keys},
+        "guidance_scale": None,
         "extractor_sha256": "ab" * 32,
-        "reference": "train: digits, 1797 images",
-        "num_images": num_images,
-        "sampler": "dpm_solver++",
-        "num_inference_steps": 25,
-        "seed": 0,
-        "groups": 20,
-        "rows": rows,
+        "feature_layer": "features",
+        "reference": "train of digits, 1797 images",
+        "reference_origin": {"data": "f00d" * 16, "split": "train", "size": 1797},
+        "reference_saturated": 0.5,
+        "precision_of_noise": 0.01,
+        "timestep_spacing": "trailing",
+        "variance": "fixed_large",
+        "settings_digest": hashlib.sha256(json.dumps([scored[key] for key in keys]).encode()).hexdigest()[:12],
+        "evaluation": scored,
+        "rows": sorted(rows, key=lambda row: row["frechet_distance_unbiased"]),
         "pairs": pairs,
+        "warnings": [],
+        "versions": {"python": "3.11.7", "ddpm_ema": "0.1.0", "torch": "2.15.0", "diffusers": "0.42.1"},
+        "world_size": 1,
         **changes,
     }
 
 
-def sweep_rows() -> list[dict[str, Any]]:
-    """Twelve widths with a minimum near 0.13."""
+def swept() -> dict[str, Any]:
+    """What a sweep adds to results.json: twelve widths, the lowest near 0.13."""
     rows = []
     for std in np.linspace(0.02, 0.24, 12):
-        distance = 2.5 + 900 * (std - 0.13) ** 2 * (1.8 if std < 0.13 else 0.6)
-        row = {
-            "weights": f"power_{std:.3f}".replace(".", "_"),
-            "std": float(std),
-            "frechet_distance": distance + 1.1,
-            "frechet_distance_unbiased": distance,
-            "stderr": 0.7 + 8 * abs(std - 0.13),
+        distance, name = (
+            2.5 + 900 * (std - 0.13) ** 2 * (1.8 if std < 0.13 else 0.6),
+            f"power_{std:.2f}".replace(".", "_"),
+        )
+        more = {
             "precision": 0.86 + 0.2 * (std - 0.02) - 0.3 * (std - 0.02) ** 2,
             "recall": 0.76 - 0.9 * (std - 0.05) ** 2,
         }
-        rows.append(row)
-    rows.sort(key=lambda row: row["frechet_distance_unbiased"])
+        quality = {"profile_error": 0.01, "condition_number": 1e3, "amplification": 1.3}
+        more |= {"sweep": "std", "std": float(std), "reconstruction": quality, "delta": (distance - 27.4, 2.0)}
+        rows.append(row(name, distance, 0.7 + 8 * abs(std - 0.13), **more))
     rows[-1]["warnings"] = ["reconstructed poorly: profile error 12%, condition number 1e6"]
-    return rows
+    best = min(rows, key=lambda row: row["frechet_distance_unbiased"])
+    close = [
+        row["weights"] for row in rows if 0 < row["frechet_distance_unbiased"] - best["frechet_distance_unbiased"] < 1
+    ]
+    versus = {"weights": "power_0_10", **difference(best["frechet_distance_unbiased"] - 2.7, 0.12)}
+    summary = {
+        "weights": best["weights"],
+        "std": best["std"],
+        "not_significantly_worse": close,
+        "versus_best_kept": versus,
+    }
+    return {"sweep": rows, "sweep_best": {"std": summary}, "sweep_digest": {"std": "0" * 12}}
 
 
-def write_results(run: Path, content: dict[str, Any], digest: str = "0123456789ab") -> Path:
-    folder = run / "scores" / f"{content['step']:08d}-{digest}"
+def write_results(run: Path, content: dict[str, Any], digest: str | None = None) -> Path:
+    folder = run / "scores" / f"{content['step']:08d}-{digest or content['settings_digest']}"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(content))
     return folder
@@ -147,12 +204,14 @@ def metrics(steps: int = STEPS, every: int = 50) -> str:
             row[f"distance/{name}"] = 0.05 + 0.25 / (1 + i) * math.exp(-step / 1500)
         lines.append(json.dumps(row))
         if step % 1000 == 0:
-            lines.append(json.dumps({"step": step, "scores": results(step, 1000)["rows"]}))
+            quick = [{**row, "metric": "fd", "extractor": "classifier"} for row in results(step, 1000)["rows"]]
+            lines.append(json.dumps({"step": step, "scores": quick}))
     return "\n".join(lines) + "\n"
 
 
-def grid(path: Path, labels: tuple[str, ...] = tuple(FIGURES), columns: int = 16, cell: int = 32) -> None:
-    """A labelled grid of blobs."""
+def grid(path: Path, title: str = "", columns: int = 16, cell: int = 32) -> None:
+    """A labelled grid of blobs, with the title that a picture holds."""
+    labels = tuple(FIGURES)
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(1)
     image = Image.new("RGB", (150 + columns * cell, len(labels) * cell), "white")
@@ -162,7 +221,10 @@ def grid(path: Path, labels: tuple[str, ...] = tuple(FIGURES), columns: int = 16
         for column in range(columns):
             patch = Image.fromarray((noise.random((8, 8)) * 255).astype(np.uint8))
             image.paste(patch.resize((cell - 2, cell - 2), Image.Resampling.NEAREST), (150 + column * cell, row * cell))
-    image.save(path)
+    entries = PngImagePlugin.PngInfo()
+    if title:
+        entries.add_text("Title", title)
+    image.save(path, pnginfo=entries)
 
 
 def manifest(step: int = STEPS) -> dict[str, Any]:
@@ -170,11 +232,16 @@ def manifest(step: int = STEPS) -> dict[str, Any]:
         "schema": 1,
         "step": step,
         "seed": 0,
-        "settings": SETTINGS,
+        "settings": settings(),
+        "settings_digest": "0" * 12,
         "dataset": {"name": "digits", "size": 1797, "fingerprint": "f00d" * 16},
         "world_size": 2,
         "versions": {"python": "3.11.7", "torch": "2.15.0", "diffusers": "0.42.1"},
         "profiles": AVERAGES,
+        "parameters": {},
+        "window": {},
+        "skipped_steps": 0,
+        "scaler": None,
         "weightings": weightings(),
         "files": {},
     }
@@ -183,23 +250,16 @@ def manifest(step: int = STEPS) -> dict[str, Any]:
 def make_run(run: Path) -> Path:
     """A complete run directory: trained, sampled, scored at three steps, swept."""
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(SETTINGS, sort_keys=False))
+    (run / "config.yaml").write_text(yaml.safe_dump(settings(), sort_keys=False))
+    (run / "features.safetensors").touch()
     (run / "metrics.jsonl").write_text(metrics())
     checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
     checkpoint.mkdir(parents=True)
     save_file({"conv.weight": np.zeros((701, 1000), np.float32)}, checkpoint / "raw.safetensors")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest()))
     for step in (500, 1500, 3000):
-        grid(run / "samples" / f"step-{step:08d}.png")
+        grid(run / "samples" / f"step-{step:08d}.png", f"step {step}, ddim 50 steps, the same noise in every row")
     for step in (1000, 2000):
         write_results(run, results(step))
-    rows = sweep_rows()
-    best = {
-        "std": {
-            "weights": rows[0]["weights"],
-            "std": rows[0]["std"],
-            "not_significantly_worse": [row["weights"] for row in rows[1:4]],
-        }
-    }
-    grid(write_results(run, results(sweep=rows, sweep_best=best)) / "grid.png")
+    grid(write_results(run, results(**swept())) / "grid.png")
     return run

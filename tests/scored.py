@@ -41,6 +41,7 @@ def settings(output_dir: Path, **changes: Any) -> config.Config:
     """The tiny configuration, with changes by dotted key (`evaluation__seed=1`)."""
     tree = json.loads(json.dumps(TINY))
     tree["output_dir"] = str(output_dir)
+    tree["model"]["initialization"] = "pytorch"  # the paper's first weights say zero, whatever they are scaled by
     tree["evaluation"] = dict(EVALUATION)
     tree["data"]["cache_dir"] = str(output_dir.parent / "cache")
     for key, value in changes.items():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ddpm_ema import cli, config
+from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, cli, config
 from ddpm_ema.errors import UserError
+from ddpm_ema.rundir import Checkpoint
+from ddpm_ema.saving import check_resume
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,16 +32,60 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
     assert config.digest(config.to_dict(again)) == config.digest(config.to_dict(loaded))
 
 
-def test_the_cifar10_config_is_the_paper_s_recipe() -> None:
-    c = config.load(ROOT / "configs" / "cifar10.yaml")
-    t, d = c.training, c.diffusion
-    assert (t.steps, t.batch_size, t.learning_rate, t.warmup_steps, t.gradient_clip) == (800_000, 128, 2e-4, 5000, 1.0)
-    assert (t.optimizer, c.model.dropout, c.data.horizontal_flip) == ("adam", 0.1, True)
-    assert (d.schedule, d.beta_start, d.beta_end, d.num_train_timesteps) == ("linear", 1e-4, 0.02, 1000)
-    assert (d.prediction, d.variance, c.evaluation.sampler) == ("epsilon", "fixed_large", "ddpm")
-    assert (c.evaluation.num_images, c.evaluation.num_inference_steps) == (50_000, 1000)
-    assert c.evaluation.extractor == "inception-v3-compat"
-    assert set(c.averages) == {"ema_0_999", "ema_0_9999", "power_0_05", "power_0_10"}
+# Ho et al. 2020: section 4, appendix B, and their code (initialisation, GroupNorm's 32 groups, Adam's defaults).
+PAPERS_RECIPE = {
+    "data": {"name": "CIFAR10", "split": "train", "image_size": 32, "channels": 3, "horizontal_flip": True},
+    "model": {
+        "block_out_channels": [128, 256, 256, 256],
+        "layers_per_block": 2,
+        "attention": [False, True, False, False],
+        "norm_num_groups": 32,
+        "dropout": 0.1,
+        "initialization": "ddpm",
+    },
+    "diffusion": {
+        "num_train_timesteps": 1000,
+        "schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction": "epsilon",
+        "variance": "fixed_large",
+    },
+    "training": {
+        "steps": 800_000,
+        "batch_size": 128,
+        "learning_rate": 2e-4,
+        "learning_rate_schedule": "constant",
+        "warmup_steps": 5000,
+        "optimizer": "adam",
+        "adam_betas": [0.9, 0.999],
+        "adam_epsilon": 1e-8,
+        "gradient_clip": 1.0,
+    },
+    "averages": {"ema_0_9999": {"kind": "constant", "decay": 0.9999}},
+    "evaluation": {
+        "num_images": 50_000,
+        "sampler": "ddpm",
+        "num_inference_steps": 1000,
+        "extractor": "inception-v3-compat",
+        "reference": "train",
+    },
+}
+
+
+def test_the_cifar10_config_spells_out_the_whole_recipe_of_the_paper() -> None:
+    """In the file itself, so that no default of ours can change what it claims."""
+    path = ROOT / "configs" / "cifar10.yaml"
+    written, loaded = yaml.safe_load(path.read_text()), config.to_dict(config.load(path))
+    for section, recipe in PAPERS_RECIPE.items():
+        assert recipe.keys() <= written[section].keys(), section
+        assert {key: loaded[section][key] for key in recipe} == recipe
+    assert set(loaded["averages"]) == {"ema_0_999", "ema_0_9999", "power_0_05", "power_0_10", "uniform"}
+
+
+def test_a_snapshot_of_what_is_not_kept_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
+    message = problems("averages: {ema: {kind: uniform}}\ncheckpoints: {snapshots: [raw, emma]}\n", tmp_path)
+    assert "checkpoints.snapshots: 'emma' is neither raw nor under averages; did you mean 'ema'?" in message
 
 
 def test_all_errors_of_a_file_come_at_once_with_key_path_and_nearest_name(tmp_path: Path) -> None:
@@ -68,6 +116,49 @@ def test_a_number_in_scientific_notation_without_a_dot_is_a_number(tmp_path: Pat
     path.write_text("training: {learning_rate: 1e-3, weight_decay: 5E-2}\n")
     loaded = config.load(path, {"training.adam_epsilon": ["1e-7"]}).training
     assert (loaded.learning_rate, loaded.weight_decay, loaded.adam_epsilon) == (0.001, 0.05, 1e-7)
+
+
+LENGTHS = """training: {steps: 1500, batch_size: 512}
+averages:
+  edm: {kind: half_life, half_life: 500kimg}
+  last_fifth: {kind: window, length: 20%, end: 100%}
+  late: {kind: constant, decay: 0.999, start: 10%}
+"""
+
+
+def test_lengths_in_images_and_shares_of_the_run_are_resolved_once_and_recorded_in_steps(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(LENGTHS)
+    loaded = config.load(path)
+    assert loaded.averages == {
+        "edm": HalfLife(976.5625),
+        "last_fifth": Window(length=300, end=1500),
+        "late": Delayed(ConstantDecay(0.999), start=150),
+    }
+    path.write_text(config.to_yaml(loaded))
+    longer = config.load(path, {"training.steps": ["3000"]})
+    assert longer.averages == loaded.averages
+
+
+def test_a_resumed_run_with_more_steps_cannot_change_a_resolved_length_unnoticed(tmp_path: Path) -> None:
+    path, record = tmp_path / "settings.yaml", tmp_path / "config.yaml"
+    path.write_text(LENGTHS)
+    record.write_text(config.to_yaml(config.load(path)))
+    checkpoint = Checkpoint(tmp_path / "step-00001500")
+    checkpoint.manifest = {"settings": config.to_dict(config.load(record)), "world_size": 1}
+    more = {"training.steps": ["3000"]}
+    with pytest.raises(UserError) as refused:
+        check_resume(config.load(path, more), checkpoint, world_size=1)
+    assert "averages.last_fifth: was {'kind': 'window', 'length': 300, 'end': 1500}, is {" in str(refused.value)
+    assert "averages.late: was {'kind': 'constant', 'decay': 0.999, 'start': 150}, is {" in str(refused.value)
+    assert "averages.edm" not in str(refused.value)
+    check_resume(config.load(record, more), checkpoint, world_size=1)  # the run's own config.yaml goes on
+
+
+def test_a_bad_length_is_named_with_its_key_path_beside_the_other_errors(tmp_path: Path) -> None:
+    message = problems("training: {steps: 0}\naverages: {w: {kind: window, length: a fifth, end: 100%}}\n", tmp_path)
+    assert "2 bad settings" in message
+    assert "averages.w: length: expected a number of steps, a share of the run such as 5%" in message
 
 
 @pytest.mark.parametrize(
@@ -109,6 +200,53 @@ def test_weights_that_nobody_keeps_are_an_error_that_names_the_nearest(tmp_path:
 )
 def test_a_file_that_is_no_mapping_of_sections_says_so(text: str, expected: str, tmp_path: Path) -> None:
     assert expected in problems(text, tmp_path)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB + "seed: *a8", "aliases"),
+        (BOMB + "averages: {a: {kind: *a8}}", "aliases"),
+        ("a: &a {b: 1}\nc: &c {<<: [*a, *a, *a], d: &d [*a]}\nseed: &s [*s]", "aliases"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        ("? [a, b]\n: c", r"line 1: a key must be a word"),
+        ("seed: " + "9" * 6000, "line 1: .* more than 63 bits"),
+        ("seed: 0x" + "f" * 9000, "line 1: .* more than 63 bits"),
+        ("seed: 2020-99-99", "seed: input should be a valid integer.*'2020-99-99'"),
+        ("seed: !!timestamp x", "cannot be read"),
+        ("seed: !!bool x", "cannot be read"),
+        ("seed: [" + "abcdefgh, " * 500 + "]", r"seed: input should be a valid integer.*\.\.\."),
+        ("training: {device: " + "x" * 5000 + "}", r"training\.device: .*x\.\.\.x"),
+        ("averages: {a: {kind: " + "x" * 5000 + "}}", r"averages\.a: kind: unknown profile 'x+"),
+        ("averages: {a: {kind: constant, decay: [[[[[[1]]]]]]}}", "expected a number with 0 <= decay <= 1"),
+        ("x" * 900 + ": 1", "x{80}: unknown setting"),
+        ("".join(f"k{i}: 1\n" for i in range(2000)), r"2000 bad settings"),
+        ("1: 2\ntrue: 3", "keys should be strings"),
+        ("averages: {1: {kind: uniform}}", r"averages\.1"),
+    ],
+)
+def test_whatever_stands_in_a_file_gives_a_short_message(text: str, expected: str, tmp_path: Path) -> None:
+    message = problems(text, tmp_path)
+    assert re.search(expected, message), message[:2000]
+    assert len(message) < 6000
+    assert max(map(len, message.splitlines())) < 1000
+
+
+def test_a_folder_called_like_a_date_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("output_dir: 2024-01-31\n")
+    assert config.load(tmp_path / "settings.yaml").output_dir == Path("2024-01-31")
+
+
+def test_an_alias_that_is_no_bomb_is_read(tmp_path: Path) -> None:
+    text = "averages:\n  a: &base {kind: warmup, decay: 0.9}\n  b: {<<: *base, decay: 0.99}\n"
+    (tmp_path / "settings.yaml").write_text(text)
+    assert config.to_dict(config.load(tmp_path / "settings.yaml"))["averages"]["b"]["decay"] == 0.99
 
 
 def test_a_missing_file_is_one_message() -> None:

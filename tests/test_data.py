@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_digits
 
 from ddpm_ema import data
@@ -281,6 +282,15 @@ def test_broken_links_and_loops_of_links_are_passed_over_and_named(folder: Path)
         assert part in text
 
 
+def test_a_named_pipe_is_passed_over_and_named(folder: Path) -> None:
+    os.mkfifo(folder / "a" / "pipe.png")
+    (folder / "a" / "evil\x1b]0;title\x07.png").symlink_to("nowhere")
+    dataset = load(folder)
+    evil, pipe = sorted(dataset.skipped)
+    assert pipe.endswith("pipe.png: not a regular file")
+    assert evil.endswith(r"evil\x1b]0;title\x07.png: a broken link")  # no escape sequence reaches a terminal
+
+
 def test_linked_folders_and_images_are_followed(folder: Path, tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -382,6 +392,19 @@ def test_a_cache_made_with_leave_to_skip_is_refused_without_it(folder: Path) -> 
     load(folder, "mmap", max_bad_images=3)
     with pytest.raises(UserError, match=r"c/3\.png: not an image"):
         load(folder, "mmap", max_bad_images=0)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_named_like_any_other_damaged_image(folder: Path) -> None:
+    path = folder / "a" / "damaged.avif"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[84] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError):  # the trap is real
+        Image.open(path).load()
+    with pytest.raises(UserError, match=r"damaged\.avif"):
+        load(folder)
 
 
 def test_nothing_but_damaged_images_is_an_error(folder: Path) -> None:
@@ -517,7 +540,7 @@ def test_a_mapped_file_is_made_once_and_found_again(folder: Path, monkeypatch: p
         load(folder, "mmap")
 
 
-@pytest.mark.parametrize("harm", ["truncate", "garble", "remove"])
+@pytest.mark.parametrize("harm", ["truncate", "garble", "remove", "change one pixel"])
 def test_a_mapped_file_that_is_not_whole_is_made_again(folder: Path, harm: str) -> None:
     content = everything(load(folder, "mmap"))
     (cached,) = [path for path in (folder.parent / "cache" / "images").iterdir() if path.is_dir()]
@@ -525,6 +548,10 @@ def test_a_mapped_file_that_is_not_whole_is_made_again(folder: Path, harm: str) 
         os.truncate(cached / "images.u8", 100)
     elif harm == "garble":
         (cached / "meta.json").write_text("{")
+    elif harm == "change one pixel":
+        pixels = bytearray((cached / "images.u8").read_bytes())
+        pixels[5] ^= 1
+        (cached / "images.u8").write_bytes(pixels)
     else:
         (cached / "images.u8").unlink()
     assert torch.equal(everything(load(folder, "mmap")), content)
@@ -602,6 +629,20 @@ load("mmap")
     process.kill()
     process.communicate()
     assert torch.equal(everything(load(folder, "mmap")), everything(load(folder)))
+    assert not list((folder.parent / "cache" / "images").glob("*.tmp-*"))
+
+
+def test_the_lock_of_the_cache_does_not_follow_a_link(folder: Path, tmp_path: Path) -> None:
+    load(folder, "mmap")
+    (lock,) = (folder.parent / "cache" / "images").glob("*.lock")
+    victim = tmp_path / "victim"
+    victim.write_text("thesis")
+    lock.unlink()
+    lock.symlink_to(victim)
+    shutil.rmtree(lock.with_suffix(""))
+    with pytest.raises(UserError, match="cannot keep decoded images"):
+        load(folder, "mmap")
+    assert victim.read_text() == "thesis"
 
 
 @pytest.mark.slow

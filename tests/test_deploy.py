@@ -121,7 +121,7 @@ def test_the_strict_schema_refuses_a_field_it_does_not_know():
 
 def test_the_jobset_passes_through_jobsets_own_types_without_losing_a_field():
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api has JobSet's types")
-    [jobset] = documents(KUBERNETES / "train-jobset.yaml")
+    [jobset] = [d for d in documents(KUBERNETES / "train-jobset.yaml") if d["kind"] == "JobSet"]
     assert models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
     jobset["spec"]["failurePolicy"]["maxRestart"] = 3
     assert models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict() != jobset
@@ -144,7 +144,7 @@ def test_a_pod_has_shared_memory_a_grace_period_and_exit_codes_that_are_the_code
 def test_stops_after_a_save_are_not_counted_and_bad_settings_are_not_tried_again():
     rules = job_of(JOBS[0])["spec"]["podFailurePolicy"]["rules"]
     assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"]
-    [jobset] = documents(JOBS[1])
+    [jobset] = [d for d in documents(JOBS[1]) if d["kind"] == "JobSet"]
     # What the Job controller writes when a rule of podFailurePolicy matches.
     message = "Container train for pod default/ddpm-ema-nodes-0-1-x2b4c failed with exit code {} matching FailJob rule at index 0"
     actions = {}
@@ -160,6 +160,20 @@ def test_stops_after_a_save_are_not_counted_and_bad_settings_are_not_tried_again
         EXIT_STOPPED: restart,
         KILLED_BY_TERM: restart,
     }
+
+
+@every_job
+def test_only_the_pods_of_the_same_job_may_reach_a_pod(path: Path):
+    [policy] = [d for d in documents(path) if d["kind"] == "NetworkPolicy"]
+    label = {
+        "Job": "batch.kubernetes.io/job-name",
+        "JobSet": "jobset.sigs.k8s.io/jobset-name",
+    }  # set by the controllers
+    [job] = [d for d in documents(path) if d["kind"] in label]
+    own = {"matchLabels": {label[job["kind"]]: job["metadata"]["name"]}}
+    assert policy["spec"]["podSelector"] == own
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": own}]}]
 
 
 @every_job

@@ -188,49 +188,80 @@ def test_min_snr_weights_are_finite_and_positive_at_every_timestep(schedule: str
     assert (weight > 0).all()
 
 
-def independent_bound(x_0: Tensor, x_t: Tensor, guess: Tensor, v: Tensor, timesteps: Tensor) -> Tensor:
-    """L_t in bits a dimension, in float64, from the papers' definitions by other means: torch's KL, scipy's tails."""
-    betas = torch.linspace(1e-4, 0.02, 1000).double()  # Ho et al. 2020, section 4
-    abar = (1 - betas).cumprod(0)
-    out = []
-    for i, t in enumerate(timesteps.tolist()):
-        before = abar[t - 1] if t else torch.tensor(1.0, dtype=torch.float64)
-
-        def mean(x: Tensor, i: int = i, t: int = t, before: Tensor = before) -> Tensor:
-            return (
-                before.sqrt() * betas[t] * x[i].double() + (1 - betas[t]).sqrt() * (1 - before) * x_t[i].double()
-            ) / (1 - abar[t])
-
-        s = max(t, 1)  # Nichol & Dhariwal clip the first posterior variance, which is zero, to the second
-        small = betas[s] * (1 - abar[s - 1]) / (1 - abar[s])
-        fraction = (v[i].double() + 1) / 2
-        std = (fraction * betas[t].log() + (1 - fraction) * small.log()).exp().sqrt()
-        if t:
-            q = torch.distributions.Normal(mean(x_0), small.sqrt())
-            nats = torch.distributions.kl_divergence(q, torch.distributions.Normal(mean(guess), std))
-        else:
-            p, x = stats.norm(mean(guess).numpy(), std.numpy()), x_0[i].double().numpy()
-            above = torch.from_numpy(p.cdf(x + 1 / 255)).where(torch.from_numpy(x < 0.999), 1.0)
-            below = torch.from_numpy(p.cdf(x - 1 / 255)).where(torch.from_numpy(x > -0.999), 0.0)
-            nats = -(above - below).log()
-        out.append(nats.mean() / math.log(2))
-    return torch.stack(out)
+def schedule_of(name: str, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
+    """Betas and alphas_cumprod in float64, from the papers' definitions."""
+    times = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    f = ((times + 0.008) / 1.008 * math.pi / 2).cos().square()  # Nichol & Dhariwal 2021, eq. 17
+    linear = torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float64)  # Ho et al. 2020, section 4
+    betas = {"linear": linear, "cosine": (1 - f[1:] / f[:-1]).clamp(max=0.999)}[name]
+    return betas, (1 - betas).cumprod(0)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_hybrid_loss_adds_a_thousandth_of_the_bound(prediction: str) -> None:
-    """L_simple + 0.001 L_vlb, where L_vlb is a sum over T timesteps of which one is drawn: T times its L_t."""
+def hybrid_loss(
+    schedule: tuple[Tensor, Tensor], prediction: str, x_0: Tensor, noise: Tensor, x_t: Tensor, output: Tensor, t: int
+) -> Tensor:
+    """L_simple + 0.001 L_vlb of one image, a scalar in float64 (Nichol & Dhariwal 2021, eqs. 15 and 16).
+
+    L_vlb is a sum over T timesteps of which one is drawn: T times its L_t, in bits a dimension.
+    """
+    betas, abar = schedule
+    signal, sigma = abar[t].sqrt(), (1 - abar[t]).sqrt()
+    before = abar[t - 1] if t else torch.tensor(1.0, dtype=torch.float64)
+    value, v = output.chunk(2)
+    target = {"epsilon": noise, "sample": x_0, "v_prediction": signal * noise - sigma * x_0}[prediction]
+    fixed = value.detach()
+    guess = {"epsilon": (x_t - sigma * fixed) / signal, "sample": fixed, "v_prediction": signal * x_t - sigma * fixed}
+
+    def mean(x: Tensor) -> Tensor:  # Ho et al. 2020, eq. 7
+        return (before.sqrt() * betas[t] * x + (1 - betas[t]).sqrt() * (1 - before) * x_t) / (1 - abar[t])
+
+    s = max(t, 1)  # the first posterior variance is zero: the second stands in for it
+    small = betas[s] * (1 - abar[s - 1]) / (1 - abar[s])
+    fraction = (v + 1) / 2
+    p = torch.distributions.Normal(
+        mean(guess[prediction]), ((fraction * betas[t].log() + (1 - fraction) * small.log()) / 2).exp()
+    )
+    if t:
+        nats = torch.distributions.kl_divergence(torch.distributions.Normal(mean(x_0), small.sqrt()), p)
+    else:
+        above, below = p.cdf(x_0 + 1 / 255).where(x_0 < 0.999, 1.0), p.cdf(x_0 - 1 / 255).where(x_0 > -0.999, 0.0)
+        nats = -(above - below).log()
+    return (value - target).square().mean() + 1e-3 * len(betas) * nats.mean() / math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_train_timesteps", "prediction"), itertools.product(["linear", "cosine"], [1000, 100], PREDICTIONS)
+)
+def test_the_hybrid_loss_and_its_gradient_are_the_papers_in_float64(
+    schedule: str, num_train_timesteps: int, prediction: str
+) -> None:
+    fields = {"schedule": schedule, "num_train_timesteps": num_train_timesteps, "prediction": prediction}
+    objective = Objective(settings(**fields, variance="learned"))
     x_0, noise = images()
-    objective = Objective(settings(prediction=prediction, variance="learned"))
+    last = num_train_timesteps // 2  # later the cosine schedule leaves so little signal that fp32 cannot divide by it
+    timesteps = torch.tensor([0, 1, 2, 10, last - 1, last])
     guess = x_0 + 0.01 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
     v = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    v[TIMESTEPS == 0] = -1  # the posterior's own variance, which has to be made up there
-    mean = predictor_of(guess, prediction, objective)
-    loss = objective.loss(lambda x, t, y: torch.cat([mean(x, t, y), v], 1), x_0, noise, TIMESTEPS)
-    plain = Objective(settings(prediction=prediction)).loss(mean, x_0, noise, TIMESTEPS)
-    x_t = objective.add_noise(x_0, noise, TIMESTEPS)
-    bound = independent_bound(x_0, x_t, guess, v, TIMESTEPS)
-    torch.testing.assert_close((loss - plain).double(), 1e-3 * 1000 * bound, rtol=1e-3, atol=1e-4)
+    x_t = objective.add_noise(x_0, noise, timesteps)
+    output = torch.cat([predictor_of(guess, prediction, objective)(x_t, timesteps, None), v], 1).requires_grad_()
+    loss = objective.loss(lambda *_: output, x_0, noise, timesteps)
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    for i, t in enumerate(timesteps.tolist()):
+        exact = output[i].detach().double().requires_grad_()
+        tensors = (x_0[i].double(), noise[i].double(), x_t[i].double())
+        expected = hybrid_loss(schedule_of(schedule, num_train_timesteps), prediction, *tensors, exact, t)
+        (slope,) = torch.autograd.grad(expected, exact)
+        assert loss[i].item() == pytest.approx(expected.item(), rel=2e-3), t
+        for part in (slice(0, 3), slice(3, 6)):  # of the mean, and of the variance
+            assert (gradient[i, part] - slope[part]).norm() < 3e-3 * slope[part].norm(), (t, part)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_at_the_last_denoising_step_the_posterior_mean_is_x_0_itself(schedule: str) -> None:
+    x_0, x_t = images()
+    posterior = Objective(settings(schedule=schedule, variance="learned"))._posterior
+    assert posterior is not None
+    assert torch.equal(posterior._mean(x_0, x_t, torch.zeros(len(x_0), dtype=torch.int64)), x_0)
 
 
 def test_the_bound_does_not_pull_at_the_mean() -> None:

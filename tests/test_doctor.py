@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -25,6 +26,24 @@ def test_a_fit_machine_gets_exit_code_0_and_a_clean_output_folder(tmp_path: Path
     subjects = {finding["subject"] for finding in report["findings"]}
     assert {"versions", "gloo", "nccl", "shared memory", "caches", "output folder"} <= subjects
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(("package", "level"), [("pyyaml", "failure"), ("torch", "failure"), ("jinja2", "warning")])
+def test_a_package_that_is_missing_is_a_failure_where_nothing_could_train_without_it(
+    package: str, level: str, monkeypatch: pytest.MonkeyPatch
+):
+    version = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    found = {finding.subject: finding for finding in doctor.check_packages()}
+    assert found["packages"].level == level
+    extra = "train" if level == "failure" else "score"
+    assert f"{package}; pip install 'ddpm_ema[{extra}]'" in found["packages"].text
 
 
 def test_an_output_folder_that_cannot_be_made_is_a_failure_that_names_it(tmp_path: Path):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from safetensors.torch import save_file
 
 from ddpm_ema import config as settings
+from ddpm_ema import diffusion, model, sampling, streams
 from ddpm_ema import export as exporting
-from ddpm_ema import model
-from ddpm_ema.averaging.posthoc import write_snapshot
+from ddpm_ema.averaging import write_snapshot
 from ddpm_ema.averaging.profiles import PowerFunction
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import export
+from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 
 AVERAGES = {
@@ -55,14 +58,18 @@ def weights_like(config: settings.Config, seed: int, num_classes: int | None = N
 
 
 def write_run(
-    path: Path, config: settings.Config, steps: tuple[int, ...] = (50, 100), num_classes: int | None = None
+    path: Path,
+    config: settings.Config,
+    steps: tuple[int, ...] = (50, 100),
+    num_classes: int | None = None,
+    dataset: str = "digits",
 ) -> RunDir:
     """A run directory with whole checkpoints and snapshots of random weights."""
     run = RunDir(path)
     manifest = {
         "seed": 0,
         "settings": settings.to_dict(config),
-        "dataset": {"name": "digits", "size": 1797, "fingerprint": "f00d"},
+        "dataset": {"name": dataset, "size": 1797, "fingerprint": "f00d"},
         "profiles": AVERAGES,
     }
     for step in steps:
@@ -97,13 +104,13 @@ def test_a_pipeline_loaded_from_the_folder_has_exactly_the_weights_of_that_name(
 
 def test_diffusers_finds_the_pipeline_class_by_itself_and_samples_an_image(run: RunDir, tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(export(run.path, "ema_0_999", tmp_path / "out"))
-    assert isinstance(pipeline, DDPMPipeline)
+    assert isinstance(pipeline, DDIMPipeline)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 8, 8, 1)
 
 
-def test_the_scheduler_is_the_one_the_network_was_trained_with(tmp_path: Path) -> None:
+def test_the_scheduler_has_the_noise_levels_the_network_was_trained_with(tmp_path: Path) -> None:
     config = tiny(diffusion={"schedule": "cosine", "prediction": "v_prediction", "variance": "fixed_small"})
     folder = export(write_run(tmp_path / "run", config, steps=(10,)).path, "raw", tmp_path / "out")
     scheduler = DDPMPipeline.from_pretrained(folder).scheduler.config
@@ -146,80 +153,190 @@ def test_the_card_says_what_the_weights_are_and_leaves_the_licence_to_its_author
     assert "\nlicense:" not in front
     assert "choose one" in front
     assert "PowerFunction(std=0.1) after 100 steps: centred at" in card
-    assert "digits, 1,797 images" in card
+    assert "`digits`, 1,797 images" in card
     assert "have not been scored" in card
 
 
-def test_the_cards_sampling_code_runs_and_saves_an_image(run: RunDir, tmp_path: Path) -> None:
-    run_card(export(run.path, "raw", tmp_path / "out"), tmp_path)
+# name: (diffusion settings, evaluation settings, class-conditional); the prediction is v unless said otherwise.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "ddpm": ({"num_train_timesteps": 20}, {"sampler": "ddpm", "num_inference_steps": 20}, False),
+    "ddpm_respaced": ({"num_train_timesteps": 20}, {"sampler": "ddpm", "num_inference_steps": 9}, False),
+    "ddim": ({}, {"sampler": "ddim", "num_inference_steps": 10}, False),
+    "ddim_respaced": ({"schedule": "sigmoid"}, {"sampler": "ddim", "num_inference_steps": 7, "eta": 0.5}, False),
+    "solver": ({}, {"sampler": "dpm_solver++", "num_inference_steps": 15}, False),
+}
+CASES |= {f"{name}_unclipped": (a, {**b, "clip_sample": False}, c) for name, (a, b, c) in CASES.items()} | {
+    "solver_cosine": (
+        {"schedule": "cosine"},
+        {"sampler": "dpm_solver++", "num_inference_steps": 6, "clip_sample": False},
+        False,
+    ),
+    "learned_ddpm": ({"variance": "learned"}, {"sampler": "ddpm", "num_inference_steps": 6}, False),
+    "learned_ddim": ({"variance": "learned"}, {"sampler": "ddim", "num_inference_steps": 5}, False),
+    "learned_solver": (
+        {"variance": "learned", "prediction": "sample"},
+        {"sampler": "dpm_solver++", "num_inference_steps": 5},
+        False,
+    ),
+    "classes": ({}, {"sampler": "ddim", "num_inference_steps": 5, "guidance_scale": 2.5}, True),
+}
+READER = """
+import pathlib, re, sys
+sys.modules["ddpm_ema"] = None  # importing it is an error
+import numpy, torch
+from safetensors.torch import load_file
+noise = load_file("noise.safetensors")["noise"]
+for folder in map(pathlib.Path, sys.argv[1:]):
+    drawn = iter(noise)
+    torch.randn = lambda *shape, **options: next(drawn)
+    code = re.findall(r"```python\\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)[0]
+    result = {}
+    exec(code.replace("path/to/this/folder", str(folder)), result)
+    numpy.save(folder / "images.npy", numpy.stack([numpy.asarray(image) for image in result["images"]]))
+"""
 
 
-def test_a_class_conditional_network_is_exported_with_code_that_gives_labels(tmp_path: Path) -> None:
-    config = tiny(model={"class_conditional": True})
-    run = write_run(tmp_path / "run", config, steps=(10,), num_classes=10)
-    folder = export(run.path, "raw", tmp_path / "out")
-    assert "torch.arange(16) % 10" in (folder / "README.md").read_text()
-    run_card(folder, tmp_path)
+def test_the_cards_code_makes_the_scored_images_in_a_process_without_this_package(tmp_path: Path) -> None:
+    """From the scoring's noise every byte is the same, whatever the sampler, and the training's own settings differ."""
+    made, shape, indices = {}, (1, 8, 8), torch.arange(16)
+    for name, (trained, evaluation, classes) in CASES.items():
+        config = tiny(diffusion={"prediction": "v_prediction", **trained}, model={"class_conditional": classes})
+        run = write_run(tmp_path / name, config, steps=(10,), num_classes=10 if classes else None)
+        write_scores(run, 10, weights="raw", evaluation=evaluation)
+        export(run.path, "raw", tmp_path / "out" / name)
+        made[name] = sampled_as_scored(run, config, settings.EvaluationSettings(**evaluation), indices)
+    noise = torch.stack([streams.normal(0, streams.Stream.SAMPLE, step, indices, shape) for step in range(21)])
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    folders = [str(tmp_path / "out" / name) for name in CASES]
+    reader = subprocess.run([sys.executable, "-c", READER, *folders], cwd=tmp_path, capture_output=True, text=True)
+    assert reader.returncode == 0, reader.stderr
+    assert (tmp_path / "sample.png").is_file()
+    differing = [
+        name for name in CASES if not np.array_equal(np.load(tmp_path / "out" / name / "images.npy"), made[name])
+    ]
+    assert not differing
+    for name, images in made.items():  # neither black and white, nor the same with and without clipping
+        assert np.isin(images, (0, 255)).mean() < 0.5, name
+        assert not np.array_equal(images, made.get(f"{name}_unclipped")), name
 
 
-def test_guidance_and_the_noise_of_ddim_are_in_the_cards_code(tmp_path: Path) -> None:
-    config = tiny(model={"class_conditional": True}, evaluation={"guidance_scale": 2.5, "eta": 0.5})
-    run = write_run(tmp_path / "run", config, steps=(10,), num_classes=10)
-    folder = export(run.path, "raw", tmp_path / "out")
-    card = (folder / "README.md").read_text()
-    assert "without.lerp(prediction, 2.5)" in card
-    assert "scheduler.step(prediction, t, x_t, eta=0.5)" in card
-    run_card(folder, tmp_path)
+def sampled_as_scored(run: RunDir, config: settings.Config, evaluation: Any, indices: torch.Tensor) -> np.ndarray:
+    """uint8 [n, H, W]: what the scorer's own sampling makes of raw."""
+    unet = model.build(config, 10 if config.model.class_conditional else None).eval()
+    unet.load_state_dict(run.checkpoint(10).weights("raw"))
+    no_label = model.no_label(unet)
+
+    def predict(x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        return unet(x_t, timesteps, class_labels=labels).sample
+
+    images = sampling.sample(
+        predict if no_label is None else sampling.guided(predict, evaluation.guidance_scale, no_label),
+        sampling.Sampler(diffusion.noise_scheduler(config.diffusion).config, evaluation),
+        seed=0,
+        indices=indices,
+        image_shape=(1, 8, 8),
+        device="cpu",
+        labels=None if no_label is None else indices % no_label,
+    )
+    return images[:, 0].numpy()
 
 
-def test_learned_variance_exports_a_pipeline_that_samples(tmp_path: Path) -> None:
-    config = tiny(diffusion={"variance": "learned"}, evaluation={"sampler": "ddpm", "num_inference_steps": 2})
-    run_card(export(write_run(tmp_path / "run", config, steps=(10,)).path, "raw", tmp_path / "out"), tmp_path)
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_folders_own_scheduler_clips_as_the_scoring_did(tmp_path: Path, clip: bool) -> None:
+    run = write_run(tmp_path / "run", tiny(), steps=(10,))
+    write_scores(run, 10, weights="raw", evaluation={"sampler": "dpm_solver++", "clip_sample": clip})
+    scheduler = DDPMPipeline.from_pretrained(export(run.path, "raw", tmp_path / "out")).scheduler
+    scheduler.set_timesteps(1)
+    x_0 = scheduler.step(torch.zeros(1, 1, 8, 8), scheduler.timesteps[0], torch.full((1, 1, 8, 8), 3.0)).prev_sample
+    assert (float(x_0.max()) == 1) is clip
 
 
-def test_dpm_solver_card_runs(tmp_path: Path) -> None:
-    config = tiny(evaluation={"sampler": "dpm_solver++", "num_inference_steps": 3})
-    run_card(export(write_run(tmp_path / "run", config, steps=(10,)).path, "raw", tmp_path / "out"), tmp_path)
+def read_card(run: RunDir, name: str, folder: Path) -> str:
+    return (export(run.path, name, folder) / "README.md").read_text()
 
 
-def run_card(folder: Path, where: Path) -> None:
-    """Runs the Python block of a model card as a reader would."""
-    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)[0]
-    here = os.getcwd()
-    os.chdir(where)
-    try:
-        exec(code.replace("path/to/this/folder", str(folder)), {})
-    finally:
-        os.chdir(here)
-    assert (where / "sample.png").is_file()
+def test_weights_that_were_not_scored_are_sampled_as_the_run_says_in_no_more_steps_than_there_are(tmp_path) -> None:
+    unclipped = {"sampler": "dpm_solver++", "num_inference_steps": 1000, "clip_sample": False}
+    config = tiny(diffusion={"schedule": "cosine"}, evaluation=unclipped)
+    card = read_card(write_run(tmp_path / "run", config, steps=(10,)), "raw", tmp_path / "out")
+    assert "(dpm_solver++ 996 steps, x_0 not clipped): not scored." in card
 
 
 def test_the_card_lists_scores_of_these_weights_at_this_step_alone(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny())
-    write_scores(run, 100, 12.25)
-    write_scores(run, 50, 77.5)
-    card = (export(run.path, "ema_0_999", tmp_path / "out") / "README.md").read_text()
+    write_scores(run, 100, distance=12.25)
+    write_scores(run, 50, distance=77.5)
+    card = read_card(run, "ema_0_999", tmp_path / "out")
     assert (
-        "| FD (classifier) | 12.25 | 11.05 ± 0.90 | 6,000 | ddim, 3 evaluations | train | \u221224.7 ± 2.0 |"
-        in card
+        "| FD (classifier) | 12.25 | 11.05 ± 0.90 | 6,000 | ddim 3 steps, x_0 clipped | `train of digits` "
+        "| \u221224.7 ± 2.0 (\u221228.9 to \u221220.5), better |" in card
     )
     assert "77.5" not in card
     assert "FD is no FID" in card
 
 
-def write_scores(run: RunDir, step: int, distance: float) -> None:
-    row = {
-        "weights": "ema_0_999",
-        "frechet_distance": distance,
-        "frechet_distance_unbiased": distance - 1.2,
-        "stderr": 0.9,
-    }
-    row |= {"delta_vs_raw": -24.7, "delta_stderr": 2.0}
-    results = {"schema": 1, "step": step, "metric": "fd", "extractor": "classifier", "reference": "train"}
-    results |= {"num_images": 6000, "sampler": "ddim", "num_inference_steps": 3, "rows": [row]}
-    folder = run.score_dir(step, "abc")
+def test_scores_of_other_weights_under_the_same_name_and_step_are_not_in_the_card(tmp_path: Path) -> None:
+    """A step that was trained anew after a fallback keeps the old scores' folder."""
+    run = write_run(tmp_path / "run", tiny(), steps=(100,))
+    key = run.checkpoint(100).manifest["files"]["averages/ema_0_999.safetensors"]["sha256"]
+    write_scores(run, 100, distance=77.5, weights_sha256="0" * 64)
+    assert "not been scored" in read_card(run, "ema_0_999", tmp_path / "stale")
+    write_scores(run, 100, distance=12.25, weights_sha256=key, weights="called otherwise")
+    card = read_card(run, "ema_0_999", tmp_path / "out")
+    assert "| 12.25 |" in card
+    assert "77.5" not in card
+
+
+def test_the_newest_scoring_decides_how_the_folder_samples_and_a_sweep_counts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny())
+    solver = {"sampler": "dpm_solver++", "num_inference_steps": 15, "clip_sample": False}
+    write_scores(run, 100, weights="power_0_075", finished="2026-01-01T00:00:00Z", evaluation={"sampler": "ddpm"})
+    write_scores(run, 100, weights="power_0_075", finished="2026-01-02T00:00:00Z", evaluation=solver, rows="sweep")
+    card = read_card(run, "power_0_075", tmp_path / "out")
+    assert card.index("dpm_solver++ 15 steps, x_0 not clipped |") < card.index("ddpm 3 steps, x_0 clipped |")
+    assert "as the newest scoring did, the first of the table (dpm_solver++ 15 steps, x_0 not clipped)" in card
+
+
+@pytest.mark.parametrize(
+    ("delta", "significant", "verdict"),
+    [(-1.0, True, "better"), (1.0, True, "worse"), (-1.0, False, "not significant")],
+)
+def test_the_difference_from_raw_has_its_verdict(tmp_path: Path, delta, significant, verdict) -> None:
+    run = write_run(tmp_path / "run", tiny(), steps=(10,))
+    write_scores(run, 10, delta_vs_raw=delta, significant=significant)
+    assert f", {verdict} |" in read_card(run, "ema_0_999", tmp_path / "out")
+
+
+def key_of(run: RunDir, name: str, step: int) -> str:
+    """What the row of these weights is known by; of weights that are gone, something else."""
+    try:
+        return WeightResolver(run, None).named(f"{name}@{step}").key
+    except UserError:
+        return "1" * 64
+
+
+def write_scores(run: RunDir, step: int, **changes: Any) -> None:
+    """A results.json with one row of ema_0_999, in a folder of its own; changes go to whatever has that key."""
+    row = {"weights": "ema_0_999", "num_images": 6000, "frechet_distance": changes.pop("distance", 12.25)}
+    row |= {"frechet_distance_unbiased": row["frechet_distance"] - 1.2, "stderr": 0.9, "significant": True}
+    row |= {"delta_vs_raw": -24.7, "delta_stderr": 2.0, "interval": [-28.9, -20.5]}
+    evaluation = settings.EvaluationSettings(
+        **{"sampler": "ddim", "num_inference_steps": 3, **changes.pop("evaluation", {})}
+    )
+    where = changes.pop("rows", "rows")
+    results = {"schema": 2, "step": step, "metric": "fd", "extractor": "classifier", "reference": "train of digits"}
+    results |= {"finished": changes.pop("finished", ""), "evaluation": evaluation.model_dump(mode="json"), "rows": []}
+    row["weights_sha256"] = key_of(run, changes.get("weights", "ema_0_999"), step)
+    results[where] = [{**row, **changes}]
+    folder = run.score_dir(step, f"abc{len(run.score_dirs())}")
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_data_sets_name_cannot_write_into_the_card(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny(), steps=(10,), dataset="cats\n# Heading\n<script>`x`\x1b[31m | y")
+    card = read_card(run, "raw", tmp_path / "out")
+    assert "- data: `cats # Heading <script>'x' [31m | y`, 1,797 images" in card
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_as_it_was(run: RunDir, tmp_path: Path) -> None:
@@ -310,5 +427,5 @@ def test_the_script_writes_the_folder_and_says_how_to_load_it(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0
-    assert f"DDPMPipeline.from_pretrained({str(folder)!r})" in capsys.readouterr().out
+    assert f"DiffusionPipeline.from_pretrained({str(folder)!r})" in capsys.readouterr().out
     assert_same(DDPMPipeline.from_pretrained(folder), run.checkpoint(50).weights("ema_0_999"))

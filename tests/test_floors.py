@@ -11,13 +11,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: ["averaging", "errors"],
+    0: ["averaging", "errors", "weight_names"],
     1: ["config", "numbers", "streams", "rundir", "processes"],
     2: [
-        *["data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["optimization", "saving", "logbook", "grids", "reconstruction"],
+        *["compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
+        *["optimization", "saving", "logbook", "grids", "named_weights"],
     ],
-    3: ["train", "score", "report", "export", "feature_training", "cli", "doctor", "launch"],
+    3: [
+        "train",
+        "score",
+        "report",
+        "export",
+        "reconstruction",
+        "importing",
+        "feature_training",
+        "cli",
+        "doctor",
+        "launch",
+    ],
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 SOURCES = sorted((ROOT / "ddpm_ema").rglob("*.py"))

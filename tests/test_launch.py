@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,44 @@ def test_bad_settings_on_a_rank_are_the_launchers_exit_code_without_a_traceback(
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 2
     assert "Traceback" not in errors
+
+
+NODE = """
+import os, sys
+from ddpm_ema import cli
+from ddpm_ema.errors import UserError
+from ddpm_ema.processes import Processes
+def work():
+    processes = Processes.start("cpu", timeout=20)
+    with processes.telling_peers():
+        if processes.rank == int(sys.argv[1]):
+            raise UserError("img/0001.png: truncated")
+        processes.barrier("training")
+sys.exit(cli.guard(work))
+"""
+
+
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_error_on_one_node_is_the_exit_code_of_every_nodes_launcher(tmp_path: Path, failing: int):
+    script = tmp_path / "node.py"
+    script.write_text(NODE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "--master-port", port]
+    launchers = [
+        subprocess.Popen(
+            [*(sys.executable, "-m", "ddpm_ema.launch", *place, "--node-rank", node, str(script), str(failing))],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in "01"
+    ]
+    outputs = [launcher.communicate(timeout=120)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [2, 2], "\n".join(outputs)
+    assert f"because rank {failing} on" in outputs[1 - failing]
+    assert "img/0001.png: truncated" in outputs[1 - failing]
 
 
 RENDEZVOUS = """

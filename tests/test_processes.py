@@ -1,13 +1,19 @@
-"""Processes that do not find each other end with one message, not with a traceback of torch's."""
+"""Ranks find each other, wait for each other, and end together, each time with one message."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
-from live_runs import free_port
+import torch
+from live_runs import free_port, settings, start
+from PIL import Image
+
+from ddpm_ema.processes import _is_communication
 
 ALONE = """
 import sys
@@ -36,3 +42,88 @@ def test_a_rank_whose_peer_never_comes_says_who_where_and_what_to_do(rank: int) 
     assert f"rank {rank} of 2" in done.stderr
     assert f"did not all meet at 127.0.0.1:{port} within 3 s (training.timeout)" in done.stderr
     assert "start all of them again" in done.stderr
+
+
+def pair(script: str, *arguments: str) -> list[tuple[int, str]]:
+    """Exit code and output of two ranks that run `script`, which finds `processes`."""
+    port = str(free_port())
+    preamble = (
+        "import sys, time\nfrom ddpm_ema import cli\nfrom ddpm_ema.processes import Processes\n"
+        'processes = Processes.start("cpu", timeout=3)\n'
+    )
+    ranks = []
+    for rank in "01":
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | place | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", preamble + script, *arguments]
+        ranks.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+        )
+    return [(process.wait(), output) for process in ranks for output, _ in [process.communicate(timeout=120)]]
+
+
+def test_ranks_wait_for_longer_than_the_timeout_where_one_works_and_say_for_whom_and_what() -> None:
+    script = """
+def work():
+    time.sleep(7 if processes.is_main else 0)
+    return processes.rank
+sys.exit(cli.guard(lambda: print("got", processes.main_first(work, "decoding images"))))
+"""
+    (code, first), (other_code, other) = pair(script)
+    assert (code, other_code) == (0, 0), first + other
+    assert "got 0" in first
+    assert "got 1" in other
+    assert other.count("rank 1 waits for rank 0: decoding images") == 1
+
+
+def break_rank_1() -> None:
+    from ddpm_ema.train import loop
+
+    step = loop.train_step
+
+    def breaks(trainer, shares):  # type: ignore[no-untyped-def]
+        if trainer.processes.rank == 1 and trainer.step == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return step(trainer, shares)
+
+    loop.train_step = breaks
+
+
+def test_an_error_of_one_rank_ends_the_others_with_its_code_and_its_message(tmp_path: Path) -> None:
+    launch = start(settings(tmp_path / "run"), 2, before=break_rank_1)
+    assert launch.wait() == [2, 2]  # and not 75, at which a scheduler would start the same error again
+    assert "out of memory at step 3 on cpu" in launch.output(1)
+    assert "ends, because rank 1 on" in launch.output(0)
+    assert "lower training.micro_batch_size" in launch.output(0)
+
+
+def go_where_images_differ(place: Path) -> None:
+    folder = place / os.environ["RANK"]
+    for number in range(20 + int(os.environ["RANK"])):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * number).save(folder / "images" / f"{number:02}.png")
+    os.chdir(folder)
+
+
+def test_ranks_that_read_different_images_are_refused_with_sizes_and_hosts(tmp_path: Path) -> None:
+    data = {"source": "folder", "path": "images", "image_size": 8, "channels": 1}
+    launch = start(settings(tmp_path / "run", data=data), 2, before=partial(go_where_images_differ, tmp_path))
+    assert launch.wait() == [2, 2]
+    assert "the ranks do not read the same images" in launch.output(0)
+    assert "rank 0 on" in launch.output(0)
+    assert "20 images" in launch.output(0)
+    assert "21 images" in launch.output(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("at 12:\n    tl.store(out_ptr0 + x0, tmp1)\n    ^ invalid peer timeout", False),
+        ("Error(s) in loading state_dict: cannot restore", False),
+        ("CUDA error: the launch timed out and was terminated", False),
+    ],
+)
+def test_only_what_networks_say_counts_as_a_lost_rank(text: str, lost: bool) -> None:
+    assert _is_communication(RuntimeError(text)) is lost

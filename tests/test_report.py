@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,11 +16,11 @@ import pytest
 
 from ddpm_ema import report
 from ddpm_ema.errors import UserError
-from ddpm_ema.numbers import figure, with_error
+from ddpm_ema.numbers import figure, listed, with_error
+from ddpm_ema.report.choice import newest
 from ddpm_ema.report.drawing import looks
-from ddpm_ema.report.page import duration
-from ddpm_ema.report.record import Scoring, read
-from ddpm_ema.report.verdict import judge
+from ddpm_ema.report.facts import duration
+from ddpm_ema.report.reading import read
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -60,32 +61,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> Page:
-    return Page(report.write(run).read_text(encoding="utf-8"))
+    return written(run)
 
 
-def scored(tmp_path: Path, **changes: Any) -> Scoring:
-    """One scoring as read back from disk."""
-    fake_run.write_results(tmp_path / "run", fake_run.results(**changes))
-    found = read(tmp_path / "run").main
-    assert found is not None
-    return found
+def written(run: Path, scoring: str | None = None) -> Page:
+    return Page(report.write(run, scoring=scoring)[0].read_text(encoding="utf-8"))
 
 
-def test_the_answer_comes_first_and_names_the_copy_its_gain_and_whether_the_next_is_told_apart(page: Page) -> None:
+def test_the_answer_comes_first_with_what_it_holds_for_its_gain_and_what_cannot_be_distinguished(page: Page) -> None:
     answer = (
-        "Ship power_0_10 : its distance is 24.7 ± 2.0 below raw \u2019s; "
-        "the difference from ema_0_999_debiased (0.40 ± 0.60) is not significant."
+        "With dpm_solver++ in 25 steps and 6,000 images per average: ship power_0_10 . Its FD (classifier) is 24.7 ± 2.0 "
+        "below that of raw , a significant difference; ema_0_999_debiased cannot be distinguished from it. "
+        "This holds for step 3,000 of this training run"
     )
     assert answer in page.text
-    assert page.text.index("Ship") < page.text.index("The copies, best first")
+    assert page.text.index(answer) < page.text.index("The weights, lowest first: dpm_solver++, 25 steps")
 
 
 def test_rows_stand_from_the_lowest_corrected_distance_to_the_highest(page: Page) -> None:
-    table = page.text[page.text.index("best first") : page.text.index("The run")]
+    table = page.text[page.text.index("lowest first") : page.text.index("The run")]
     expected = ["power_0_10", "ema_0_999_debiased", "power_0_05", "ema_0_999 ", "ema_0_9999_debiased", "raw "]
-    places = [table.rindex(name) for name in expected]
+    places = [table.index(f"{name.strip()} better" if name != "raw " else "raw –") for name in expected]
     assert places == sorted(places)
-    assert "2.70 ± 0.80 3.90 \u221224.7 ± 2.0 \u221228.9 to \u221220.5 better 0.0039 0.889 0.741" in table
+    assert (
+        "power_0_10 better \u221224.7 ± 2.0 \u221228.9 to \u221220.5 2.70 ± 0.80 3.90 0.0039 8.50 0.889 0.741" in table
+    )
+
+
+def test_an_interval_has_the_digits_of_its_error(tmp_path: Path) -> None:
+    """At a fixed number of digits, 0.00040 ± 0.00002 stood as `0.000 to 0.000` beside "better"."""
+    rows = [fake_run.row("raw", 0.01, 0.001), fake_run.row("a", 0.0096, 0.00002, delta=(-0.0004, 0.00002))]
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    assert "better \u22120.000400 ± 0.000020 \u22120.000442 to \u22120.000358 0.009600" in written(tmp_path).text
 
 
 def test_the_page_needs_no_other_file_and_runs_no_script(run: Path, page: Page) -> None:
@@ -143,29 +150,27 @@ def test_an_average_that_still_holds_initial_weights_says_how_much(page: Page) -
 
 def test_how_the_numbers_were_made_is_said(page: Page) -> None:
     for fact in (
-        "dpm_solver++, 25 network evaluations an image",
+        "dpm_solver++, 25 network evaluations per image",
         "ab" * 32,
-        "train: digits, 1797 images",
+        "train of digits, 1797 images",
         "torch 2.15.0",
     ):
         assert fact in page.text
 
 
-def test_the_command_that_exports_the_best_copy_names_its_step_and_is_left_out_for_an_ensemble(
-    page: Page, tmp_path: Path
-) -> None:
-    assert re.search(r"python scripts/export.py \S+ power_0_10@3000 --output FOLDER", page.text)
-    rows = two_rows(5.0, 10.0, 0.6)
-    rows[1]["weights"] = "raw+ema"
-    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
-    text = Page(report.write(tmp_path).read_text()).text
-    assert "Ship raw+ema" in text
-    assert "scripts/export.py" not in text
+def test_every_grid_and_figure_of_samples_names_sampler_and_steps(page: Page) -> None:
+    assert "Scored at step 3,000: dpm_solver++, 25 steps" in page.text
+    assert "While training: step 1500, ddim 50 steps, the same noise in every row" in page.text
+    assert "At step 3,000, dpm_solver++ in 25 steps. Averages reconstructed" in page.text
+    assert (
+        page.text.count("With dpm_solver++ in 25 steps and 6,000 images per average.") == 2
+    )  # difference, over training
+    assert "Scored while training (config.yaml: ddim in 50 steps)." in page.text
 
 
-def test_a_copy_has_one_colour_in_the_table_and_in_every_legend(run: Path) -> None:
+def test_weights_have_one_colour_in_the_table_and_in_every_legend(run: Path) -> None:
     source = (run / "report.html").read_text()
-    variable = looks(read(run).copies)["power_0_10"].variable
+    variable = looks(read(run).names)["power_0_10"].variable
     assert f'background:var({variable})"></span>power_0_10' in source
     legends = re.findall(r"stroke:var\((--c\d)\)[^<]*/></svg>power_0_10<", source)
     assert len(legends) >= 3
@@ -181,18 +186,16 @@ def test_no_drawing_colour_escapes_the_style_sheet(run: Path) -> None:
         assert f"{variable}:" in style
 
 
-def test_more_copies_than_colours_are_still_told_apart() -> None:
+def test_more_weights_than_colours_are_still_told_apart() -> None:
     found = looks(["raw", *(f"ema_{i}" for i in range(20))])
     assert len(set(found.values())) == 21
 
 
 def test_only_a_scoring_that_says_fid_is_called_fid(tmp_path: Path) -> None:
     fake_run.write_results(tmp_path / "fd", fake_run.results())
-    assert "FID" not in Page(report.write(tmp_path / "fd").read_text()).text.replace(
-        "no FID, not comparable with published FIDs", ""
-    )
+    assert "FID" not in written(tmp_path / "fd").text.replace("no FID, not comparable with published FIDs", "")
     fake_run.write_results(tmp_path / "fid", fake_run.results(metric="fid", extractor="inception-v3-compat"))
-    text = Page(report.write(tmp_path / "fid").read_text()).text
+    text = written(tmp_path / "fid").text
     assert "FID, bias removed" in text
     assert "FD (" not in text
 
@@ -204,10 +207,10 @@ def test_names_warnings_and_settings_are_shown_and_never_run(tmp_path: Path) -> 
     run = fake_run.make_run(tmp_path / "a<b>")
     content = fake_run.results(warnings=[HOSTILE], reference=HOSTILE, extractor=HOSTILE, sampler=HOSTILE)
     content["rows"][0]["weights"] = HOSTILE
-    content["num_images"] = 10**6
+    content["finished"] = "2026-01-01T00:00:00Z"
     fake_run.write_results(run, content, digest="ffff")
     (run / "config.yaml").write_text(f"data: {{source: '{HOSTILE}'}}\n")
-    page = Page(report.write(run).read_text(encoding="utf-8"))
+    page = written(run)
     assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
     assert page.wrong == []
     assert page.text.count("alert(") >= 5
@@ -218,8 +221,8 @@ def test_names_warnings_and_settings_are_shown_and_never_run(tmp_path: Path) -> 
     [
         ("scores", "scripts/sample_and_score.py --config"),
         ("metrics.jsonl", "metrics.jsonl holds no curve yet."),
-        ("checkpoints", "Ship power_0_10"),
-        ("samples", "Ship power_0_10"),
+        ("checkpoints", "ship power_0_10"),
+        ("samples", "ship power_0_10"),
         ("config.yaml", "701 thousand parameters"),
     ],
 )
@@ -229,16 +232,16 @@ def test_whatever_is_missing_the_rest_is_shown(tmp_path: Path, gone: str, says: 
     run = fake_run.make_run(tmp_path / "run")
     path = run / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    page = Page(report.write(run).read_text())
+    page = written(run)
     assert says in page.text
     assert page.wrong == []
 
 
 def test_a_run_that_has_only_settings_is_told_to_train(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("training: {steps: 10}\n")
-    text = Page(report.write(tmp_path).read_text()).text
+    text = written(tmp_path).text
     assert "Nothing has been trained yet." in text
-    assert f"accelerate launch scripts/train.py --config {tmp_path}/config.yaml" in text
+    assert f"accelerate launch scripts/train.py --config {tmp_path}/config.yaml --output-dir {tmp_path}" in text
 
 
 def test_a_folder_that_is_no_run_directory_is_refused(tmp_path: Path) -> None:
@@ -248,26 +251,13 @@ def test_a_folder_that_is_no_run_directory_is_refused(tmp_path: Path) -> None:
         report.write(tmp_path / "absent")
 
 
-def test_damaged_files_are_named_and_passed_over(tmp_path: Path) -> None:
-    run = fake_run.make_run(tmp_path / "run")
-    (run / "scores" / "00003000-0123456789ab" / "results.json").write_text('{"schema": 1, "rows": [')
-    other = fake_run.write_results(run, fake_run.results(schema=7), digest="beef")
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3050, "loss": 0.0')
-    text = Page(report.write(run).read_text()).text
-    assert "scores/00003000-0123456789ab/results.json could not be read" in text
-    assert f"scores/{other.name}/results.json was passed over: schema 7" in text
-    assert "At step 2,000" in text
-    assert "Training has gone on to step 3,000 since step 2,000 was scored" in text
-
-
 def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     content = fake_run.results()
     content["rows"][1] |= {"frechet_distance": float("nan")}
     content["rows"][2] |= {"kid": float("nan"), "stderr": None, "recall": None}
-    scoring = scored(tmp_path, rows=content["rows"])
-    assert content["rows"][1]["weights"] not in [row.weights for row in scoring.rows]
-    assert "nan" not in Page(report.write(tmp_path / "run").read_text()).text.lower()
+    fake_run.write_results(tmp_path, content)
+    assert len(read(tmp_path).scorings[0].rows) == len(content["rows"]) - 1
+    assert "nan" not in written(tmp_path).text.lower()
 
 
 def test_a_step_logged_twice_after_a_resume_counts_once(tmp_path: Path) -> None:
@@ -278,33 +268,73 @@ def test_a_step_logged_twice_after_a_resume_counts_once(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     record = read(tmp_path)
-    assert [(row["step"], row["seconds"]) for row in record.training] == [(50, 2.0), (100, 3.0)]
+    assert [(row.step, row.get("seconds")) for row in record.training] == [(50, 2.0), (100, 3.0)]
 
 
-def test_the_scoring_of_the_last_step_with_most_images_answers(tmp_path: Path) -> None:
-    fake_run.write_results(tmp_path, fake_run.results(1000, 50_000), digest="a")
-    fake_run.write_results(tmp_path, fake_run.results(3000, 500), digest="b")
-    fake_run.write_results(tmp_path, fake_run.results(3000, 6000), digest="c")
-    main = read(tmp_path).main
-    assert main is not None
-    assert (main.step, main.source["num_images"]) == (3000, 6000)
+def test_within_a_step_the_scoring_finished_last_answers_by_its_own_word_or_by_its_file(tmp_path: Path) -> None:
+    for digest, finished in (("a", "2025-06-02T00:00:00Z"), ("b", "2025-06-01T23:00:00-08:00"), ("c", None)):
+        content = fake_run.results(finished=finished)
+        folder = fake_run.write_results(tmp_path, content, digest)
+        os.utime(folder / "results.json", (0, 0))
+    assert newest(read(tmp_path).scorings).folder == "00003000-b"
+    os.utime(folder / "results.json", (2e9, 2e9))
+    assert newest(read(tmp_path).scorings).folder == "00003000-c"
+
+
+def test_two_scorings_that_contradict_each_other_both_stand_on_the_page_and_nothing_is_recommended(
+    tmp_path: Path,
+) -> None:
+    """What DPM-Solver++ and DDIM did to a folder of photographs."""
+    fake_run.write_results(tmp_path, fake_run.results(finished="2026-01-01T00:00:00Z"))
+    rows = [
+        fake_run.row("power_0_10", 9.0),
+        fake_run.row("raw", 5.0),
+        fake_run.row("ema_0_999", 1.0, delta=(-4.0, 0.5)),
+    ]
+    pairs = [{"a": "power_0_10", "b": "ema_0_999", **fake_run.difference(8.0, 0.5)}]
+    other = fake_run.results(rows=rows, pairs=pairs, sampler="ddim")
+    fake_run.grid(fake_run.write_results(tmp_path, other) / "grid.png")
+    earlier = fake_run.write_results(tmp_path, fake_run.results(2000, seed=5))
+    text = written(tmp_path).text
+    assert text.count("No weights are recommended, because scorings of step 3,000 contradict each other.") == 1
+    assert "The weights, lowest first: dpm_solver++, 25 steps" in text
+    assert "The same step, scored otherwise: ddim, 25 steps Settings that differ: sampler (dpm_solver++, ddim)." in text
+    assert "Scored at step 3,000: ddim, 25 steps" in text
+    assert "scripts/export.py" not in text
+    assert "step 2,000: power_0_10 (or ema_0_999_debiased ); settings that differ: seed (0, 5)" in text
+    assert f"python scripts/report.py {tmp_path} --scoring {earlier.name}" in text
+    assert "At step" not in text
+    chosen = written(tmp_path, earlier.name).text
+    assert "ship power_0_10 . Its FD" in chosen
+    assert "Step 2,000, 6,000 images per average" in chosen
+
+
+def test_precision_that_noise_reaches_too_is_not_shown_without_saying_so(tmp_path: Path, page: Page) -> None:
+    assert "Precision says little here" not in page.text
+    fake_run.write_results(tmp_path, fake_run.results(precision_of_noise=0.983, **fake_run.swept()))
+    says = "Precision says little here: images of pure noise reach 0.98 with this extractor and reference."
+    assert written(tmp_path).text.count(says) == 2  # the table, and the sweep's figure
+
+
+def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:
+    rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1), saturated=0.55)]
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    assert written(tmp_path).text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 2
 
 
 def test_scorings_made_otherwise_never_stand_on_one_curve(tmp_path: Path) -> None:
     fake_run.write_results(tmp_path, fake_run.results(3000))
     fake_run.write_results(tmp_path, fake_run.results(2000, extractor="inception-v3-compat"))
-    assert "One step has been scored." in Page(report.write(tmp_path).read_text()).text
+    assert "With these settings one step has been scored." in written(tmp_path).text
     fake_run.write_results(tmp_path, fake_run.results(1000))
-    assert "One step has been scored." not in Page(report.write(tmp_path).read_text()).text
+    assert "With these settings one step has been scored." not in written(tmp_path).text
 
 
 def test_earlier_steps_named_with_at_stand_on_their_copys_curve(tmp_path: Path) -> None:
     content = fake_run.results()
-    content["rows"].append(
-        {"weights": "ema_0_999@1500", "frechet_distance": 20.0, "frechet_distance_unbiased": 19.0, "stderr": 1.0}
-    )
+    content["rows"].append(fake_run.row("ema_0_999@1500", 19.0))
     fake_run.write_results(tmp_path, content)
-    source = report.write(tmp_path).read_text()
+    source = report.write(tmp_path)[0].read_text()
     assert re.search(r'aria-label="FD \(classifier\) over training step of ema_0_999"', source)
 
 
@@ -346,69 +376,16 @@ report.write({str(run)!r}, {str(tmp_path / "page.html")!r})
 def test_the_command_prints_the_answer_and_where_the_page_is(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report.main([str(run), "--output", str(tmp_path / "page.html")])
+    report.main([str(run), "--output", str(tmp_path / "page.html"), "--scoring", read(run).scorings[0].folder])
     printed = capsys.readouterr().out
-    assert printed.startswith("Ship power_0_10: its distance is 24.7 ± 2.0 below raw")
+    assert printed.startswith("With dpm_solver++ in 25 steps and 6,000 images per average: ship power_0_10.")
     assert printed.rstrip().endswith(f"wrote {tmp_path / 'page.html'}")
+    assert "At step 1,000" not in printed
 
 
-def interval(delta: float, stderr: float) -> dict[str, Any]:
-    return {"delta_vs_raw": delta, "delta_stderr": stderr, "interval": [delta - 2 * stderr, delta + 2 * stderr]}
-
-
-def two_rows(average: float, raw: float, stderr: float) -> list[dict[str, Any]]:
-    rows = [{"weights": "raw", "frechet_distance": raw, "frechet_distance_unbiased": raw, "stderr": 1.0}]
-    row = {"weights": "ema", "frechet_distance": average, "frechet_distance_unbiased": average, "stderr": 1.0}
-    return [*rows, row | interval(average - raw, stderr)]
-
-
-def test_an_average_whose_gain_is_not_real_is_not_recommended(tmp_path: Path) -> None:
-    sentence = judge(scored(tmp_path, rows=two_rows(9.6, 10.0, 0.6), pairs=[])).sentence
-    assert sentence.startswith(
-        "No average is shown to be better than raw: the best, ema, is 0.40 ± 0.60 below it, which is not significant."
-    )
-
-
-def test_raw_is_recommended_where_averages_are_really_worse(tmp_path: Path) -> None:
-    verdict = judge(scored(tmp_path, rows=two_rows(14.0, 10.0, 0.6), pairs=[]))
-    assert verdict.best == "raw"
-    assert verdict.sentence.startswith("Ship raw: no average is better: the nearest, ema, is 4.00 ± 0.60 above it.")
-
-
-def test_raw_and_an_average_that_cannot_be_told_apart_are_both_named(tmp_path: Path) -> None:
-    verdict = judge(scored(tmp_path, rows=two_rows(10.4, 10.0, 0.6), pairs=[]))
-    assert verdict.sentence.startswith("Ship raw or ema: the difference between them (0.40 ± 0.60) is not significant")
-
-
-def test_a_single_copy_is_compared_with_nothing(tmp_path: Path) -> None:
-    assert judge(scored(tmp_path, names=("raw",))).sentence.startswith("Only raw was scored")
-
-
-def test_without_raw_the_lowest_is_named_with_its_distance(tmp_path: Path) -> None:
-    sentence = judge(scored(tmp_path, names=("power_0_05", "power_0_10"))).sentence
-    assert sentence == (
-        "Ship power_0_10: its FD (classifier) is 2.70 ± 0.80, the lowest of those scored; "
-        "the difference from power_0_05 (2.20 ± 0.60) is significant."
-    )
-
-
-def test_an_unpaired_runner_up_is_not_called_real_or_unreal(tmp_path: Path) -> None:
-    sentence = judge(scored(tmp_path, pairs=[])).sentence
-    assert "ema_0_999_debiased comes 0.40 behind, no paired error of that was computed" in sentence
-
-
-def test_every_copy_that_ties_with_the_best_is_named(tmp_path: Path) -> None:
-    content = fake_run.results()
-    for pair in content["pairs"]:
-        if {pair["a"], pair["b"]} == {"power_0_05", "power_0_10"}:
-            pair["interval"] = [-0.5, 3.0]
-    notes = judge(scored(tmp_path, pairs=content["pairs"])).notes
-    assert notes == ("Within what these images can tell, ema_0_999_debiased and power_0_05 are as good as power_0_10.",)
-
-
-def test_a_width_of_the_sweep_that_beats_every_copy_is_mentioned_with_its_caveat(tmp_path: Path) -> None:
-    notes = judge(scored(tmp_path, sweep=fake_run.sweep_rows())).notes
-    assert notes[-1].startswith("The sweep found power_0_140 lower still, at 2.55 ± 0.78; the lowest of many")
+def test_names_are_listed_as_people_do() -> None:
+    assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+    assert listed(["a", "b", "c"], "or") == "a, b or c"
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,7 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_says_so_and_which_s
 def test_moving_aside_keeps_everything_of_the_earlier_run(rundir: RunDir) -> None:
     rundir.append_metrics({"step": 1})
     (rundir.path / "features.safetensors").write_bytes(b"x")
+    (rundir.path / "previous-7.old").mkdir()  # a person's own name, which is no number
     aside = rundir.move_aside()
     assert aside == rundir.path / "previous-1"
     assert RunDir(aside).newest_whole()[0] is not None

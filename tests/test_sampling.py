@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from ddpm_ema import sampling, streams
 from ddpm_ema.config import Config, DiffusionSettings, EvaluationSettings
@@ -41,20 +42,27 @@ def keyed(step: int, shape=SHAPE) -> Tensor:
 
 
 class TestEqualsDiffusers:
-    """Where diffusers' own stepping is exact, ours gives its images, fed the same noise."""
+    """Where diffusers' own stepping is exact, ours gives its samples, fed the same noise: every bit of the float32 state."""
 
-    def run(self, scheduler, predict, num_channels=1, **options) -> Tensor:
+    @pytest.fixture(autouse=True)
+    def float_samples(self, monkeypatch):
+        monkeypatch.setattr(sampling, "to_uint8", lambda x_0: x_0)
+
+    def run(self, scheduler, predict, **options) -> Tensor:
         x_t = keyed(0)
         for index, timestep in enumerate(scheduler.timesteps):
             output = predict(x_t, torch.full((len(INDICES),), int(timestep)), None)
             x_t = scheduler.step(output, timestep, x_t, **options.get(str(index), options.get("all", {}))).prev_sample
-        return to_uint8(x_t)
+        return x_t
 
     @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-    @pytest.mark.parametrize("schedule", ["linear", "cosine"])
+    @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
     def test_ddim_without_noise(self, schedule, prediction):
         settings = DiffusionSettings(schedule=schedule, prediction=prediction)
-        theirs = DDIMScheduler.from_config(noise_scheduler(settings).config, timestep_spacing="trailing")
+        base = noise_scheduler(settings)
+        theirs = DDIMScheduler(
+            trained_betas=base.betas.tolist(), prediction_type=prediction, timestep_spacing="trailing"
+        )
         theirs.set_timesteps(50)
         expected = self.run(theirs, smooth, all={"use_clipped_model_output": True})
         assert torch.equal(images(smooth, make("ddim", 50, settings)), expected)
@@ -74,20 +82,71 @@ class TestEqualsDiffusers:
         theirs = DDPMScheduler.from_config(noise_scheduler(settings).config)
         theirs.set_timesteps(40)
         drawn = iter(range(1, 40))
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, **k: keyed(next(drawn)))
-        expected = self.run(theirs, both)
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(scheduling_ddpm, "randn_tensor", lambda *a, **k: keyed(next(drawn)))
+            expected = self.run(theirs, both)
         assert torch.equal(images(both, make("ddpm", 40, settings)), expected)
 
-    @pytest.mark.parametrize("steps", [1, 2, 7, 25])
-    def test_dpm_solver(self, steps):
-        theirs = DPMSolverMultistepScheduler(1000, timestep_spacing="trailing")
+    @pytest.mark.parametrize(
+        ("schedule", "steps", "clip"),
+        [("linear", 1, False), ("linear", 2, True), ("linear", 7, False), ("cosine", 7, True), ("sigmoid", 25, True)],
+    )
+    def test_dpm_solver(self, schedule, steps, clip):
+        settings = DiffusionSettings(schedule=schedule)
+        theirs = DPMSolverMultistepScheduler(
+            trained_betas=noise_scheduler(settings).betas.tolist(),
+            timestep_spacing="trailing",
+            thresholding=clip,
+            dynamic_thresholding_ratio=1.0,
+        )
         theirs.set_timesteps(steps)
-        assert torch.equal(images(smooth, make("dpm_solver++", steps)), self.run(theirs, smooth))
+        made = make("dpm_solver++", steps, settings, clip_sample=clip)
+        assert torch.equal(images(smooth, made), self.run(theirs, smooth))
 
     def test_dpm_solver_twice_forgets_the_first_trajectory(self):
         sampler = make("dpm_solver++", 9)
         assert torch.equal(images(smooth, sampler), images(smooth, sampler))
+
+
+class TestClipping:
+    """`clip_sample` holds for every sampler: the same samples as from a network whose x_0 never leaves [-1, 1]."""
+
+    @pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver++"])
+    def test_clipping_equals_a_network_whose_x_0_is_clipped(self, sampler, prediction, variance, monkeypatch):
+        monkeypatch.setattr(sampling, "to_uint8", lambda x_0: x_0)
+        settings = DiffusionSettings(prediction=prediction, variance=variance)
+        alphas_cumprod = noise_scheduler(settings).alphas_cumprod.double()
+
+        def network(limit):
+            def predict(x_t, timesteps, labels):
+                x_0 = (4 * smooth(x_t, timesteps, labels)).clamp(-limit, limit).double()
+                signal = alphas_cumprod[timesteps][:, None, None, None].sqrt()
+                sigma = (1 - signal**2).sqrt()
+                noise = (x_t - signal * x_0) / sigma
+                said = {"epsilon": noise, "sample": x_0, "v_prediction": signal * noise - sigma * x_0}[
+                    prediction
+                ].float()
+                return said if variance != "learned" else torch.cat([said, torch.zeros_like(said)], dim=1)
+
+            return predict
+
+        inside = images(network(1), make(sampler, 10, settings, clip_sample=False))
+        clipped = images(network(4), make(sampler, 10, settings, clip_sample=True))
+        wild = images(network(4), make(sampler, 10, settings, clip_sample=False))
+        torch.testing.assert_close(clipped, inside, atol=1e-3, rtol=0)
+        assert clipped.abs().max() <= 1 + 1e-6
+        assert wild.abs().max() > 2
+
+    def test_clipping_of_one_image_does_not_look_at_the_others_or_at_its_brightest_pixel(self):
+        """Dynamic thresholding would scale an image down by its largest value."""
+        network = torch.full((6, 1, 8, 8), 0.5)
+        network[2, 0, 0, 0] = 9.0
+        made = images(lambda x_t, t, c: network, make("dpm_solver++", 3, DiffusionSettings(prediction="sample")))
+        expected = torch.full_like(made, round(0.75 * 255))
+        expected[2, 0, 0, 0] = 255
+        assert torch.equal(made, expected)
 
 
 class TestWhatAnImageDependsOn:
@@ -127,6 +186,11 @@ class TestWhatAnImageDependsOn:
         assert not torch.equal(first, images(smooth, sampler, seed=4))
         assert not torch.equal(first, images(smooth, sampler, INDICES + 6))
 
+    def test_no_images_are_no_work(self):
+        """A rank of a large cluster may have none of a preview's images."""
+        none = images(lambda *a: pytest.fail("asked"), make("ddpm", 5), INDICES[:0], shape=(3, 8, 8))
+        assert (none.shape, none.dtype) == ((0, 3, 8, 8), torch.uint8)
+
     @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver++"])
     def test_no_global_generator_is_drawn_from(self, sampler):
         before = torch.random.get_rng_state()
@@ -136,12 +200,13 @@ class TestWhatAnImageDependsOn:
 
 class TestTimesteps:
     def test_any_number_of_steps_begins_at_the_last_noise_level_and_takes_that_many(self):
-        for steps in range(1, 1001):
-            timesteps = trailing(1000, steps)
-            assert len(set(timesteps)) == steps
-            assert timesteps == sorted(timesteps, reverse=True)
-            assert timesteps[0] == 999
-            assert timesteps[-1] >= 0
+        for levels in (996, 1000):
+            for steps in range(1, levels + 1):
+                timesteps = trailing(levels, steps)
+                assert len(set(timesteps)) == steps
+                assert timesteps == sorted(timesteps, reverse=True)
+                assert timesteps[0] == levels - 1
+                assert timesteps[-1] >= 0
 
     @pytest.mark.parametrize("steps", [1, 2, 10, 25, 30, 50, 100, 250, 1000])
     def test_they_are_those_of_diffusers_where_diffusers_takes_as_many_steps(self, steps):
@@ -168,15 +233,25 @@ class TestTimesteps:
             torch.testing.assert_close(noise, keyed(0).double() - 0 * noise, atol=0.02, rtol=0.01)
         assert (made.int() - to_uint8(x_0).int()).abs().max() <= 1
 
-    def test_dpm_solver_starts_a_cosine_schedule_where_predicted_noise_still_says_something(self):
-        cosine = make("dpm_solver++", 10, DiffusionSettings(schedule="cosine"))
-        assert cosine.timesteps[0] == 995
-        assert make("ddim", 10, DiffusionSettings(schedule="cosine")).timesteps[0] == 999
-        assert make("dpm_solver++", 10).timesteps[0] == 999
+    def test_without_clipping_dpm_solver_starts_a_cosine_schedule_where_predicted_noise_still_says_something(self):
+        cosine = DiffusionSettings(schedule="cosine")
+        assert make("dpm_solver++", 10, cosine, clip_sample=False).timesteps[0] == 995
+        assert make("dpm_solver++", 10, clip_sample=False).timesteps[0] == 999
+        for sampler in ("ddpm", "ddim", "dpm_solver++"):
+            assert make(sampler, 10, cosine).timesteps[0] == 999
 
     def test_more_steps_than_noise_levels_is_an_error_that_names_both(self):
-        with pytest.raises(UserError, match="2000 is more than the 1000 noise levels"):
+        with pytest.raises(UserError, match=r"2000 is more than the 1000 noise levels.*at most 1000$"):
             make("ddim", 2000)
+
+    def test_more_steps_than_dpm_solver_has_usable_levels_is_an_error_before_the_first_image(self):
+        cosine = DiffusionSettings(schedule="cosine")
+        with pytest.raises(
+            UserError, match=r"1000 is more than the 996 of 1000 .* at most 996, or .*clip_sample to true"
+        ):
+            make("dpm_solver++", 1000, cosine, clip_sample=False)
+        images(smooth, make("dpm_solver++", 996, cosine, clip_sample=False), INDICES[:1])  # which are finite
+        images(smooth, make("dpm_solver++", 1000, cosine), INDICES[:1])
 
 
 class TestDistribution:
@@ -210,8 +285,19 @@ class TestDistribution:
         made = images(lambda x_t, t, c: torch.zeros_like(x_t), make("ddpm", 1, DiffusionSettings(prediction="sample")))
         assert set(made.unique().tolist()) == {128}
 
+    def test_the_last_step_looks_at_no_variance(self):
+        """However far a learned variance lies outside: infinity times no noise would be NaN."""
+        learned = DiffusionSettings(prediction="sample", variance="learned")
+        made = images(lambda x_t, t, c: torch.cat([0 * x_t, 100 + 0 * x_t], dim=1), make("ddpm", 1, learned))
+        assert set(made.unique().tolist()) == {128}
+
 
 class TestPixels:
+    def test_they_are_those_of_diffusers_pipelines(self):
+        x_0 = 1.5 * keyed(0, (3, 64, 64))
+        theirs = DDPMPipeline.numpy_to_pil((x_0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+        assert torch.equal(to_uint8(x_0), torch.stack([pil_to_tensor(image) for image in theirs]))
+
     def test_every_level_survives_the_round_trip(self):
         levels = torch.arange(256).reshape(1, 1, 16, 16)
         assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels.to(torch.uint8))
@@ -242,8 +328,9 @@ class TestGuidance:
     def test_a_scale_of_one_costs_no_second_pass(self):
         assert guided(smooth, 1.0, no_label=10) is smooth
 
-    def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_the_image(self):
+    def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_seed_and_image(self):
         known = torch.tensor([0] * 75 + [1] * 25)
         drawn = labels_for(0, torch.arange(4000), known)
         assert drawn.double().mean() == pytest.approx(0.25, abs=0.03)
         assert torch.equal(drawn[1000:1010], labels_for(0, torch.arange(1000, 1010), known))
+        assert not torch.equal(drawn, labels_for(1, torch.arange(4000), known))

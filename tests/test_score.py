@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import io
 import json
+import shutil
 import warnings
 import weakref
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
 from PIL import Image
 from scored import again, figures, make_run, results, settings, weights
 from tqdm import TqdmWarning, tqdm
@@ -25,7 +25,6 @@ from ddpm_ema.score.blocks import Block, DiskStore
 from ddpm_ema.score.network import Network
 from ddpm_ema.score.results import settings_of, table
 from ddpm_ema.score.studio import even_batch, rounds
-from ddpm_ema.score.weights import Shelf
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +35,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(run):
     return results(run)
+
+
+def network_of(run):
+    return Network(model.build(run), run.evaluation, torch.device("cpu"), batch_size=4)
 
 
 class TestTheWholeWay:
@@ -133,6 +136,9 @@ class TestWhatChangesTheNumbers:
             {"evaluation__grid_images": 2},
             {"evaluation__weights": ["raw"]},
             {"evaluation__extractor_batch_size": 3},
+            {"model__dropout": 0.5},
+            {"diffusion__min_snr_gamma": 5.0},
+            {"training__steps": 9},
             {"evaluation__eta": 0.5, "evaluation__sampler": "ddpm"},
         ):
             reference = digest(**({"evaluation__sampler": "ddpm"} if "evaluation__sampler" in same else {}))
@@ -144,6 +150,12 @@ class TestWhatChangesTheNumbers:
             {"evaluation__num_images": 61},
             {"evaluation__mixed_precision": "bf16"},
             {"evaluation__groups": 12},
+            {"evaluation__clip_sample": False},
+            {"diffusion__schedule": "cosine"},
+            {"diffusion__prediction": "v_prediction"},
+            {"diffusion__variance": "fixed_small"},
+            {"model__attention_head_dim": 2},
+            {"data__channels": 3},
         ):
             assert digest(**other) != digest()
 
@@ -158,57 +170,9 @@ class TestWhatChangesTheNumbers:
         assert second["rows"][0]["frechet_distance"] != first["rows"][0]["frechet_distance"]
 
 
-class TestNames:
-    @pytest.fixture
-    def shelf(self, run):
-        rundir = RunDir(run.output_dir)
-        return Shelf(rundir, rundir.checkpoint(8), dict(model.build(run).config))
-
-    def test_raw_and_averages_are_those_of_the_checkpoint(self, shelf):
-        source = shelf.source("ema_0_9")
-        assert source.profile == {"kind": "constant", "decay": 0.9}
-        torch.testing.assert_close(source.members[0](), weights(0, 1.1))
-
-    def test_a_name_with_a_step_is_that_of_an_earlier_checkpoint(self, shelf):
-        torch.testing.assert_close(shelf.source("raw@4").members[0](), weights(0, 1.15))
-        assert shelf.source("raw@4").key != shelf.source("raw").key
-
-    def test_a_width_that_was_not_kept_is_reconstructed_from_snapshots(self, shelf):
-        source = shelf.source("power_0_075")
-        assert source.profile["kind"] == "power_function"
-        assert source.reconstruction["amplification"] >= 1
-        made = source.members[0]()
-        factors = made["conv_in.weight"] / weights()["conv_in.weight"]
-        assert factors.min() > 1.1
-        assert factors.max() < 1.3
-
-    def test_a_pipeline_folder_gives_the_weights_that_were_saved(self, shelf, run, tmp_path):
-        network = model.build(run)
-        network.load_state_dict(weights(0, 1.3))
-        DDPMPipeline(network, diffusion.noise_scheduler(run.diffusion)).save_pretrained(tmp_path / "pipe")
-        torch.testing.assert_close(shelf.source(str(tmp_path / "pipe")).members[0](), weights(0, 1.3))
-
-    def test_a_pipeline_folder_is_scored_without_a_checkpoint_and_equals_raw(self, run, scored, tmp_path):
-        network = model.build(run)
-        network.load_state_dict(weights(0, 1.3))
-        folder = tmp_path / "pipe"
-        DDPMPipeline(network, diffusion.noise_scheduler(run.diffusion)).save_pretrained(folder)
-        alone = settings(tmp_path / "empty", evaluation__weights=[str(folder)])
-        (tmp_path / "empty").mkdir()
-        classifier = (run.output_dir / "features.safetensors").read_bytes()
-        (tmp_path / "empty" / "features.safetensors").write_bytes(classifier)
-        found = results(alone)
-        assert found["step"] == 0
-        assert figures(found)[str(folder)] == pytest.approx(figures(scored)["raw"], rel=1e-6)
-
-    def test_a_pipeline_of_another_network_is_refused_with_what_differs(self, shelf, tmp_path, run):
-        other = model.build(settings(tmp_path, model__layers_per_block=2))
-        DDPMPipeline(other, diffusion.noise_scheduler(run.diffusion)).save_pretrained(tmp_path / "pipe")
-        with pytest.raises(UserError, match="layers_per_block: 2 there, 1 here"):
-            shelf.source(str(tmp_path / "pipe"))
-
+class TestWeights:
     def test_an_ensemble_averages_predictions_not_weights(self, run):
-        network = Network(run, None, torch.device("cpu"), batch_size=4)
+        network = network_of(run)
         x_t, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 50)
         first, second = weights(0), weights(1)
         alone = []
@@ -225,21 +189,22 @@ class TestNames:
         row = next(row for row in found["rows"] if row["weights"] == "raw+ema_0_9")
         assert row["profile"]["kind"] == "ensemble"
 
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("raw@5", "no checkpoint of step 5; steps there: 4, 8"),
-            ("power_0_95", "std"),
-            ("power_0_075@6", "step 6 was not stored; the nearest are 4, 8"),
-            ("no/such/folder", "no diffusers folder"),
-        ],
-    )
-    def test_a_name_that_means_nothing_is_refused_with_what_there_is(self, shelf, name, message):
-        with pytest.raises(UserError, match=message):
-            shelf.source(name)
+    def test_a_name_spelled_twice_is_one_row(self, run):
+        found = results(again(run, evaluation__weights=["power_0_1", "power_0_10", "bias_corrected_0_9", "raw@008"]))
+        names = {row["weights"] for row in found["rows"]}
+        assert {"power_0_10", "bias_corrected_0_90", "raw@8"} <= names
+        assert not names & {"power_0_1", "bias_corrected_0_9", "raw@008"}
+
+    def test_a_run_of_snapshots_alone_is_scored_by_the_names_of_profiles(self, run, tmp_path):
+        alone = settings(tmp_path / "alone", evaluation__weights=["power_0_06", "power_0_06@4"])
+        shutil.copytree(run.output_dir / "snapshots", alone.output_dir / "snapshots")
+        shutil.copy(run.output_dir / "features.safetensors", alone.output_dir)
+        found = figures(results(alone))
+        assert found["power_0_06"] == figures(results(again(run, evaluation__weights=["power_0_06"])))["power_0_06"]
+        assert found["power_0_06@4"] != found["power_0_06"]
 
     def test_weights_of_another_model_are_refused_tensor_by_tensor(self, run):
-        network = Network(run, None, torch.device("cpu"), batch_size=4)
+        network = network_of(run)
         broken = weights()
         broken["conv_in.weight"] = torch.zeros(3, 3)
         del broken["conv_out.bias"]
@@ -277,7 +242,7 @@ class TestConditional:
 
     def test_guidance_of_a_model_without_classes_is_an_error(self, run):
         with pytest.raises(UserError, match="class-conditional"):
-            Network(again(run, evaluation__guidance_scale=2.0), None, torch.device("cpu"), 4)
+            network_of(again(run, evaluation__guidance_scale=2.0))
 
 
 class TestWhileTraining:
@@ -334,8 +299,8 @@ class TestPieces:
             return call
 
         monkeypatch.setattr(torch, "compile", compiled)
-        eager = Network(run, None, torch.device("cpu"), batch_size=4)
-        filled = Network(again(run, evaluation__compile=True), None, torch.device("cpu"), batch_size=4)
+        eager = network_of(run)
+        filled = network_of(again(run, evaluation__compile=True))
         x_t = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
         made = filled.predict(x_t, torch.full((3,), 9), None)
         torch.testing.assert_close(made, eager.predict(x_t, torch.full((3,), 9), None))

@@ -175,9 +175,11 @@ class TestCollectives:
         run = make_run(tmp_path / "run")
         processes = Processes.start("cpu")
         extractor = open_extractor(run.evaluation, run.output_dir)
-        return Studio.build(
+        made = Studio.build(
             run, processes, extractor, num_images=4, num_classes=None, known_labels=None, stop=self.Asked()
         )
+        made.prepare()
+        return made
 
     def test_a_rank_without_images_asks_as_often_as_one_with_them(self, studio):
         for images in ([0, 1], []):

@@ -95,7 +95,7 @@ class TestSearch:
 class TestCandidates:
     def test_widths_are_evenly_spaced_and_decays_evenly_in_the_logarithm_of_what_is_left(self):
         found = candidates(SweepSettings(stds="0.05:0.25:5", decays="0.9:0.999:3"))
-        assert [c.name for c in found["std"]] == ["power_0_05", "power_0_1", "power_0_15", "power_0_2", "power_0_25"]
+        assert [c.name for c in found["std"]] == ["power_0_05", "power_0_10", "power_0_15", "power_0_20", "power_0_25"]
         assert found["std"][2].profile == PowerFunction(std=0.15)
         assert [c.value for c in found["decay"]] == [0.9, 0.99, 0.999]
         assert found["decay"][1].profile == BiasCorrected(decay=0.99)
@@ -130,8 +130,8 @@ class TestSweep:
         assert [row.get("decay") for row in found["sweep"][3:]] == [0.5, 0.8]
         for row in found["sweep"]:
             assert {"stderr", "precision_stderr", "delta_vs_raw", "warnings", "weights_sha256", "versions"} <= set(row)
-            assert {"profile_error", "condition_number", "amplification"} == set(row["reconstruction"])
-        assert any("cannot give this profile" in text for row in found["sweep"] for text in row["warnings"])
+            assert {"predicted_relative_error", "profile_error", "amplification", "check"} < set(row["reconstruction"])
+        assert any("Predicted error" in text for row in found["sweep"] for text in row["warnings"])
         lowest = min(found["sweep"][:3], key=lambda row: row["frechet_distance_unbiased"])
         assert found["sweep_best"]["std"]["weights"] == lowest["weights"]
         assert {row["weights"] for row in found["rows"]} == {"raw"}
@@ -184,7 +184,7 @@ class Desk:
             if name in candidates
         ]
         self.folder = SimpleNamespace(records=lambda: self.found, results=dict)
-        self.shelf = SimpleNamespace(checkpoint=SimpleNamespace(names=["raw", *(kept or {})]))
+        self.resolver = SimpleNamespace(checkpoint=SimpleNamespace(names=["raw", *(kept or {})]))
         self.kept = list(kept or {})
 
     @staticmethod

@@ -17,10 +17,10 @@ import pytest
 import torch
 from live_runs import assert_bit_equal, exact, finish, settings, start, state, wait_until
 
-from ddpm_ema import config
+from ddpm_ema import StochasticWeightAverage, config
+from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
-from ddpm_ema.optimization import learning_rate
-from ddpm_ema.rundir import RunDir
+from ddpm_ema.rundir import RunDir, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 # The paper's learning rate: what rounding does to a weight in a step is a fraction of it, since Adam divides by the gradient.
@@ -242,6 +242,44 @@ def test_a_run_that_samples_and_snapshots_trains_bit_equal_to_one_that_does_not(
     ]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_snapshots_are_of_what_was_named_and_of_the_initial_weights_once(tmp_path: Path, world_size: int) -> None:
+    averages = {
+        "ema": {"kind": "constant", "decay": 0.9},
+        "wide": {"kind": "uniform"},
+        "p": {"kind": "power_function", "std": 0.1},
+    }
+    chosen = {"averages": averages, "checkpoints__snapshots_every": 4, "checkpoints__every": 8, "training__steps": 8}
+    run = settings(tmp_path / "run", **chosen, checkpoints__snapshots=["raw", "ema"])
+    finish(run, world_size)
+    found = {
+        name: [Snapshot.open(path) for path in paths] for name, paths in RunDir(run.output_dir).snapshots().items()
+    }
+    assert {name: [snapshot.step for snapshot in stored] for name, stored in found.items()} == {
+        "raw": [0, 4, 8],
+        "ema": [4, 8],
+    }
+    assert found["raw"][0].profile == found["raw"][2].profile == RAW
+    first, last = (read_tensors(found["raw"][place].path) for place in (0, 2))
+    assert_bit_equal(first, initial_weights(run))
+    assert_bit_equal(last, RunDir(run.output_dir).checkpoint(8).weights("raw"))
+    by_default = settings(tmp_path / "default", **chosen)
+    assert by_default.snapshot_names == ("wide", "p")
+
+
+def test_resume_and_fallback_keep_the_snapshot_of_the_initial_weights_and_write_the_later_ones_anew(
+    tmp_path: Path,
+) -> None:
+    run = settings(tmp_path / "run", training__steps=12, checkpoints__snapshots_every=2)
+    finish(run)
+    rundir = RunDir(run.output_dir)
+    stored = {path: path.read_bytes() for paths in rundir.snapshots().values() for path in paths}
+    assert rundir.snapshot_path(0, "raw") in stored
+    (rundir.checkpoint(12).path / "raw.safetensors").write_bytes(b"")
+    finish(run)
+    assert {path: path.read_bytes() for paths in rundir.snapshots().values() for path in paths} == stored
+
+
 def test_with_dropout_a_resumed_run_is_still_bit_equal(tmp_path: Path) -> None:
     whole = settings(tmp_path / "whole", training__steps=12, model__dropout=0.2)
     finish(whole)
@@ -348,6 +386,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(uninterrupted: config.Config, 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"model__initialization": "pytorch"}, "model.initialization: was ddpm, is pytorch"),
         ({"model__dropout": 0.1}, "model.dropout: was 0.0, is 0.1"),
         ({"diffusion__prediction": "sample"}, "diffusion.prediction: was epsilon, is sample"),
         ({"seed": 3}, "seed: was 0, is 3"),
@@ -575,6 +614,25 @@ def test_rows_say_what_a_person_needs_to_know(uninterrupted: config.Config) -> N
     assert row["distance/ema_0_9"] == pytest.approx(((ema - raw).norm() / raw.norm()).item(), rel=1e-6)
 
 
+def test_a_run_says_before_its_first_step_what_its_averages_will_be_worth_and_resolves_their_lengths(
+    tmp_path: Path,
+) -> None:
+    averages = {
+        "ema_0_9999": {"kind": "constant", "decay": 0.9999},
+        "last_half": {"kind": "window", "length": "50%", "end": "100%"},
+    }
+    run = settings(tmp_path / "run", training__steps=6, checkpoints__every=1, averages=averages)
+    table = finish(run).output().split("initial weights\n")[1].splitlines()
+    assert table[0].split() == ["ema_0_9999", "10,000", "6", "0.0%", "99.9%"]
+    assert table[1].split() == ["last_half", "-", "3", "83.3%", "0.0%"]
+    assert table[2].startswith("warning: ema_0_9999 will still hold 100% of the initial weights after 6 steps: use")
+    last = RunDir(run.output_dir).checkpoint(6)
+    assert last.manifest["profiles"]["last_half"] == {"kind": "window", "length": 3, "end": 6}
+    raw = [RunDir(run.output_dir).checkpoint(step).weights("raw") for step in (4, 5, 6)]
+    for name, mean in last.weights("last_half").items():
+        assert torch.allclose(mean, sum(weights[name] for weights in raw) / 3, rtol=1e-5, atol=1e-7)
+
+
 def test_the_averages_are_those_of_the_raw_weights_at_every_step(tmp_path: Path) -> None:
     """Saved at every step, the raw weights give the averages anew in float64, by the profile alone."""
     run = settings(tmp_path / "run", training__steps=9, checkpoints__every=1, checkpoints__keep=100)
@@ -608,13 +666,23 @@ def initial_weights(run: config.Config) -> dict[str, torch.Tensor]:
 def test_learning_rate_schedules_are_hand_computed_tables() -> None:
     def table(steps: int, at: list[int], **changes: object) -> list[float]:
         given = TrainingSettings(steps=steps, learning_rate=1.0, **changes)  # type: ignore[arg-type]
-        return [round(learning_rate(step, given), 6) for step in at]
+        return [round(given.learning_rate_at(step), 6) for step in at]
 
     assert table(100, [0, 1, 3, 4, 99], warmup_steps=4) == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert table(5, [0, 1, 2, 3, 4], learning_rate_schedule="linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert table(5, [0, 2, 4], learning_rate_schedule="cosine", learning_rate_end=0.2) == [1.0, 0.6, 0.2]
     cycle = {"learning_rate_schedule": "cyclical", "cycle_steps": 3, "learning_rate_end": 0.5}
     assert table(99, [0, 1, 2, 3, 4, 5], **cycle) == [1.0, 0.75, 0.5, 1.0, 0.75, 0.5]
+
+
+def test_swa_takes_its_snapshots_where_the_cyclical_learning_rate_is_lowest() -> None:
+    given = TrainingSettings(
+        steps=40, learning_rate_schedule="cyclical", cycle_steps=10, learning_rate_end=1e-5, warmup_steps=5
+    )
+    swa = StochasticWeightAverage(start=5 + 10, every=10)
+    taken = [step for step in range(1, 41) if swa.weighting(40)[step - 1] > 0]
+    assert taken == [15, 25, 35]
+    assert taken == [step for step in range(6, 41) if given.learning_rate_at(step - 1) == pytest.approx(1e-5)]
 
 
 def processes_below(pid: int) -> list[int]:

@@ -10,6 +10,17 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+HEAD_BYTES = 9
+"""How many first bytes `is_pickle` asks for."""
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that begins so is a pickle, or the zip archive of one that `torch.save` writes.
+
+    safetensors begins with its header's length in eight bytes, which may be those of a pickle, and then an opening brace.
+    """
+    return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write and sync one safetensors file in place (for one that appears whole, write beside the target and rename).
@@ -29,5 +40,5 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
     os.chmod(path, mode)
-    with open(path, "rb+") as file:
+    with open(path, "rb+") as file:  # against a power cut, which no test can make
         os.fsync(file.fileno())

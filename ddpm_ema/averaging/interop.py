@@ -21,33 +21,26 @@ from torch.optim.swa_utils import update_bn
 
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.naming import check_tensors, clean_named
-from ddpm_ema.averaging.profiles import ConstantDecay, FloatArray, Profile, Uniform, Warmup, check_steps, weighting_of
+from ddpm_ema.averaging.profiles import (
+    ConstantDecay,
+    Delayed,
+    FloatArray,
+    Profile,
+    ScheduledDecay,
+    Uniform,
+    Warmup,
+    check_positive,
+    check_real,
+    check_share,
+)
 from ddpm_ema.averaging.snapshots import open_safetensors
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = _WEIGHTS + ".index.json"
 
 
-class _ScheduledDecay(Profile):
-    """A profile that is a list of one-step decays."""
-
-    def decays(self, first: int, last: int) -> FloatArray:
-        """The one-step decays of steps first..last, float64 [last - first + 1]."""
-        raise NotImplementedError
-
-    def settings(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-
-    def decay(self, step: int, num_steps: int = 1) -> float:
-        check_steps(step, num_steps)
-        return float(np.prod(self.decays(step - num_steps + 1, step)))
-
-    def weighting(self, step: int) -> FloatArray:
-        return weighting_of(self.decays(1, step))
-
-
 @dataclass(frozen=True, repr=False)
-class DiffusersDecay(_ScheduledDecay):
+class DiffusersDecay(ScheduledDecay):
     """What diffusers' `EMAModel` does, whatever its `decay` says; the fields are those of its state.
 
     With s = t - update_after_step - 1: 0 while s <= 0, then min(max_decay, (1 + s) / (10 + s)), or with `use_ema_warmup`
@@ -62,6 +55,13 @@ class DiffusersDecay(_ScheduledDecay):
     inv_gamma: float = 1.0
     power: float = 2.0 / 3.0
 
+    def __post_init__(self) -> None:
+        for name in ("max_decay", "min_decay"):
+            check_share(name, getattr(self, name))
+        for name in ("inv_gamma", "power"):
+            check_positive(name, getattr(self, name))
+        check_real("update_after_step", self.update_after_step, -1.0, math.inf, "a number of at least -1")
+
     def decays(self, first: int, last: int) -> FloatArray:
         s = np.arange(first, last + 1, dtype=np.float64) - self.update_after_step - 1
         later = np.maximum(s, 1.0)
@@ -70,18 +70,6 @@ class DiffusersDecay(_ScheduledDecay):
         else:
             rising = (1.0 + later) / (10.0 + later)
         return np.where(s <= 0, 0.0, np.maximum(np.minimum(rising, self.max_decay), self.min_decay))
-
-
-@dataclass(frozen=True, repr=False)
-class CopyThenConstant(_ScheduledDecay):
-    """What torch's `AveragedModel` with an EMA function does: the first call copies, every later one keeps `after_first`."""
-
-    kind: ClassVar[str] = "averaged_model_ema"
-    after_first: float = 0.999
-
-    def decays(self, first: int, last: int) -> FloatArray:
-        steps = np.arange(first, last + 1)
-        return np.where(steps == 1, 0.0, self.after_first)
 
 
 @dataclass(frozen=True)
@@ -163,6 +151,8 @@ def _diffusers_notes(profile: DiffusersDecay, step: int) -> list[str]:
         return ["It has seen no step: its weights are the initial ones."]
     claimed, real = profile.max_decay, profile.decay(step)
     constant = ConstantDecay(claimed)
+    initial = constant.initial_weight(step)
+    rest = f" and still be {initial:.1%} initial weights" if initial >= 0.0005 else ""
     if math.isclose(real, claimed, rel_tol=1e-12):
         reached = int(np.argmax(profile.decays(1, step) >= claimed)) + 1
         return [
@@ -171,7 +161,7 @@ def _diffusers_notes(profile: DiffusersDecay, step: int) -> list[str]:
     sentence = (
         f"It claims a decay of {claimed:g}, but EMAModel's warm-up has only reached {real:.6g} at step {step}: it averages "
         f"about {profile.effective_window(step):.0f} steps, centred at {profile.centre(step):.1%} of training, where a "
-        f"constant {claimed:g} would average about {constant.effective_window(step):.0f}."
+        f"constant {claimed:g} would average about {constant.effective_window(step):.0f}{rest}."
     )
     return [sentence]
 
@@ -203,7 +193,7 @@ def write_diffusers_ema(
     Args:
         folder: made if need be.
         weights: parameter name -> tensor; stored as fp32.
-        profile: `ConstantDecay`, `Warmup` or `DiffusersDecay`: the others cannot be had from an `EMAModel`.
+        profile: `ConstantDecay` or `Warmup`, also `Delayed`, or `DiffusersDecay`: an `EMAModel` follows no other.
         step: updates so far.
         model_config: the model's configuration, `dict(model.config)`.
 
@@ -224,17 +214,14 @@ def _diffusers_settings(profile: Profile) -> dict[str, Any]:
     if isinstance(profile, DiffusersDecay):
         settings = profile.settings()
         return {"decay": settings.pop("max_decay"), **settings}
-    defaults = {"update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2.0 / 3.0}
-    if isinstance(profile, ConstantDecay):  # a floor as high as the ceiling leaves no room for the warm-up
-        return {"decay": profile.decay_per_step, "min_decay": profile.decay_per_step, **defaults}
-    if isinstance(profile, Warmup):  # EMAModel's s is one step behind ours; an update_after_step of -1 takes that back
-        warmup = {
-            "use_ema_warmup": True,
-            "inv_gamma": profile.inv_gamma,
-            "power": profile.power,
-            "update_after_step": -1,
-        }
-        return {"decay": profile.decay_per_step, "min_decay": 0.0, **warmup}
+    rule, start = (profile.profile, profile.start) if isinstance(profile, Delayed) else (profile, 0)
+    state = {"update_after_step": start - 1}  # EMAModel's s is one step behind ours: it would copy one step longer
+    if isinstance(rule, ConstantDecay):  # a floor as high as the ceiling leaves no room for the warm-up
+        floor = {"min_decay": rule.decay_per_step, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2.0 / 3.0}
+        return {"decay": rule.decay_per_step, **floor, **state}
+    if isinstance(rule, Warmup):
+        warmup = {"min_decay": 0.0, "use_ema_warmup": True, "inv_gamma": rule.inv_gamma, "power": rule.power}
+        return {"decay": rule.decay_per_step, **warmup, **state}
     raise ValueError(
         f"profile: diffusers' EMAModel cannot go on with {profile!r}, only with a constant or a warmed-up decay; "
         "to ship the weights alone, load them into the model and use its save_pretrained"
@@ -259,7 +246,7 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
     buffers = {n: t for n, t in clean_named(model.state_dict().items(), "model").items() if n not in parameters}
     check_tensors(tensors, {n: t.shape for n, t in (parameters | buffers).items()}, "state")
     step = int(state["n_averaged"])
-    profile: Profile = Uniform() if decay is None else CopyThenConstant(after_first=ConstantDecay(decay).decay_per_step)
+    profile: Profile = Uniform() if decay is None else Delayed(ConstantDecay(decay), start=1)
     notes = [f"One step of this average is one call of update_parameters ({step} so far), however often that was."]
     if decay is not None:
         notes.append("Its first call copied the parameters, so the average began there and holds no initial weights.")

@@ -47,6 +47,7 @@ class HostMirror:
                 torch._foreach_copy_(self._shadow, self._sources)
             events = []
             for device, stream in self._streams.items():
+                # The copy must not overtake the clone. Only a race on a CUDA device shows it: no test on a CPU can.
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
                     for value, shadow in zip(self.values, self._shadow, strict=True):

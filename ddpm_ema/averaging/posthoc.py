@@ -1,100 +1,158 @@
-"""Any average after the fact: a stored few, combined linearly, stand for one that was never kept.
+"""Post-hoc EMA on files: any averaging profile as a linear combination of stored averages, and a check of what was predicted.
 
-An average is linear in the parameters after each step, so a combination of averages is an average whose weighting is the
-same combination of weightings. Karras et al. 2024 (arXiv 2312.02696, section 3.2, appendix C.3) fit other power-function
-widths that way; the same least squares fits every profile that can write its weighting down. Here it is solved over the
-discrete weightings themselves, by an orthogonal factorisation instead of normal equations, so that the conditioning is not
-squared. The coefficients are held to sum to 1: the combination of averages is an average.
+The coefficients are those of `coefficients.py`. The tensors are read one file at a time, a bounded part of the model at a time.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpm_ema.averaging.coefficients import (
+    FIT_VERSION,
+    RAW,
+    Coefficients,
+    FloatArray,
+    StepVariance,
+    Stored,
+    as_profile,
+    posthoc_coefficients,
+    solve,
+    variance_between,
+)
 from ddpm_ema.averaging.naming import check_tensors
-from ddpm_ema.averaging.power_function import power_function_weighting
-from ddpm_ema.averaging.profiles import PowerFunction, Profile
-from ddpm_ema.averaging.snapshots import Snapshot, find_snapshots, write_snapshot
+from ddpm_ema.averaging.profiles import Profile
+from ddpm_ema.averaging.snapshots import Snapshot
 
-__all__ = [
-    "Coefficients",
-    "Reconstruction",
-    "Snapshot",
-    "find_snapshots",
-    "posthoc_coefficients",
-    "reconstruct",
-    "write_snapshot",
-]
-
-FloatArray = npt.NDArray[np.float64]
-
-MAX_PROFILE_ERROR = 0.05
-"""Profile error from which a reconstruction is called untrustworthy."""
-MAX_ROUNDING = 0.01
-"""Relative rounding error (amplification x storage rounding) from which it is."""
-MAX_INITIAL_WEIGHT_ERROR = 0.01
-"""Wrong weight of the initial parameters from which it is."""
-MAX_CONDITION_NUMBER = 1e12
-"""Condition number from which float64 coefficients are."""
-
-_CHUNK_STEPS = 1 << 16
+MAX_MISPREDICTION = 2.0
+"""Actual error of a check over the predicted one from which a reconstruction warns, where it is"""
+MIN_CHECKED_ERROR = 0.01
+"""at least this share of the distance from raw."""
 
 
 @dataclass(frozen=True)
-class Coefficients:
-    """How to combine stored averages, and how far to trust the result.
+class Check:
+    """A stored average, rebuilt from the others and compared with itself.
 
     Attributes:
-        weights: float64 [num_in], summing to 1.
-        condition_number: of the inner products (Gram matrix) of the stored profiles; how delicate the fit is.
-        profile_error: relative L2 distance between the weighting asked for and the one got, over steps 1..step_out.
-        amplification: L1 norm of the weights: what rounding errors in the stored averages are multiplied by, at most.
-        initial_weight_error: how far the weight of the *initial* parameters is from the one asked for. A constant decay still holds
-            decay^step of them, which power functions cannot give back; `BiasCorrected` holds none.
+        name: its file's name.
+        profile: its profile.
+        predicted: predicted error, as a share of its distance from the raw weights.
+        actual: the error, as a share of the same.
     """
 
-    weights: FloatArray
-    condition_number: float
-    profile_error: float
-    amplification: float
-    initial_weight_error: float = 0.0
+    name: str
+    profile: Profile
+    predicted: float
+    actual: float
 
-    def warnings(self, roundoff: float = 0.0) -> list[str]:
-        """Plain sentences on why the result should not be trusted; none if it may be.
+    def warnings(self) -> list[str]:
+        """A sentence where the prediction was far too good; none where it was not."""
+        if self.actual < max(MAX_MISPREDICTION * self.predicted, MIN_CHECKED_ERROR):
+            return []
+        sentence = (
+            f"Check: {self.name}, rebuilt from the other snapshots, is off by {self.actual:.1%} where {self.predicted:.1%} was "
+            "predicted. Errors predicted for this run may be as much too low."
+        )
+        return [sentence]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an average is made from stored ones; no tensors yet.
+
+    Attributes:
+        step: the step it is the average at.
+        target: the profile asked for.
+        snapshots: what it is made from, in the order of `coefficients.weights`.
+        coefficients: how it is made.
+        step_variance: as given to `fit`.
+        white_noise: as given to `fit`, or estimated.
+    """
+
+    step: int
+    target: Profile
+    snapshots: tuple[Snapshot, ...]
+    coefficients: Coefficients
+    step_variance: StepVariance | None
+    white_noise: float
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the coefficients follow from beside the files and the target: changes whenever they would."""
+        steps = [snapshot.step for snapshot in self.snapshots]
+        moved = [variance_between(self.step_variance, a, b) for a, b in itertools.pairwise([0, *dict.fromkeys(steps)])]
+        return [FIT_VERSION, self.step, *(f"{variance:.9g}" for variance in moved)]
+
+    def warnings(self, check: Check | None = None) -> list[str]:
+        """Why it should not be trusted, in plain sentences; empty if it may be."""
+        return [*self.coefficients.warnings(), *(check.warnings() if check else [])]
+
+    def summary(self, check: Check | None = None) -> dict[str, Any]:
+        """How far to trust it, as plain values."""
+        coefficients = self.coefficients
+        return {
+            "num_snapshots": len(self.snapshots),
+            "predicted_relative_error": coefficients.predicted_relative_error,
+            "profile_error": coefficients.profile_error,
+            "amplification": coefficients.amplification,
+            "check": {"weights": check.name, "predicted": check.predicted, "actual": check.actual} if check else None,
+        }
+
+    def combined(self) -> dict[str, Tensor]:
+        """Parameter name -> fp32 CPU tensor, in the order of the newest file. Raises as `reconstruct`."""
+        shapes = self.snapshots[-1].shapes()
+        combined = dict(combine(self.snapshots, self.coefficients.weights, shapes))
+        return {name: combined[name] for name in shapes}
+
+    def checked(self, kept: Iterable[Snapshot] = ()) -> Check | None:
+        """Rebuild the stored average whose weighting is nearest to the target's from the other snapshots; reads every file once.
 
         Args:
-            roundoff: largest relative rounding error of the stored averages (2^-24 for fp32, 2^-8 for bf16).
+            kept: averages and raw weights that were stored at `step`, but are not among the snapshots.
+
+        Returns:
+            None where raw or every average is missing at `step`, or there is nothing to rebuild one from.
+
+        Raises: as `reconstruct`.
         """
-        warnings = []
-        if self.profile_error > MAX_PROFILE_ERROR:
-            warnings.append(
-                f"The stored averages cannot give this profile: its weighting is off by {self.profile_error:.1%}. "
-                "Store more snapshots, or ask for a width nearer to theirs."
-            )
-        if self.initial_weight_error > MAX_INITIAL_WEIGHT_ERROR:
-            warnings.append(
-                f"The profile gives the initial parameters {self.initial_weight_error:.1%} more or less weight than the "
-                "stored averages can. The debiased profile (bias_corrected) gives them none and can be had."
-            )
-        if self.condition_number > MAX_CONDITION_NUMBER:
-            warnings.append(
-                f"The stored averages are nearly linearly dependent (condition number {self.condition_number:.1e}): "
-                "the coefficients are not determined well. Use fewer snapshots or more different widths."
-            )
-        rounding = self.amplification * roundoff
-        if rounding > MAX_ROUNDING:
-            warnings.append(
-                f"Rounding in the stored averages is amplified {self.amplification:.3g} times, "
-                f"to as much as {rounding:.1%} of a weight. Store the snapshots in fp32."
-            )
-        return warnings
+        here = [snapshot for snapshot in (*self.snapshots, *kept) if snapshot.step == self.step]
+        raw = next((snapshot for snapshot in here if snapshot.profile == RAW), None)
+        candidate = min((snapshot for snapshot in here if snapshot.profile != RAW), key=self._apart, default=None)
+        rest = [s for s in self.snapshots if candidate and (s.step, s.profile) != (self.step, candidate.profile)]
+        if raw is None or candidate is None or not rest:
+            return None
+        found = solve([_stored(s) for s in rest], [_stored(candidate)], self.step_variance, self.white_noise)[0]
+        files = (*rest, candidate, raw)
+        actual = _off_by(files, tuple(found.weights.tolist()), tuple(s.path.stat().st_mtime_ns for s in files))
+        return Check(candidate.path.stem, candidate.profile, found.predicted_relative_error or 0.0, actual)
+
+    def _apart(self, snapshot: Snapshot) -> float:
+        """Expected distance of a stored average from the target, as a share of the target's distance from raw."""
+        alone = solve([_stored(snapshot)], [Stored(self.step, self.target)], self.step_variance, self.white_noise)[0]
+        return alone.predicted_relative_error or 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _off_by(files: tuple[Snapshot, ...], weights: tuple[float, ...], modified: tuple[int, ...]) -> float:
+    """How far the combination of all files but two is from the last but one, as a share of its distance from the last.
+
+    Remembered, since the candidates of a sweep share their checks; `modified` are the files' times.
+    """
+    *rest, stored, other = files
+    error = distance = 0.0
+    for name, rebuilt in combine(rest, weights, stored.shapes()):
+        (_, exact), (_, apart) = *stored.tensors([name]), *other.tensors([name])
+        error += float((rebuilt.double() - exact).square().sum())
+        distance += float((apart.double() - exact).square().sum())
+    return float(np.sqrt(error / distance)) if distance else 0.0
 
 
 @dataclass(frozen=True)
@@ -102,94 +160,129 @@ class Reconstruction:
     """An average made after the fact.
 
     Attributes:
-        weights: parameter name -> fp32 CPU tensor.
-        coefficients: how it was made.
-        snapshots: what it was made from, in the order of `coefficients.weights`.
-        step: the step it is the average at.
-        target: the profile asked for.
-        warnings: why it should not be trusted, in plain sentences; empty if it may be.
+        weights: parameter name -> fp32 CPU tensor, in the order of the files: pair them by name.
+        fit: how it was made.
+        check: what the prediction was worth for another average, that was stored; None where there was none.
     """
 
     weights: dict[str, Tensor]
-    coefficients: Coefficients
-    snapshots: tuple[Snapshot, ...]
-    step: int
-    target: Profile
-    warnings: list[str]
+    fit: Fit
+    check: Check | None
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """How the snapshots were combined, and how far to trust the result."""
+        return self.fit.coefficients
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why it should not be trusted, in plain sentences; empty if it may be."""
+        return self.fit.warnings(self.check)
 
 
-def posthoc_coefficients(
-    steps_in: Sequence[int],
-    stds_in: Sequence[float | Profile],
+def fit(
+    snapshots: Iterable[Snapshot],
     step_out: int,
     target: float | Profile,
-) -> Coefficients:
-    """The combination of stored averages whose weighting is nearest to the target's in the L2 sense.
-
-    Args:
-        steps_in: steps at which the averages were stored, [num_in], none after `step_out`.
-        stds_in: their power-function widths, or any profiles, [num_in].
-        step_out: the step to have the target average at.
-        target: a power-function width, or any profile.
-
-    Raises:
-        ValueError: no or too many averages, lengths that differ, a step out of range, one average given twice, or a bad width.
-    """
-    steps = [int(step) for step in steps_in]
-    profiles = [_as_profile(profile) for profile in stds_in]
-    goal = _as_profile(target)
-    if not steps or len(steps) != len(profiles):
-        raise ValueError(
-            f"steps_in, stds_in: expected equally many, at least one; got {len(steps)} and {len(profiles)}"
-        )
-    for step in steps:
-        if not 1 <= step <= step_out:
-            raise ValueError(f"steps_in: expected 1 <= step <= step_out = {step_out}, got {step}")
-    pairs = list(zip(steps, profiles, strict=True))
-    for i, pair in enumerate(pairs):
-        if pair in pairs[:i]:
-            raise ValueError(f"steps_in, stds_in: {pair[1]!r} at step {pair[0]} is given twice")
-    coefficients = _solve(_triangular_factor(pairs, goal, step_out))
-    initial_weights = np.array([profile.initial_weight(step) for step, profile in pairs])
-    initial_weight_error = abs(float(initial_weights @ coefficients.weights) - goal.initial_weight(step_out))
-    return replace(coefficients, initial_weight_error=initial_weight_error)
+    *,
+    step_variance: StepVariance | None = None,
+    white_noise: float | None = None,
+) -> Fit:
+    """`reconstruct` without the tensors: which snapshots, which coefficients, how good. Arguments and errors are the same."""
+    snapshots = sorted(snapshots, key=lambda snapshot: snapshot.step)
+    steps = sorted({snapshot.step for snapshot in snapshots if snapshot.step > 0})
+    if step_out not in steps:
+        raise ValueError(f"step {step_out} was not stored; {_nearest_steps(step_out, steps)}")
+    used = tuple(snapshot for snapshot in snapshots if snapshot.step <= step_out)
+    shapes = used[-1].shapes()
+    for snapshot in used:
+        _check_shapes(snapshot, shapes)
+    if white_noise is None:
+        white_noise = estimate_white_noise([s for s in used if s.profile == RAW and s.step > 0], step_variance)
+    coefficients = posthoc_coefficients(
+        [snapshot.step for snapshot in used],
+        [snapshot.profile for snapshot in used],
+        step_out,
+        target,
+        step_variance=step_variance,
+        white_noise=white_noise,
+        every=[snapshot.every for snapshot in used],
+        roundoff=[snapshot.roundoff() for snapshot in used],
+    )
+    return Fit(step_out, as_profile(target), used, coefficients, step_variance, white_noise)
 
 
-def reconstruct(snapshots: Iterable[Snapshot], step_out: int, target: float | Profile) -> Reconstruction:
+def reconstruct(
+    snapshots: Iterable[Snapshot],
+    step_out: int,
+    target: float | Profile,
+    *,
+    step_variance: StepVariance | None = None,
+    white_noise: float | None = None,
+    check: bool = True,
+    kept: Iterable[Snapshot] = (),
+) -> Reconstruction:
     """The average with the target profile at `step_out`, from stored ones, never kept during training.
 
     Snapshots are read one file at a time, a bounded part of the tensors at a time; memory is at most that of two models
     (or of three and a half times the largest tensor beyond the result, if a single tensor is most of the model).
 
     Args:
-        snapshots: stored averages, in any order, of any profiles; those after `step_out` are left aside.
+        snapshots: stored averages, in any order, of any profiles, `RAW` included; those after `step_out` are left aside.
         step_out: a step at which a snapshot was stored.
         target: a power-function width, or any profile.
+        step_variance: as of `posthoc_coefficients`: give learning_rate(t)^2 where the rate warms up or decays.
+        white_noise: as of `posthoc_coefficients`; None estimates it where three raw snapshots or more are there.
+        check: also rebuild an average that was stored at `step_out` from the others, where raw was stored there, too. Reads every
+            file once more.
+        kept: what else was stored at `step_out`, raw or averages: used for the check alone.
 
     Raises:
         ValueError: no snapshot was stored at `step_out` (the nearest steps are named), one is given twice, two hold different
             tensors (each is named), a file is not a snapshot, or a bad width.
         OSError: a file cannot be read.
     """
-    snapshots = sorted(snapshots, key=lambda snapshot: snapshot.step)
-    steps = sorted({snapshot.step for snapshot in snapshots})
-    if step_out not in steps:
-        raise ValueError(f"step {step_out} was not stored; {_nearest_steps(step_out, steps)}")
-    used = tuple(snapshot for snapshot in snapshots if snapshot.step <= step_out)
-    goal = _as_profile(target)
-    coefficients = posthoc_coefficients([s.step for s in used], [s.profile for s in used], step_out, goal)
-    shapes = used[-1].shapes()
-    for snapshot in used:
-        _check_shapes(snapshot, shapes)
-    roundoff = max(snapshot.roundoff() for snapshot in used)
-    weights = dict(combine(used, coefficients.weights, shapes))
-    return Reconstruction(
-        {name: weights[name] for name in shapes}, coefficients, used, step_out, goal, coefficients.warnings(roundoff)
-    )
+    found = fit(snapshots, step_out, target, step_variance=step_variance, white_noise=white_noise)
+    return Reconstruction(found.combined(), found, found.checked(kept) if check else None)
+
+
+def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | None = None) -> float:
+    """Variance of the noise of raw weights about the wandering ones, in the unit of `step_variance`; reads every file once.
+
+    Of a random walk plus white noise, |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j,
+    plus twice the noise. Neighbours and neighbours but one give the two unknowns. 0 for fewer than three checkpoints.
+
+    Args:
+        raw: checkpoints of one run, by step.
+        step_variance: as of `posthoc_coefficients`.
+    """
+    if len(raw) < 3:
+        return 0.0
+    squares = np.asarray(_moved(tuple(raw), tuple(s.path.stat().st_mtime_ns for s in raw)))
+    steps = [snapshot.step for snapshot in raw]
+    between = [variance_between(step_variance, a, b) for a, b in itertools.pairwise(steps)]
+    walked = np.cumsum([0.0, *between])
+    walked = np.array([np.mean(walked[lag:] - walked[:-lag]) for lag in (1, 2)])
+    rate = max((squares[1] - squares[0]) / (walked[1] - walked[0]), 1e-3 * squares[1] / walked[1])
+    return max(0.0, float((squares[0] / rate - walked[0]) / 2)) if rate > 0.0 else 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _moved(raw: tuple[Snapshot, ...], modified: tuple[int, ...]) -> tuple[float, float]:
+    """Mean squared distance of neighbours, and of neighbours but one. Remembered as `_off_by` is."""
+    sums, shapes = [0.0, 0.0], raw[0].shapes()
+    for part in _parts(shapes):
+        before: list[dict[str, Tensor]] = []
+        for snapshot in raw:
+            now = {name: tensor.double() for name, tensor in snapshot.tensors(part)}
+            for lag, earlier in enumerate(reversed(before)):
+                sums[lag] += sum(float((now[name] - earlier[name]).square().sum()) for name in part)
+            before = [*before[-1:], now]
+    return sums[0] / (len(raw) - 1), sums[1] / (len(raw) - 2)
 
 
 def combine(
-    snapshots: Sequence[Snapshot], coefficients: FloatArray, shapes: Mapping[str, torch.Size]
+    snapshots: Sequence[Snapshot], coefficients: Sequence[float] | FloatArray, shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Tensor]]:
     """The sum of coefficient x snapshot, tensor by tensor, fp32 on the CPU, summed in float64.
 
@@ -239,60 +332,5 @@ def _nearest_steps(step: int, steps: Sequence[int]) -> str:
     return f"the nearest are {', '.join(map(str, nearest))}"
 
 
-def _as_profile(profile: float | Profile) -> Profile:
-    return profile if isinstance(profile, Profile) else PowerFunction(std=profile)
-
-
-def _weighting(
-    profile: Profile, step: int, first: int, last: int, cache: dict[tuple[Profile, int], FloatArray]
-) -> FloatArray:
-    """Weights of the parameters after steps first..last in the average stored at `step`: float64 [last - first + 1]."""
-    if isinstance(profile, PowerFunction):  # the usual case has a closed form and needs no whole array
-        return power_function_weighting(profile.exponent, step, first, last)
-    if (profile, step) not in cache:
-        cache[profile, step] = profile.weighting(step)
-    part = cache[profile, step][first - 1 : last]
-    return np.pad(part, (0, last - first + 1 - len(part)))
-
-
-def _triangular_factor(stored: Sequence[tuple[int, Profile]], target: Profile, step_out: int) -> FloatArray:
-    """R of the QR factorisation of [stored weightings | target weighting], [num_in + 1, num_in + 1].
-
-    The matrix has a row a step, so it is factored a block of rows at a time: R of (R so far on top of the next block).
-    """
-    columns = [*stored, (step_out, target)]
-    factor = np.zeros((0, len(columns)))
-    cache: dict[tuple[Profile, int], FloatArray] = {}
-    for first in range(1, step_out + 1, _CHUNK_STEPS):
-        last = min(first + _CHUNK_STEPS - 1, step_out)
-        block = np.stack([_weighting(profile, step, first, last, cache) for step, profile in columns], axis=1)
-        factor = np.asarray(np.linalg.qr(np.concatenate([factor, block]), mode="r"))
-    if len(factor) < len(columns):  # fewer steps than averages
-        factor = np.concatenate([factor, np.zeros((len(columns) - len(factor), len(columns)))])
-    return np.asarray(factor, dtype=np.float64)
-
-
-def _solve(factor: FloatArray) -> Coefficients:
-    """Least squares on the triangular factor, over coefficients that sum to 1."""
-    stored, goal = factor[:, :-1], factor[:, -1]
-    num_in = stored.shape[1]
-    # Scaled to unit length, no average counts for less because it was stored early and is short.
-    lengths = np.linalg.norm(stored, axis=0)
-    singular_values = np.linalg.svd(stored, compute_uv=False)
-    condition_number = float((singular_values[0] / singular_values[-1]) ** 2) if singular_values[-1] > 0 else math.inf
-    # c = c_0 + N y with sum(c_0) = 1 and N spanning the coefficients that sum to 0. In scaled coefficients z = lengths * c the
-    # constraint is a . z = 1 with a = 1 / lengths; the rest of a's orthonormal basis spans N.
-    constraint = 1.0 / lengths
-    basis = np.linalg.qr(constraint[:, None], mode="complete")[0][:, 1:]
-    particular = constraint / (constraint @ constraint)
-    scaled = stored / lengths
-    free = np.linalg.lstsq(scaled @ basis, goal - scaled @ particular, rcond=None)[0] if num_in > 1 else np.zeros(0)
-    weights = (particular + basis @ free) / lengths
-    weights = weights / weights.sum()
-    error = float(np.linalg.norm(stored @ weights - goal) / np.linalg.norm(goal))
-    return Coefficients(
-        weights=weights,
-        condition_number=condition_number,
-        profile_error=error,
-        amplification=float(np.abs(weights).sum()),
-    )
+def _stored(snapshot: Snapshot) -> Stored:
+    return Stored(snapshot.step, snapshot.profile, snapshot.every, snapshot.roundoff())

@@ -64,40 +64,17 @@ def _solve_exponent(std: float) -> float:
     return x - 1.0
 
 
-def power_function_weighting(
-    exponent: float, step: int, first: int = 1, last: int | None = None
-) -> npt.NDArray[np.float64]:
-    """Weights that the power-function average of `step` steps gives to the parameters after steps `first`..`last`.
+def power_function_weighting(exponent: float, step: int) -> npt.NDArray[np.float64]:
+    """Weights that the power-function average of `step` steps gives to the parameters after steps 1..`step`.
 
     The recursion with decay (1 - 1/t)^(gamma + 1) (eq. 2) gives the parameters after step i exactly the integral of the
     continuous profile (eq. 1) over (i - 1, i], so the discrete average needs no approximation:
     ((i)^(gamma + 1) - (i - 1)^(gamma + 1)) / step^(gamma + 1).
 
     Returns:
-        float64 [last - first + 1]; steps beyond `step` have weight 0.
+        float64 [step].
     """
-    last = step if last is None else last
-    i = np.arange(first, last + 1, dtype=np.float64)
+    i = np.arange(1, step + 1, dtype=np.float64)
     with np.errstate(divide="ignore"):  # log1p(-1) = -inf at i = 1 is wanted: the whole of (0, 1] belongs to step 1
         share = -np.expm1((exponent + 1.0) * np.log1p(-1.0 / i))
-    weights = np.power(np.minimum(i / step, 1.0), exponent + 1.0) * share
-    weights[i > step] = 0.0
-    return weights
-
-
-def power_function_inner_product(step_a: float, exponent_a: float, step_b: float, exponent_b: float) -> float:
-    """Inner product of two continuous power-function profiles over training time (appendix C.3).
-
-    The closed form that the discrete inner products approach as 1/step. Exponents may differ and so may the steps.
-
-    Raises:
-        ValueError: a step is not positive, or an exponent is negative.
-    """
-    if not (step_a > 0 and step_b > 0):
-        raise ValueError(f"steps: expected positive numbers, got {step_a!r} and {step_b!r}")
-    if not (exponent_a >= 0 and exponent_b >= 0):
-        raise ValueError(f"exponents: expected numbers of at least 0, got {exponent_a!r} and {exponent_b!r}")
-    shorter = min(step_a, step_b)
-    ratio = (shorter / step_a) ** exponent_a * (shorter / step_b) ** exponent_b  # in [0, 1]: cannot overflow
-    scale = (exponent_a + 1) * (exponent_b + 1) / (exponent_a + exponent_b + 1)
-    return float(scale * ratio / max(step_a, step_b))
+    return np.asarray(np.power(i / step, exponent + 1.0) * share)

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddpm_ema.averaging.files import save_tensors
+from ddpm_ema.averaging.files import HEAD_BYTES, is_pickle, save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 
 ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -26,14 +27,16 @@ class Snapshot:
     """One stored average.
 
     Attributes:
-        step: completed optimizer steps when it was stored.
+        step: completed optimizer steps when it was stored; 0 for the initial weights.
         profile: how it was averaged.
         path: its safetensors file.
+        every: steps between its updates.
     """
 
     step: int
     profile: Profile
     path: Path
+    every: int = 1
 
     @classmethod
     def open(cls, path: str | Path) -> Snapshot:
@@ -47,11 +50,14 @@ class Snapshot:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
         try:
-            step, settings = int(metadata["step"]), json.loads(metadata["profile"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not a snapshot: its metadata has no valid 'step' and 'profile'") from error
+            described = json.loads(metadata["snapshot"])
+            step, every, settings = int(described["step"]), int(described["every"]), described["profile"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not a snapshot: its metadata has no valid 'snapshot' with step, every and profile"
+            ) from error
         try:
-            return cls(step=step, profile=profile_from_dict(settings), path=path)
+            return cls(step=step, profile=profile_from_dict(settings), path=path, every=every)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -79,40 +85,50 @@ def find_snapshots(folder: str | Path) -> list[Snapshot]:
     return sorted(snapshots, key=lambda snapshot: (snapshot.step, snapshot.path.name))
 
 
+def snapshot_metadata(step: int, profile: Profile, every: int = 1, **more: Any) -> dict[str, str]:
+    """What a snapshot's file says of it: one entry, since safetensors writes several in random order."""
+    described = {"step": step, "every": every, "profile": profile_to_dict(profile), **more}
+    return {"snapshot": json.dumps(described, sort_keys=True)}
+
+
 def write_snapshot(
     path: str | Path,
     tensors: Mapping[str, Tensor],
     step: int,
     profile: Profile,
     dtype: torch.dtype = torch.float32,
+    every: int = 1,
 ) -> Snapshot:
-    """Store an average, whole or not at all: written beside the target, flushed to disk, renamed.
+    """Store an average, whole or not at all: written beside the target, flushed to disk, renamed. Equal ones give equal bytes.
 
     Args:
         path: the file; its folder is made if need be.
         tensors: name -> tensor of any dtype, layout and device.
-        step: completed optimizer steps.
-        profile: how it was averaged.
+        step: completed optimizer steps; 0 for the initial weights, with any profile.
+        profile: how it was averaged; `RAW` for parameters that are not averaged.
         dtype: torch.float32, or torch.bfloat16 for half the bytes (docs/averaging.md says what is lost).
+        every: steps between updates of the average, `num_steps` of `AverageBank.update`.
 
     Raises:
-        ValueError: another dtype, or a negative step.
+        ValueError: another dtype, a negative step, or no steps between updates.
         OSError: it cannot be written.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: snapshots are stored as torch.float32 or torch.bfloat16, got {dtype}")
-    if step < 1:
-        raise ValueError(f"step: expected at least 1 completed step, got {step!r}")
+    if step < 0 or every < 1:
+        raise ValueError(
+            f"step, every: expected at least 0 completed steps and 1 between updates, got {step!r} and {every!r}"
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_tensors(temporary, stored, {"step": str(step), "profile": json.dumps(profile_to_dict(profile))})
+        save_tensors(temporary, stored, snapshot_metadata(step, profile, every))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return Snapshot(step=step, profile=profile, path=path)
+    return Snapshot(step=step, profile=profile, path=path, every=every)
 
 
 def open_safetensors(path: Path) -> safe_open:
@@ -123,8 +139,8 @@ def open_safetensors(path: Path) -> safe_open:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        head = file.read(2)
-    if head == b"PK" or head[:1] == b"\x80":  # torch.save's zip archive, or a bare pickle
+        head = file.read(HEAD_BYTES)
+    if is_pickle(head):
         raise ValueError(
             f"{path}: this is a pickle, which can run code when it is read: refused. Convert it to safetensors"
         )

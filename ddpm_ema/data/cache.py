@@ -4,7 +4,8 @@
       images.u8      uint8 [N, C, size, size], row after row
       meta.json      shape, fingerprint, unreadable images
 
-The key covers the source's stamp and the conversion, so changed files give another folder. A folder appears whole (by a
+The key covers the source's stamp and the conversion, so changed files give another folder; the pixels must have the sha256 that
+meta.json names, or they are decoded again. A folder appears whole (by a
 rename of a temporary one beside it) or not at all; a lock lets one process decode while the others wait for it.
 """
 
@@ -29,6 +30,8 @@ from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding, Pixels, check_bad
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
+
+_HASHED_AT_ONCE = 4096  # images
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,16 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
     key = hashlib.sha256("\n".join(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     folder = cache_dir / "images" / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', source.name)[:40]}-{key}"
     try:
-        found = _read(folder, conversion)
+        found = _read(folder, source, conversion)
         if found is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock")):
-                found = _read(folder, conversion)  # another process may have made it meanwhile
+                found = _read(folder, source, conversion)  # another process may have made it meanwhile
+                for partial in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by a kill
+                    shutil.rmtree(partial, ignore_errors=True)
                 if found is None:
                     _write(folder, source, conversion, max_bad)
-                    found = _read(folder, conversion)
+                    found = _read(folder, source, conversion)
     except OSError as error:
         space = shutil.disk_usage(_existing(folder)).free
         needed = len(source) * conversion.channels * conversion.size**2
@@ -101,8 +106,8 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _read(folder: Path, conversion: Conversion) -> Cached | None:
-    """What the folder holds; None where it is not there or not whole."""
+def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None:
+    """What the folder holds; None where it is not there, not whole, or its pixels are not those that were decoded."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         count, fingerprint = int(meta["count"]), str(meta["fingerprint"])
@@ -116,7 +121,12 @@ def _read(folder: Path, conversion: Conversion) -> Cached | None:
     if count == 0:
         return Cached(torch.empty(0, *conversion.shape, dtype=torch.uint8), bad, fingerprint)
     images = torch.from_file(str(folder / "images.u8"), shared=False, size=size, dtype=torch.uint8)
-    return Cached(images.view(count, channels, height, width), bad, fingerprint)
+    images = images.view(count, channels, height, width)
+    content = Fingerprint(conversion)
+    for pixels in images.split(_HASHED_AT_ONCE):
+        content.update(pixels.numpy())
+    labels = None if source.labels is None else source.labels[kept(source, bad)]
+    return Cached(images, bad, fingerprint) if content.hexdigest(labels) == fingerprint else None
 
 
 def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -> None:
@@ -156,10 +166,16 @@ def _sync(file: Any) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, where the file system has them; the rename keeps the folder whole without it too."""
-    with open(path, "w") as file:
+    """Hold an advisory lock, where the file system has them; the rename keeps the folder whole without it too.
+
+    A link is not followed: in a folder that others may write to, it could name any file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

@@ -23,7 +23,10 @@ from ddpm_ema.errors import UserError
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
+    RuntimeError,  # AVIF
+)
 """What Pillow and the data-set libraries raise for a file that is damaged or no image at all."""
 _AT_ONCE = 64  # images a task of the pool
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from PIL import Image
@@ -141,6 +142,9 @@ class _Walk:
             what = "a broken link" if entry.is_symlink() else error.strerror
             self.skipped.append(f"{printable(entry.path)}: {what}")
             return
+        if not S_ISREG(stat.st_mode):  # opening a named pipe would wait for ever
+            self.skipped.append(f"{printable(entry.path)}: not a regular file")
+            return
         yield _File(relative, stat.st_size, stat.st_mtime_ns)
 
 
@@ -152,5 +156,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def printable(path: str) -> str:
-    """A path whose bytes are not UTF-8, as something that can be shown."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as a terminal can show it: bytes that are not UTF-8 and control characters are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

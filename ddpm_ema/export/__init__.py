@@ -9,93 +9,66 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from torch import Tensor
 
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, model
-from ddpm_ema.averaging.profiles import Profile, profile_from_dict
+from ddpm_ema import diffusion, model, sampling
+from ddpm_ema.averaging.profiles import profile_from_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
-from ddpm_ema.reconstruction import reconstruct_from, target_named
+from ddpm_ema.export.scorings import scorings_of
+from ddpm_ema.export.usage import Usage
+from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.rundir import Checkpoint, RunDir
-
-DDPM_PIPELINE: Any = diffusers.DDPMPipeline  # diffusers is not typed
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Named weights found in a run directory: fp32 CPU tensors by parameter name. `profile` is None for raw."""
-
-    name: str
-    step: int
-    profile: Profile | None
-    tensors: Mapping[str, Tensor]
-    warnings: tuple[str, ...] = ()
 
 
 def export(run: Path | str, name: str, folder: Path | str, step: int | None = None, variant: bool = False) -> Path:
-    """Writes the weights `name` of a run as a folder that `DDPMPipeline.from_pretrained` loads; returns the folder.
+    """Writes the weights `name` of a run as a folder that `DiffusionPipeline.from_pretrained` loads; returns the folder.
 
-    `name` is raw, an average, a reconstructed width (power_0_075), or NAME@STEP; `step` defaults to the newest
-    checkpoint's. With `variant` the weights are stored as diffusers' variant of that name.
+    Its scheduler, and the code in its card, sample as the newest scoring of exactly these weights did; where there is none,
+    as the run's evaluation settings say.
+
+    `name` is raw, an average, a profile to reconstruct (power_0_075, bias_corrected_0_999), or NAME@STEP; `step` defaults to
+    the newest checkpoint's. With `variant` the weights are stored as diffusers' variant of that name.
     Raises UserError for an unknown name or step, damaged files, or a folder that already holds something.
     """
     rundir, target = RunDir(run), Path(folder)
     _refuse_used(target)
     config = _config(rundir)
-    copy = find(rundir, name, step)
-    unet = _network(config, copy, f"{rundir.path}: weights {copy.name!r} of step {copy.step}")
-    pipeline: Any = DDPM_PIPELINE(unet=unet, scheduler=diffusion.noise_scheduler(config.diffusion))
+    weights = _find(rundir, config, name, step)
+    name, at = weights.name.partition("@")[0], weights.step
+    assert at is not None  # weights of a run stand at a step
+    profile = profile_from_dict(weights.profile) if weights.profile else None
+    unet = _network(config, weights.members[0](), f"{rundir.path}: weights {name!r} of step {at}")
+    scored = scorings_of(rundir, weights.key)
+    usage = Usage(config.diffusion, scored[0].evaluation if scored else _affordable(config), unet)
     with _appearing(target) as partial:
-        pipeline.save_pretrained(partial, variant=copy.name if variant else None)
-        text = card.render(config, rundir, copy.name, copy.step, copy.profile, unet, variant, copy.warnings)
+        usage.pipeline().save_pretrained(partial, variant=name if variant else None)
+        text = card.render(config, rundir, name, at, profile, usage, variant, weights.warnings, scored)
         (partial / "README.md").write_text(text, encoding="utf-8")
         for path in partial.rglob("*.safetensors"):  # safetensors makes them 0600; the card is what the umask allows
             path.chmod((partial / "README.md").stat().st_mode & 0o777)
     return target
 
 
-def find(run: RunDir, name: str, step: int | None = None) -> Copy:
+def _find(run: RunDir, config: settings.Config, name: str, step: int | None) -> NamedWeights:
     """The weights called `name` (see `export`). Raises UserError that lists the names there are."""
-    name, at, text = name.partition("@")
-    if at:
-        if not text.isdigit() or (step is not None and step != int(text)):
-            raise UserError(f"{name}@{text}: give one step, as NAME@STEP or with --step")
-        step = int(text)
-    if "+" in name:
-        raise UserError(
-            f"{name!r} is an ensemble of several copies' predictions, which no single pipeline folder holds"
-        )
-    checkpoint = _checkpoint(run, step)
-    kept = checkpoint.names if checkpoint else []
-    if checkpoint is not None and name in kept:
-        definition = (checkpoint.manifest.get("profiles") or {}).get(name)
-        profile = profile_from_dict(definition) if definition else None
-        return Copy(name, checkpoint.step, profile, checkpoint.weights(name))
-    if step is not None and checkpoint is None and target_named(name) is None:
-        run.checkpoint(step)  # names the steps there are
-    if (target := target_named(name)) is not None:
-        found = reconstruct_from(run, target, checkpoint.step if checkpoint is not None and step is None else step)
-        return Copy(name, found.step, target, found.result.weights, tuple(found.result.warnings))
-    if checkpoint is None:
-        raise UserError(f"{run.path}: holds no checkpoint to take {name!r} from; train first")
-    raise UserError(
-        f"{run.path}: no weights {name!r} at step {checkpoint.step}; there are {', '.join(kept)}, and power_0_NNN is "
-        "reconstructed from snapshots"
-    )
+    text = name if step is None or "@" in name else f"{name}@{step}"
+    weights = WeightResolver(run, _newest_checkpoint(run), config).named(text)
+    if step is not None and weights.step != step:
+        raise UserError(f"{name}: --step is {step}; give one step, as NAME@STEP or with --step")
+    if len(weights.members) > 1:
+        raise UserError(f"{name!r} is an ensemble of several predictions, which no single pipeline folder holds")
+    if weights.pipeline is not None:
+        raise UserError(f"{name!r} is a pipeline folder already; name weights of the run")
+    return weights
 
 
-def _checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
-    """The checkpoint of `step`, or the newest whole one; None where there is none (snapshots may still be there)."""
-    if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such run directory")
-    if step is not None:
-        return next((checkpoint for checkpoint in run.checkpoints() if checkpoint.step == step), None)
+def _newest_checkpoint(run: RunDir) -> Checkpoint | None:
+    """The newest whole checkpoint; None where there is none (snapshots may still be there)."""
     checkpoint, passed_over = run.newest_whole()
     if checkpoint is None and passed_over:
         raise UserError(f"{run.path}: no checkpoint is whole:\n  " + "\n  ".join(passed_over))
@@ -116,12 +89,19 @@ def _config(run: RunDir) -> settings.Config:
     return settings.load(run.config_path)
 
 
-def _network(config: settings.Config, copy: Copy, where: str) -> Any:
-    """The U-Net with the copy's weights; every tensor must be there and fit."""
-    labels = copy.tensors.get("class_embedding.weight")
+def _affordable(config: settings.Config) -> settings.EvaluationSettings:
+    """The run's evaluation settings, in no more steps than its sampler has noise levels: the default, 1,000, may be more."""
+    evaluation = config.evaluation
+    usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)
+    return evaluation.model_copy(update={"num_inference_steps": min(evaluation.num_inference_steps, usable)})
+
+
+def _network(config: settings.Config, tensors: Mapping[str, Tensor], where: str) -> Any:
+    """The U-Net with these weights; every tensor must be there and fit."""
+    labels = tensors.get("class_embedding.weight")
     unet: Any = model.build(config, num_classes=len(labels) - 1 if labels is not None else None)
     try:
-        unet.load_state_dict(dict(copy.tensors))
+        unet.load_state_dict(dict(tensors))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise UserError(f"{where} do not fit the network of its settings: " + " ".join(lines)) from None
@@ -170,12 +150,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         description="Writes one copy of a run's weights as a diffusers pipeline folder with a model card.",
     )
     parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
-    parser.add_argument("name", help="raw, an average, a reconstructed width such as power_0_075, or NAME@STEP")
+    parser.add_argument("name", help="raw, an average, a profile to reconstruct such as power_0_075, or NAME@STEP")
     parser.add_argument("--output", type=Path, default=None, help="the folder to write (default: RUN/export/NAME)")
     parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--variant", action="store_true", help="store the weights as diffusers' variant=NAME")
     arguments = parser.parse_args(argv)
     folder = arguments.output or arguments.run / "export" / arguments.name.replace("@", "-step-")
     path = export(arguments.run, arguments.name, folder, arguments.step, arguments.variant)
-    print(f"wrote {path}; load it with diffusers.DDPMPipeline.from_pretrained({str(path)!r})")
+    print(f"wrote {path}; load it with diffusers.DiffusionPipeline.from_pretrained({str(path)!r})")
     return path

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import Config, EvaluationSettings
-from ddpm_ema.numbers import figure, metric_label, with_error
+from ddpm_ema.export.scorings import Scored
+from ddpm_ema.export.usage import Usage
+from ddpm_ema.numbers import decimals, figure, listed, metric_label, sampler_label, with_error
 from ddpm_ema.rundir import RunDir
 
 HEADER = """---
@@ -20,8 +21,6 @@ tags:
 # license: choose one before you share this
 ---
 """
-# DDPMPipeline runs each of these as it is: set_timesteps, then step(prediction, t, x_t, generator=...).
-SCHEDULERS = {"ddim": "DDIMScheduler", "dpm_solver++": "DPMSolverMultistepScheduler"}
 
 
 def render(
@@ -30,17 +29,19 @@ def render(
     name: str,
     step: int,
     profile: Profile | None,
-    unet: Any,
+    usage: Usage,
     variant: bool,
     warnings: tuple[str, ...],
+    scored: Sequence[Scored],
 ) -> str:
-    """The card as Markdown. `unet` is the diffusers network that is exported."""
+    """The card as Markdown. `scored` are the scorings of exactly these weights; `usage` samples as the first of them."""
     sections = [
-        HEADER + f"# {run.path.resolve().name}: {name} at step {step:,}",
+        HEADER + f"# {_literal(run.path.resolve().name)}: {name} at step {step:,}",
         _weights(name, step, profile, warnings),
-        "## Training\n\n" + "\n".join(f"- {line}" for line in _training(config, run, step, unet)),
-        "## Scores\n\n" + _scores(run, name, step),
-        "## Sampling\n\n" + _sampling(config, name, unet, variant),
+        "## Training\n\n" + "\n".join(f"- {line}" for line in _training(config, run, step, usage.unet)),
+        "## Scores\n\n" + _scores(scored),
+        "## Sampling\n\n" + _sampling(config, usage, scored),
+        f"```python\n{usage.code(name if variant else None)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -60,9 +61,9 @@ def _training(config: Config, run: RunDir, step: int, unet: Any) -> Iterator[str
     size = f", {dataset['size']:,} images" if "size" in dataset else ""
     crop = f"{data.image_size}×{data.image_size}, {'grey' if data.channels == 1 else 'RGB'}"
     flips = ", mirrored at random" if data.horizontal_flip else ""
-    yield f"data: {dataset.get('name') or data.name or data.source}{size}; {crop}{flips}"
+    yield f"data: {_literal(dataset.get('name') or data.name or data.source)}{size}; {crop}{flips}"
     if "fingerprint" in dataset:
-        yield f"fingerprint of the data: `{dataset['fingerprint']}`"
+        yield f"fingerprint of the data: {_literal(dataset['fingerprint'])}"
     channels = ", ".join(map(str, model.block_out_channels))
     yield f"network: U-Net, {sum(p.numel() for p in unet.parameters()):,} parameters, channels {channels}"
     yield (
@@ -83,100 +84,69 @@ def _dataset(run: RunDir, step: int) -> Mapping[str, Any]:
     return checkpoints[0].manifest.get("dataset", {}) if checkpoints else {}
 
 
-def _scores(run: RunDir, name: str, step: int) -> str:
-    """A table of every scoring of exactly these weights at exactly this step."""
-    lines = []
-    for folder in run.score_dirs():
-        try:
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            rows = [
-                row for row in results["rows"] if (row["weights"], results["step"]) in _spellings(name, step, results)
-            ]
-            lines += [_score(results, row) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a scoring that is not finished
-    if not lines:
+def _literal(text: Any) -> str:
+    """Text of somebody else's as one line of code: nothing in it is Markdown or HTML."""
+    line = "".join(character if character.isprintable() else " " for character in str(text)).replace("`", "'")
+    return f"`{' '.join(line.split())}`"
+
+
+def _scores(scored: Sequence[Scored]) -> str:
+    """A table of every scoring of exactly these weights."""
+    if not scored:
         return "These weights have not been scored."
+    lines = list(dict.fromkeys(_score(one) for one in scored))
     head = "| metric | value | bias removed | images | sampler | reference | minus raw's |\n|---|---|---|---|---|---|---|\n"
     foot = (
         '\n\n± is one standard error. "Bias removed" takes away what a finite number of images adds (jackknife). The difference '
-        "is paired: both were sampled from the same noise."
+        "is paired (both were sampled from the same noise), with its 95% interval; it is significant where that leaves out zero."
     )
-    only_fd = any("FD (" in line for line in lines)
+    only_fd = any(one.results.get("metric") != "fid" for one in scored)
     return head + "\n".join(lines) + foot + (" FD is no FID and not comparable with published FIDs." if only_fd else "")
 
 
-def _spellings(name: str, step: int, results: Mapping[str, Any]) -> set[tuple[str, int]]:
-    """A row speaks of these weights as NAME in a scoring of that step, or as NAME@STEP in any."""
-    return {(name, step), (f"{name}@{step}", results["step"])}
-
-
-def _score(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    unbiased = with_error(row.get("frechet_distance_unbiased"), row.get("stderr"))
-    delta = (
-        with_error(row.get("delta_vs_raw"), row.get("delta_stderr"), signed=True) if row["weights"] != "raw" else "–"
-    )
+def _score(scored: Scored) -> str:
+    results, row = scored.results, scored.row
     cells = [
         metric_label(results),
         figure(row["frechet_distance"]),
-        unbiased,
-        f"{results['num_images']:,}",
-        f"{results['sampler']}, {results['num_inference_steps']} evaluations",
-        _plain(results["reference"]),
-        delta,
+        with_error(row.get("frechet_distance_unbiased"), row.get("stderr")),
+        f"{row['num_images']:,}",
+        _sampled(scored.evaluation),
+        _literal(results["reference"]),
+        _difference(row),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    return str(value)
+def _sampled(settings: EvaluationSettings) -> str:
+    return sampler_label(settings.model_dump()) + (", x_0 clipped" if settings.clip_sample else "")
 
 
-def _sampling(config: Config, name: str, unet: Any, variant: bool) -> str:
-    """Runnable code with the sampler of the scoring settings: one call, or a loop where the call cannot say what is needed."""
-    settings, classes = config.evaluation, dict(unet.config)["num_class_embeds"]
-    scheduler = SCHEDULERS.get(settings.sampler)
-    eta = f", eta={settings.eta:g}" if settings.sampler == "ddim" and settings.eta else ""
-    loop = classes is not None or bool(eta)
-    imports = ", ".join(["DDPMPipeline", *([scheduler] if scheduler else [])])
-    load = f'pipeline = DDPMPipeline.from_pretrained("path/to/this/folder"{f", variant={name!r}" if variant else ""})'
-    lines = [*(["import torch"] if loop else []), f"from diffusers import {imports}", "", load]
-    if scheduler:
-        lines.append(f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)")
-    lines += _loop(settings, classes, eta) if loop else _call(settings)
-    return "```python\n" + "\n".join(lines) + "\n```"
+def _difference(row: Mapping[str, Any]) -> str:
+    """From raw, with its verdict and interval; raw has none, and neither has a row over other images."""
+    if "significant" not in row:
+        return figure(None)
+    delta, error = row["delta_vs_raw"], row["delta_stderr"]
+    low, high = (figure(bound, decimals(error), signed=True) for bound in row["interval"])
+    verdict = ("better" if delta < 0 else "worse") if row["significant"] else "not significant"
+    return f"{with_error(delta, error, signed=True)} ({low} to {high}), {verdict}"
 
 
-def _call(settings: EvaluationSettings) -> list[str]:
-    return [
-        f"images = pipeline(batch_size=16, num_inference_steps={settings.num_inference_steps}).images",
-        'images[0].save("sample.png")',
-    ]
-
-
-def _loop(settings: EvaluationSettings, num_class_embeds: int | None, eta: str) -> list[str]:
-    """The last class embedding means "no label"; guidance is without + scale (with - without) (Ho & Salimans 2022)."""
-    labels, predict = [], ["        prediction = unet(x_t, t).sample"]
-    if num_class_embeds is not None:
-        none = num_class_embeds - 1
-        labels = [f"labels = torch.arange(16) % {none}  # {none} itself means: no label"]
-        predict = ["        prediction = unet(x_t, t, class_labels=labels).sample"]
-        if settings.guidance_scale != 1:
-            predict += [
-                f"        without = unet(x_t, t, class_labels=torch.full_like(labels, {none})).sample",
-                f"        prediction = without.lerp(prediction, {settings.guidance_scale:g})",
-            ]
-    return [
-        "unet, scheduler = pipeline.unet, pipeline.scheduler",
-        *labels,
-        "x_t = torch.randn(16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)",
-        f"scheduler.set_timesteps({settings.num_inference_steps})",
-        "with torch.inference_mode():",
-        "    for t in scheduler.timesteps:",
-        *predict,
-        f"        x_t = scheduler.step(prediction, t, x_t{eta}).prev_sample",
-        "images = pipeline.numpy_to_pil((x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())",
-        'images[0].save("sample.png")',
-    ]
+def _sampling(config: Config, usage: Usage, scored: Sequence[Scored]) -> str:
+    """What the code below does, and how it differs from the scoring."""
+    used, precision = _sampled(usage.settings), usage.settings.mixed_precision
+    text = []
+    if scored:
+        text.append(
+            f"The folder's scheduler and this code sample as the newest scoring did, the first of the table ({used})."
+        )
+        text.append("From the same noise they make the same images, up to rounding in batches of another size.")
+    else:
+        text.append(f"The folder's scheduler and this code follow the run's evaluation settings ({used}): not scored.")
+    if scored and precision != "no":
+        text.append(f"The scoring ran the network in {precision}, this code runs it in fp32.")
+    if usage.beyond:
+        text.append(f"The pipeline's own call {listed(usage.beyond)}, so the loop is written out.")
+    if config.model.class_conditional:
+        text.append("The scoring draws labels as often as the data has them.")
+    return " ".join(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ STYLE: Any = {
     "grid.color": LINE,
     "grid.linewidth": 0.7,
     "text.color": INK,
+    "text.parse_math": False,  # a name with two $ is a name
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
@@ -60,7 +62,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one copy is drawn, everywhere on the page."""
+    """How one set of weights is drawn, everywhere on the page."""
 
     colour: str
     marker: str
@@ -74,7 +76,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure of the page: markup, what it shows, and which copies its legend names."""
+    """One figure of the page: markup, what it shows, and which weights its legend names."""
 
     svg: str
     title: str
@@ -82,10 +84,10 @@ class Drawing:
     legend: tuple[tuple[str, Look], ...] = ()
 
 
-def looks(copies: Sequence[str]) -> dict[str, Look]:
-    """One look a copy: raw is grey; the others take colours in turn, then markers and dashes tell further ones apart."""
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """One look per name: raw is grey; the others take colours in turn, then markers and dashes tell further ones apart."""
     found = {"raw": Look(RAW, "o", "-")}
-    for i, name in enumerate(name for name in copies if name != "raw"):
+    for i, name in enumerate(name for name in names if name != "raw"):
         turn = i // len(SERIES)
         found[name] = Look(SERIES[i % len(SERIES)], MARKERS[(i + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
     return found
@@ -105,7 +107,9 @@ def canvas(height: float) -> tuple[Figure, Axes]:
 def to_svg(figure: Figure, prefix: str, label: str) -> str:
     """The figure as one <svg> element; `prefix` keeps its ids apart from those of other figures, `label` is read aloud."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the reader's browser draws the letters, with fonts of its own
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)

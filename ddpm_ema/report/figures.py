@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from ddpm_ema.numbers import with_error
+from ddpm_ema.report.comparison import UNCLEAR, against_raw
 from ddpm_ema.report.drawing import INK, LINE, MUTED, PAPER, QUARTERS, Drawing, Look, canvas, to_svg
-from ddpm_ema.report.record import Row, Scoring, number
+from ddpm_ema.report.record import Scoring
+from ddpm_ema.report.schema import Logged, Number, Row
 
 Looks = Mapping[str, Look]
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Logged]
 
 
 def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
-    """Every copy's paired difference from raw with its 95% interval, the best on top."""
+    """Every average's paired difference from raw with its 95% interval, the lowest distance on top."""
     rows = [row for row in scoring.rows if row.versus_raw is not None]
     if not rows:
         return None
@@ -28,7 +29,7 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
         look, gap = looks[row.name], row.versus_raw
         assert gap is not None
         axes.plot([gap.low, gap.high], [y, y], color=look.colour, linewidth=2.4)
-        face = look.colour if gap.significant else PAPER
+        face = PAPER if against_raw(row) == UNCLEAR else look.colour
         axes.plot(gap.delta, y, look.marker, color=look.colour, markerfacecolor=face, markersize=7, markeredgewidth=1.6)
     axes.set_yticks(range(len(rows)), [row.weights for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -36,24 +37,27 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"{scoring.metric} minus raw\u2019s  (left is better)")
     spoken = "; ".join(
-        f"{row.weights} {with_error(row.versus_raw.delta, row.versus_raw.stderr, signed=True)}"
+        f"{row.weights} {with_error(row.versus_raw.delta, row.versus_raw.stderr, signed=True)}, {against_raw(row)}"
         for row in rows
         if row.versus_raw
     )
-    caption = "Paired over the same noise, with 95% intervals. A hollow mark is a difference that is not significant."
+    caption = (
+        f"{scoring.conditions}. Paired over the same noise, with the 95% interval of each comparison alone. "
+        "A hollow mark is a difference that is not significant."
+    )
     svg = to_svg(figure, "differences", f"Difference from raw: {spoken}")
-    return Drawing(svg, "Difference of each copy from raw", caption)
+    return Drawing(svg, f"Difference from raw: {scoring.metric}", caption)
 
 
-def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
-    """Where in training each copy's weights come from, one row a copy, each on its own scale.
+def profiles(weightings: Mapping[str, Sequence[Number]], looks: Looks) -> Drawing | None:
+    """Where in training each average's weights come from, one row per average, each on its own scale.
 
     A weighting is a density over [0, 1] in equal parts; what its integral lacks to 1 is the weight of the initial parameters.
     """
     curves = {
         name: np.asarray(values, dtype=np.float64)
         for name, values in weightings.items()
-        if isinstance(values, list) and len(values) > 1 and all(number(value) is not None for value in values)
+        if len(values) > 1 and None not in values
     }
     curves = {name: curve for name, curve in curves.items() if name in looks and curve.max() > 0}
     if not curves:
@@ -81,13 +85,14 @@ def profiles(weightings: Mapping[str, Any], looks: Looks) -> Drawing | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set_xlabel("share of training")
     caption = "Weight given to the parameters of every moment of training. Each row has its own height; its mark is the centre."
-    return Drawing(
-        to_svg(figure, "profiles", "Weighting profiles of " + ", ".join(curves)), "What each copy averages", caption
-    )
+    svg = to_svg(figure, "profiles", "Weighting profiles of " + ", ".join(curves))
+    return Drawing(svg, "What each average holds", caption)
 
 
-def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: Looks, prefix: str) -> Drawing | None:
-    """Distance of each copy over training, with standard errors, from scorings that can be compared with each other."""
+def over_steps(
+    series: Sequence[tuple[int, Sequence[Row]]], label: str, caption: str, looks: Looks, prefix: str
+) -> Drawing | None:
+    """Distance of all weights over training, with standard errors, from scorings that can be compared with each other."""
     points: dict[str, dict[int, Row]] = {}
     for step, rows in series:
         for row in rows:
@@ -101,7 +106,7 @@ def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: L
         steps, look = sorted(line), looks[name]
         axes.errorbar(
             steps,
-            [line[step].ranked_by for step in steps],
+            [line[step].distance for step in steps],
             [line[step].stderr or 0.0 for step in steps],
             color=look.colour,
             linestyle=look.dash,
@@ -111,39 +116,42 @@ def over_steps(series: Sequence[tuple[int, Sequence[Row]]], label: str, looks: L
         )
     _step_axis(axes)
     axes.set_ylabel(label)
-    values = [row.ranked_by for line in lines.values() for row in line.values()]
+    values = [row.distance for line in lines.values() for row in line.values()]
     _log_if_wide(axes, values)
     svg = to_svg(figure, prefix, f"{label} over training step of {', '.join(lines)}")
-    caption = "Bars are one standard error. The same noise at every step and for every copy."
+    caption += " Bars are one standard error. The same noise at every step and for all weights."
     return Drawing(svg, f"{label} over training", caption, tuple((name, looks[name]) for name in lines))
 
 
-def sweep(rows: Sequence[Row], key: str, label: str, look: Look, close: Sequence[str] = ()) -> list[Drawing]:
-    """Distance, then precision and recall, over the width of reconstructed averages.
+def sweep(scoring: Scoring, key: str, look: Look, note: str) -> list[Drawing]:
+    """Distance, then precision and recall, over the width of reconstructed averages, `key` (std or decay).
 
-    `key` is `std` or `decay`; `close` names the candidates whose paired difference from the best is not significant.
+    `note` says what to know of precision.
     """
-    points = sorted((row for row in rows if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
+    points = sorted((row for row in scoring.sweep if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
     if len(points) < 2:
         return []
-    drawings = [_sweep_distance(points, key, label, look, close)]
-    shares = [(row.get(key), row.get("precision"), row.get("recall")) for row in points]
+    drawings = [_sweep_distance(points, key, scoring, look)]
+    shares = [(row.get("precision"), row.get("recall")) for row in points]
     if sum(None not in share for share in shares) > 1:
-        drawings.append(_sweep_shares(points, key, look))
+        drawings.append(_sweep_shares(points, key, look, note))
     return drawings
 
 
-def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look, close: Sequence[str]) -> Drawing:
+def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Look) -> Drawing:
     x = np.array([row.get(key) for row in points], dtype=np.float64)
-    y = np.array([row.ranked_by for row in points])
+    y = np.array([row.distance for row in points])
     error = np.array([row.stderr or 0.0 for row in points])
-    best = int(y.argmin())
+    told = scoring.results.sweep_best.get(key)
+    close = told.not_significantly_worse if told is not None else ()
+    names = [row.weights for row in points]
+    best = names.index(told.weights) if told is not None and told.weights in names else int(y.argmin())
     figure, axes = canvas(2.9)
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=look.colour, alpha=0.14, linewidth=0)
     axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.22, linewidth=0)
     axes.plot(x, y, color=look.colour)
     for row, at, value in zip(points, x, y, strict=True):
-        face = look.colour if row.weights in close or value == y[best] else PAPER
+        face = look.colour if row.weights in (names[best], *close) else PAPER
         axes.plot(at, value, "o", color=look.colour, markerfacecolor=face, markersize=5, markeredgewidth=1.3)
     axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
     name = f"{x[best]:.4g}"
@@ -153,19 +161,20 @@ def _sweep_distance(points: Sequence[Row], key: str, label: str, look: Look, clo
     axes.annotate(f"best: {name}", spot, offset, textcoords="offset points", ha=side)
     axes.margins(y=0.16)
     _width_axis(axes, key)
-    axes.set_ylabel(label)
-    svg = to_svg(figure, f"sweep-{key}", f"{label} over the width of the average; best at {name}")
+    axes.set_ylabel(scoring.metric)
+    svg = to_svg(figure, f"sweep-{key}", f"{scoring.metric} over the width of the average; best at {name}")
     caption = (
-        f"Averages reconstructed after training. Bands are one and two standard errors; the ring is the lowest, {name}."
+        f"At step {scoring.step:,}, {scoring.results.sampler} in {scoring.results.num_inference_steps} steps. Averages "
+        f"reconstructed after training. Bands are one and two standard errors; the ring is the best, {name}."
     )
     if close:
-        caption += " Filled marks cannot be told from it by their paired difference."
+        caption += " Filled marks are not significantly worse."
     if best in (0, len(x) - 1):
         caption += " It lies at the end of the range: a wider range may hold a better one."
-    return Drawing(svg, f"{label} over {WIDTHS[key]}", caption)
+    return Drawing(svg, f"{scoring.metric} over {WIDTHS[key]}", caption)
 
 
-def _sweep_shares(points: Sequence[Row], key: str, look: Look) -> Drawing:
+def _sweep_shares(points: Sequence[Row], key: str, look: Look, note: str) -> Drawing:
     figure, axes = canvas(2.5)
     for share, dash, marker in (("precision", "-", "o"), ("recall", (0, (4, 1.6)), "s")):
         known = [
@@ -184,6 +193,7 @@ def _sweep_shares(points: Sequence[Row], key: str, look: Look) -> Drawing:
     axes.set_ylabel("share of images")
     svg = to_svg(figure, f"shares-{key}", "Precision and recall over the width of the average")
     caption = "Precision (solid): samples that lie among real images. Recall (dashed): real images that samples reach."
+    caption = f"{caption} {note}".rstrip()
     return Drawing(svg, f"Precision and recall over {WIDTHS[key]}", caption)
 
 
@@ -237,7 +247,7 @@ def quarters(rows: Rows, num_timesteps: int) -> Drawing | None:
 
 
 def distances(rows: Rows, looks: Looks) -> Drawing | None:
-    """How far each average lies from the raw weights."""
+    """How far the weights of each average lie from the raw ones."""
     columns = {name: _column(rows, f"distance/{name}") for name in looks}
     columns = {name: column for name, column in columns.items() if len(column[0]) > 1}
     if not columns:
@@ -248,13 +258,14 @@ def distances(rows: Rows, looks: Looks) -> Drawing | None:
     _step_axis(axes)
     axes.set_ylabel("relative distance")
     _log_if_wide(axes, [value for _, values in columns.values() for value in values])
-    svg = to_svg(figure, "distances", "Distance of each copy from the raw weights, over training")
-    caption = "\u2016copy \u2212 raw\u2016 / \u2016raw\u2016 over all weights."
-    return Drawing(svg, "Distance of each copy from raw", caption, tuple((name, looks[name]) for name in columns))
+    title = "How far each average's weights lie from raw's"
+    svg = to_svg(figure, "distances", f"{title}, over training")
+    caption = "\u2016average \u2212 raw\u2016 / \u2016raw\u2016 over all parameters."
+    return Drawing(svg, title, caption, tuple((name, looks[name]) for name in columns))
 
 
 def _column(rows: Rows, key: str) -> tuple[list[int], list[float]]:
-    pairs = [(int(row["step"]), value) for row in rows if (value := number(row.get(key))) is not None]
+    pairs = [(row.step, value) for row in rows if (value := row.get(key)) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 

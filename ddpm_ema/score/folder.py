@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.grids import save_grid
 from ddpm_ema.metrics import Estimate
 from ddpm_ema.rundir import atomic_write, explained
@@ -103,13 +104,15 @@ class ScoreFolder:
         found = _json(self.results_path)
         return found if isinstance(found, dict) else {}
 
-    def write(self, results: Mapping[str, Any], keys: Mapping[str, str], images: int, title: str) -> None:
-        """results.json, and grid.png with a labelled row of the first `images` images of each of `keys` (name -> key)."""
-        rows = {name: first_images(self.folder(key), images) for name, key in keys.items()}
+    def write(
+        self, results: Mapping[str, Any], keys: Mapping[str, str], step: int, evaluation: EvaluationSettings
+    ) -> None:
+        """results.json, and grid.png with a labelled row of the first images of each of `keys` (name -> key)."""
+        rows = {name: first_images(self.folder(key), evaluation.grid_images) for name, key in keys.items()}
         shown = {name: kept for name, kept in rows.items() if kept is not None}
         if shown:
             with explained(self.grid_path, sum(kept.nbytes for kept in shown.values()), KEPT):
-                save_grid(self.grid_path, shown, title)
+                save_grid(self.grid_path, shown, step, evaluation)
         self._write(self.results_path, json.dumps(results, indent=1, allow_nan=False))
 
     def made_with(self) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ema import model
-from ddpm_ema.config import Config
+from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.sampling import Predict, guided
 
@@ -24,7 +24,7 @@ def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
     settings = config.evaluation
     on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
-    if settings.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():
+    if settings.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("evaluation.mixed_precision: this GPU has no bf16; use fp16 or no")
     if settings.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
@@ -33,16 +33,14 @@ def check_capabilities(config: Config) -> None:
 
 
 class Network:
-    """A U-Net for sampling, with `evaluation`'s precision, compilation and guidance.
+    """A diffusers `UNet2DModel` for sampling, with `evaluation`'s precision, compilation and guidance.
 
     `batch_size` is the most images `predict` is given at once; a compiled network is compiled for that size alone, and
     smaller batches are filled up inside, so that nothing is ever compiled again.
     """
 
-    def __init__(self, config: Config, num_classes: int | None, device: torch.device, batch_size: int) -> None:
-        settings = config.evaluation
+    def __init__(self, unet: Any, settings: EvaluationSettings, device: torch.device, batch_size: int) -> None:
         self.device, self.batch_size = device, batch_size
-        unet: Any = model.build(config, num_classes)
         self.unet = unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.no_label = model.no_label(self.unet)
         self._dtype = AUTOCAST[settings.mixed_precision]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ddpm_ema.config import Config, digest, to_dict
+from torch import Tensor
+
+from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
-from ddpm_ema.numbers import figure, metric_label, with_error
+from ddpm_ema.numbers import figure, metric_label, sampler_label, with_error
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.measure import Score, pairs, rows
 
@@ -17,29 +20,32 @@ SCHEMA = 2
 NOISE_PRECISION = 0.1
 
 
-def settings_of(config: Config, extractor: Extractor, reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting that changes the numbers, and none that does not: what names the folder of a scoring."""
-    evaluation = config.evaluation
-    settings: dict[str, Any] = {
-        "protocol": PROTOCOL,
-        "seed": evaluation.seed,
-        "sampler": evaluation.sampler,
-        "num_inference_steps": evaluation.num_inference_steps,
-        "eta": evaluation.eta if evaluation.sampler == "ddim" else None,
-        "clip_sample": evaluation.clip_sample if evaluation.sampler != "dpm_solver++" else None,
-        "guidance_scale": evaluation.guidance_scale if config.model.class_conditional else None,
-        "mixed_precision": evaluation.mixed_precision,
-        "num_images": evaluation.num_images,
+def settings_of(
+    config: Config, extractor: Extractor, reference: Mapping[str, Any], labels: Tensor | None = None
+) -> dict[str, Any]:
+    """Everything that changes the numbers, and nothing that does not: what names the folder of a scoring.
+
+    Args:
+        config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
+        extractor: what makes the features.
+        reference: what `open_reference` says the samples are compared with.
+        labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
+    """
+    settings: dict[str, Any] = {"protocol": PROTOCOL}
+    for key, value in chosen(to_dict(config), lambda mark: mark & (Effect.SAMPLES | Effect.SCORES)).items():
+        section, _, name = key.partition(".")
+        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    if settings["sampler"] != "ddim":
+        settings["eta"] = None
+    if not config.model.class_conditional:
+        settings["guidance_scale"] = None
+    return settings | {
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
         "reference": {key: value for key, value in reference.items() if key not in ("versions", "notes")},
-        "groups": evaluation.groups,
-        "kid_subsets": evaluation.kid_subsets,
-        "kid_subset_size": evaluation.kid_subset_size,
-        "precision_recall": evaluation.precision_recall,
+        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
     }
-    return settings
 
 
 def metric_of(extractor: Extractor) -> str:
@@ -97,19 +103,10 @@ def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
     return f"{origin.get('split', config.evaluation.reference)} of {name}, {origin.get('size', '?')} images"
 
 
-def sampler_text(results: Mapping[str, Any]) -> str:
-    """`ddim, 25 steps, clipped x_0`: what the images were made with."""
-    parts = [str(results["sampler"]), f"{results['num_inference_steps']} steps"]
-    parts += [f"eta {results['eta']:g}"] if results.get("eta") else []
-    parts += [f"guidance {results['guidance_scale']:g}"] if results.get("guidance_scale") not in (None, 1) else []
-    parts += ["clipped x_0"] if results.get("clip_sample") else []
-    return ", ".join(parts)
-
-
 def heading(results: Mapping[str, Any]) -> str:
     """What the table is of."""
     images = f"{results['num_images']:,} images per row"
-    return f"step {results['step']}, {sampler_text(results)}, {images}, against {results['reference']}"
+    return f"step {results['step']}, {sampler_label(results)}, {images}, against {results['reference']}"
 
 
 def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | None = None) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm_ema.config import Config, to_dict
+from ddpm_ema.config import Config, Effect, differing, to_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
+from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.rundir import Checkpoint
 from ddpm_ema.score.network import check_capabilities
@@ -21,7 +22,6 @@ from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.sweep import candidates, describe, prepare, sweep
 from ddpm_ema.score.together import on_main, only_on_main
 from ddpm_ema.score.versions import check_versions
-from ddpm_ema.score.weights import Source
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     check_capabilities(config)
     candidates(config.evaluation.sweep)  # a range that cannot be is an error before anything is read
     processes = Processes.start(config.training.device, timeout=config.training.timeout)
-    with StopFlag() as stop:
+    with StopFlag() as stop, processes.telling_peers():
         found = checkpoints(config, processes)
         on_main(processes, lambda: _check_settings(config, found))
         studio, reference, origin = _prepare(config, processes, stop)
@@ -48,7 +48,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _prepare(config: Config, processes: Processes, stop: StopFlag) -> tuple[Studio, Any, dict[str, Any]]:
-    """Extractor, reference, network and sampler."""
+    """Extractor and reference; network and sampler are built for the first weights."""
     evaluation = config.evaluation
     extractor = processes.main_first(lambda: open_extractor(evaluation, config.output_dir, processes.device))
     split = None if is_file(config) else reference_split(config)
@@ -79,36 +79,28 @@ def _check_settings(config: Config, found: list[Checkpoint | None]) -> None:
 
 
 def _check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
-    trained, here = checkpoint.manifest.get("settings", {}), to_dict(config)
-    free = {"model.dropout", "diffusion.min_snr_gamma", "diffusion.label_dropout"}
-    differing = [
-        f"{section}.{key}: {trained[section][key]!r} was trained, {value!r} is set"
-        for section in ("model", "diffusion")
-        for key, value in here[section].items()
-        if key in trained.get(section, {}) and trained[section][key] != value and f"{section}.{key}" not in free
+    trained = checkpoint.manifest.get("settings")
+    problems = [
+        f"{key}: {before!r} was trained, {after!r} is set"
+        for key, before, after in differing(trained or {}, to_dict(config), Effect.RUN | Effect.SAMPLES)
     ]
-    differing += [
-        f"data.{key}: {trained['data'][key]!r} was trained, {here['data'][key]!r} is set"
-        for key in ("image_size", "channels")
-        if "data" in trained and trained["data"].get(key) != here["data"][key]
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
+    if problems:
+        lines = "\n  ".join(problems)
         raise UserError(f"{checkpoint.path}: the settings are not those of this run:\n  {lines}")
 
 
 def _score(scoring: Scoring) -> dict[str, Any]:
     """One checkpoint; its results, on rank 0."""
     config, processes = scoring.config, scoring.processes
-    names = list(dict.fromkeys(config.evaluation.weights or ("raw", *config.averages)))
     # All names first: a wrong one is an error at once.
-    sources = only_on_main(processes, lambda: [scoring.shelf.source(name) for name in names]) or []
+    sources = only_on_main(processes, lambda: _resolve(scoring)) or []
+    count = processes.broadcast(len(sources))
     runs = prepare(scoring)
     complete = processes.broadcast(_is_complete(scoring, sources))
     start = time.perf_counter()
     if not complete:
         for place in tqdm(
-            range(len(names)), desc=f"step {scoring.step}", unit="copy", disable=not processes.is_main, leave=False
+            range(count), desc=f"step {scoring.step}", unit="copy", disable=not processes.is_main, leave=False
         ):
             scoring.score_source(sources[place] if sources else None)
     swept = sweep(scoring, runs, config.evaluation.sweep.search)
@@ -121,7 +113,16 @@ def _score(scoring: Scoring) -> dict[str, Any]:
     return results
 
 
-def _is_complete(scoring: Scoring, sources: list[Source]) -> bool:
+def _resolve(scoring: Scoring) -> list[NamedWeights]:
+    """What `evaluation.weights` names, each once, however often it is spelled. Raises UserError for what cannot be sampled."""
+    evaluation, averages = scoring.config.evaluation, scoring.config.averages
+    found = [scoring.resolver.named(text) for text in evaluation.weights or ("raw", *averages)]
+    for weights in found:
+        scoring.studio.make_sampler(weights.pipeline)
+    return list({weights.name: weights for weights in found}.values())
+
+
+def _is_complete(scoring: Scoring, sources: list[NamedWeights]) -> bool:
     return bool(sources) and {source.name for source in sources} <= {row.row["weights"] for row in scoring.scores()}
 
 
@@ -136,16 +137,12 @@ def _show(results: dict[str, Any]) -> None:
 
 def _description(config: Config, processes: Processes, studio: Studio, origin: dict[str, Any]) -> str:
     """What a person should see before the first image."""
-    evaluation, sampler = config.evaluation, studio.sampler
+    evaluation = config.evaluation
     precision = {"no": "fp32"}.get(evaluation.mixed_precision, evaluation.mixed_precision)
-    count = sum(p.numel() for p in studio.network.unet.parameters())
     threads = f", {torch.get_num_threads()} threads" if processes.device.type == "cpu" else ""
-    batch = studio.network.batch_size
     lines = [
         f"device       {processes.device}{threads}, {precision}{', compiled' if evaluation.compile else ''}",
-        f"processes    {processes.world_size}, {batch} images at once each",
-        f"parameters   {count:,}",
-        f"sampler      {sampler.kind}, {len(sampler)} steps, timesteps {sampler.timesteps[0]} to {sampler.timesteps[-1]}",
+        f"processes    {processes.world_size}",
         f"features     {studio.extractor.name}, {studio.extractor.dim} of {studio.extractor.feature_layer}",
         f"reference    {evaluation.reference}, {origin.get('size', '?')} images",
     ]

@@ -5,26 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ddpm_ema.averaging import profile_from_dict
 from ddpm_ema.config import Config, digest
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Estimate, Reference
+from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.processes import Processes, say
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.blocks import MemoryStore
 from ddpm_ema.score.folder import Record, ScoreFolder, made_with
 from ddpm_ema.score.measure import Measure, Score
-from ddpm_ema.score.results import results_of, sampler_text, settings_of
+from ddpm_ema.score.results import results_of, settings_of
 from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Shelf, Source
+from ddpm_ema.weight_names import parse, profile_named
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,6 @@ class Label:
 
     name: str
     key: str
-    num_members: int
 
 
 class Scoring:
@@ -50,11 +46,11 @@ class Scoring:
     ) -> None:
         self.config, self.processes, self.studio = config, processes, studio
         self.step = processes.broadcast(checkpoint.step if checkpoint else 0)
-        self.settings = settings_of(config, studio.extractor, origin)
+        self.settings = settings_of(config, studio.extractor, origin, studio.known_labels)
         self.notes: list[str] = list(origin.get("notes", ()))
         rundir = RunDir(config.output_dir)
         self.folder = ScoreFolder(rundir.score_dir(self.step, digest(self.settings)))
-        self.shelf = Shelf(rundir, checkpoint, dict(studio.network.unet.config))
+        self.resolver = WeightResolver(rundir, checkpoint, config, studio.num_classes, studio.own_pipeline)
         self.measure = Measure(reference, config.evaluation, processes.device) if reference is not None else None
         self.versions = made_with(processes.device)
         self.loaded: str | None = None
@@ -69,17 +65,17 @@ class Scoring:
     def _take(self, stack: contextlib.ExitStack) -> None:
         stack.enter_context(RunDir(self.folder.path).lock())
 
-    def label(self, source: Source | None) -> Label:
+    def label(self, source: NamedWeights | None) -> Label:
         """Of rank 0's source, on every rank. A collective."""
-        label = self.processes.broadcast(Label(source.name, source.key, len(source.members)) if source else None)
+        label = self.processes.broadcast(Label(source.name, source.key) if source else None)
         assert label is not None
         return label
 
-    def open(self, name: str) -> Source | None:
+    def open(self, name: str) -> NamedWeights | None:
         """On rank 0: the source; elsewhere None. A collective; a name that means nothing is an error on every rank."""
-        return only_on_main(self.processes, lambda: self.shelf.source(name))
+        return only_on_main(self.processes, lambda: self.resolver.named(name))
 
-    def score_source(self, source: Source | None, count: int | None = None, named: bool = True) -> None:
+    def score_source(self, source: NamedWeights | None, count: int | None = None, named: bool = True) -> None:
         """Samples what is missing of these weights and keeps their score. A collective.
 
         `named`: it was asked for by its name, and belongs into the table.
@@ -90,7 +86,7 @@ class Scoring:
             self.sample(source, label, count)
         on_main(self.processes, lambda: self._keep_score(source, count, named))
 
-    def sample(self, source: Source | None, label: Label, count: int) -> None:
+    def sample(self, source: NamedWeights | None, label: Label, count: int) -> None:
         """Extends the blocks of these weights to the images 0 ... count - 1. A collective."""
         store = self.folder.store(label.key) if self.processes.is_main else MemoryStore()
         if self.processes.broadcast(self.processes.is_main and store.done().issuperset(range(count))):
@@ -99,23 +95,18 @@ class Scoring:
         self.load(source, label)
         self.studio.extend(label.name, store, count)
 
-    def load(self, source: Source | None, label: Label) -> None:
-        """The weights of every member into every rank's network; rank 0 reads them. A collective."""
-        if self.loaded == label.key:
-            return
-        members = []
-        for place in range(label.num_members):
-            read = only_on_main(self.processes, partial(_read_member, source, place))
-            members.append(self.processes.broadcast_tensors(read))
-        self.studio.network.load(members, label.name)
-        self.loaded = label.key
+    def load(self, source: NamedWeights | None, label: Label) -> None:
+        """These weights into every rank's network; rank 0 reads them. A collective."""
+        if self.loaded != label.key:
+            self.studio.load(source)
+            self.loaded = label.key
 
-    def record(self, source: Source | None) -> Record:
+    def record(self, source: NamedWeights | None) -> Record:
         """Rank 0: what is known of these weights, or a new record."""
         assert source is not None
         return self.folder.record(source.key) or Record(source.key, source.name, source.profile)
 
-    def _keep_score(self, source: Source | None, count: int, named: bool) -> None:
+    def _keep_score(self, source: NamedWeights | None, count: int, named: bool) -> None:
         assert source is not None
         assert self.measure is not None
         record = self.record(source)
@@ -148,20 +139,20 @@ class Scoring:
             self.folder.keep(record)
         return record.estimates[count]
 
-    def source_of(self, record: Record) -> Source | None:
+    def source_of(self, record: Record) -> NamedWeights | None:
         """Rank 0: the weights that a record tells of; None where they were written anew or are gone."""
         for name in (*record.names, record.name):
             if (source := self._named(record, name)) is not None:
                 return source
         with contextlib.suppress(UserError, ValueError):
-            source = self.shelf.reconstructed(record.name, profile_from_dict(record.profile or {}))
+            source = self.resolver.reconstructed(profile_from_dict(record.profile or {}))
             return source if source.key == record.key else None
         return None
 
-    def _named(self, record: Record, name: str) -> Source | None:
+    def _named(self, record: Record, name: str) -> NamedWeights | None:
         """The weights that are called `name` now, where they are still those of the record."""
         with contextlib.suppress(UserError):
-            source = self.shelf.source(name)
+            source = self.resolver.named(name)
             return source if source.key == record.key else None
         return None
 
@@ -188,20 +179,14 @@ class Scoring:
         known = {name for record in self.folder.records() if record.rows for name in record.names}
         if left := sorted(known - keys.keys()):
             say(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
-        title = f"step {self.step}, {sampler_text(results)}, the same noise in every row"
-        self.folder.write(results, keys, self.config.evaluation.grid_images, title)
+        self.folder.write(results, keys, self.step, self.config.evaluation)
         return results
-
-
-def _read_member(source: Source | None, place: int) -> dict[str, Tensor]:
-    assert source is not None
-    return source.members[place]()
 
 
 def checkpoints(config: Config, processes: Processes) -> list[Checkpoint | None]:
     """The checkpoints to score, on rank 0 (elsewhere as many Nones). A collective.
 
-    A single None on rank 0, too, where there is no checkpoint and every name is a diffusers folder.
+    A single None on rank 0, too, where there is no checkpoint and no name needs one.
     """
     found = only_on_main(processes, lambda: _find_checkpoints(config))
     count = processes.broadcast(len(found) if found else 0)
@@ -211,7 +196,7 @@ def checkpoints(config: Config, processes: Processes) -> list[Checkpoint | None]
 def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     rundir, evaluation = RunDir(config.output_dir), config.evaluation
     everything = rundir.checkpoints()
-    if not everything and _folders_only(config):
+    if not everything and _needs_no_checkpoint(config):
         return [None]
     if not everything:
         raise UserError(f"{rundir.path}: no checkpoint to score; train first with scripts/train.py")
@@ -227,7 +212,7 @@ def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     return [rundir.checkpoint(step) for step in evaluation.steps]
 
 
-def _folders_only(config: Config) -> bool:
-    """Whether every name is a diffusers folder, so that no checkpoint is needed."""
-    parts = [part for name in config.evaluation.weights for part in name.split("+")]
-    return bool(parts) and all(Path(part).is_dir() and part not in ("raw", *config.averages) for part in parts)
+def _needs_no_checkpoint(config: Config) -> bool:
+    """Whether every name is a diffusers folder, or reconstructed from snapshots."""
+    parts = [part for name in config.evaluation.weights for part in parse(name, config.averages)]
+    return bool(parts) and all(part.folder or profile_named(part.name) is not None for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,27 +12,43 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_ema import diffusion, sampling, streams
+from ddpm_ema import diffusion, model, sampling, streams
 from ddpm_ema.config import Config
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.features import Extractor
-from ddpm_ema.processes import Processes, StopFlag
+from ddpm_ema.named_weights import (
+    NamedWeights,
+    PipelineConfig,
+    build_scheduler,
+    build_unet,
+    schedule_of,
+    unet_config_of,
+)
+from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.score.blocks import FIRST_IMAGES, Block, MemoryStore, pixel_figures
 from ddpm_ema.score.network import Network
-from ddpm_ema.score.together import on_main
+from ddpm_ema.score.together import on_main, only_on_main
 
 
 @dataclass
 class Studio:
-    """Network, sampler and extractor of this process. `known_labels` are the data set's, for class-conditional models."""
+    """Network, sampler and extractor of this process. `known_labels` are the data set's, for class-conditional models.
+
+    `network` and `sampler` are there once `prepare` or `load` was called: one network at a time, of the kind that the
+    weights need.
+    """
 
     config: Config
     processes: Processes
-    network: Network
-    sampler: sampling.Sampler
     extractor: Extractor
+    batch_size: int
+    num_classes: int | None
     known_labels: Tensor | None
     stop: StopFlag | None = None
+    network: Network = field(init=False)
+    sampler: sampling.Sampler = field(init=False)
+    _built: tuple[Any, Any] | None = field(init=False, default=None)  # configs of the U-Net and the noise schedule
+    _own_unet: Any = field(init=False, default=None)
 
     @classmethod
     def build(
@@ -50,15 +66,68 @@ class Studio:
         most = config.evaluation.batch_size
         batch = even_batch(max(1, num_images - FIRST_IMAGES), processes.world_size, most)
         batch = max(batch, min(FIRST_IMAGES, num_images, most))
-        network = Network(config, num_classes, processes.device, batch)
-        scheduler: Any = diffusion.noise_scheduler(config.diffusion)
-        sampler = sampling.Sampler(scheduler.config, config.evaluation)
-        return cls(config, processes, network, sampler, extractor, known_labels, stop)
+        return cls(config, processes, extractor, batch, num_classes, known_labels, stop)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         data = self.config.data
         return data.channels, data.image_size, data.image_size
+
+    def own_pipeline(self) -> PipelineConfig:
+        """Network and noise schedule of the settings."""
+        scheduler = diffusion.noise_scheduler(self.config.diffusion)
+        return PipelineConfig(unet_config_of(model.build(self.config, self.num_classes)), schedule_of(scheduler))
+
+    def make_sampler(self, pipeline: PipelineConfig | None) -> sampling.Sampler:
+        """Raises UserError where the noise schedule does not allow what `evaluation` asks for."""
+        schedule = pipeline.schedule if pipeline is not None else None
+        own: Any = diffusion.noise_scheduler(self.config.diffusion)
+        scheduler = build_scheduler(schedule) if schedule is not None else own
+        return sampling.Sampler(scheduler.config, self.config.evaluation)
+
+    def prepare(self, pipeline: PipelineConfig | None = None) -> bool:
+        """Builds network and sampler for weights of this pipeline (None: of the settings); False where they are built.
+
+        Raises UserError for settings that do not fit.
+        """
+        schedule = pipeline.schedule if pipeline is not None else None
+        wanted = pipeline.unet if pipeline is not None else self._own_unet
+        same_unet = self._built is not None and self._built[0] == wanted
+        if same_unet and self._built == (wanted, schedule):
+            return False
+        self.sampler = self.make_sampler(pipeline)
+        if not same_unet:
+            if self._built is not None:
+                del self.network  # before the next one takes its memory
+            own = pipeline is None
+            unet: Any = model.build(self.config, self.num_classes) if own else build_unet(wanted)
+            self.network = Network(unet, self.config.evaluation, self.processes.device, self.batch_size)
+            wanted = unet_config_of(unet)
+            self._own_unet = wanted if own else self._own_unet
+        self._built = (wanted, schedule)
+        return True
+
+    def load(self, weights: NamedWeights | None) -> None:
+        """Takes these weights, which rank 0 alone has (None elsewhere), into a network of their kind. A collective."""
+        told = (weights.name, weights.pipeline, len(weights.members)) if weights is not None else None
+        told = self.processes.broadcast(told)
+        assert told is not None
+        name, pipeline, num_members = told
+        if self.prepare(pipeline) and self.processes.is_main:
+            say(self._description())
+        members = []
+        for place in range(num_members):
+            read = only_on_main(self.processes, partial(_read_member, weights, place))
+            members.append(self.processes.broadcast_tensors(read))
+        self.network.load(members, name)
+
+    def _description(self) -> str:
+        count = sum(parameter.numel() for parameter in self.network.unet.parameters())
+        sampler = self.sampler
+        return (
+            f"network      {count:,} parameters, {self.batch_size} images at once per process\n"
+            f"sampler      {sampler.kind}, {len(sampler)} steps, timesteps {sampler.timesteps[0]} to {sampler.timesteps[-1]}"
+        )
 
     def extend(self, name: str, store: MemoryStore, num_images: int) -> None:
         """Makes those of the images 0 ... num_images - 1 that rank 0's `store` lacks, with the weights that are loaded.
@@ -69,9 +138,9 @@ class Studio:
         missing = self.processes.broadcast(self._missing(store, num_images) if self.processes.is_main else None)
         assert missing is not None
         first = [index for index in missing if index < FIRST_IMAGES]
-        together = self.processes.world_size * self.network.batch_size
+        together = self.processes.world_size * self.batch_size
         with self._bar(name, num_images, num_images - len(missing)) as bar:
-            for images in (*rounds(first, self.network.batch_size), *rounds(missing[len(first) :], together)):
+            for images in (*rounds(first, self.batch_size), *rounds(missing[len(first) :], together)):
                 block = self.round(name, images, partial(_advance, bar))
                 on_main(self.processes, partial(store.add, block))
 
@@ -183,6 +252,11 @@ class Studio:
             bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
             unit=" images",
         )
+
+
+def _read_member(weights: NamedWeights | None, place: int) -> dict[str, Tensor]:
+    assert weights is not None
+    return weights.members[place]()
 
 
 def _not_finite(name: str, images: Sequence[int], what: str = "pixels") -> UserError:

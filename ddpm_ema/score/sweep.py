@@ -13,14 +13,13 @@ from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Difference, Estimate, difference
+from ddpm_ema.named_weights import NamedWeights, name_of
 from ddpm_ema.numbers import with_error
-from ddpm_ema.reconstruction import name_of
 from ddpm_ema.score.folder import Record
 from ddpm_ema.score.measure import Score, versus_raw
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.search import Search
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Source
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,9 @@ class Run:
         self.scoring, self.candidates = scoring, wanted
         evaluation = scoring.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
-        shelf = scoring.shelf
-        found = only_on_main(scoring.processes, lambda: [shelf.reconstructed(c.name, c.profile) for c in wanted])
-        self.sources: list[Source | None] = list(found) if found is not None else [None] * len(wanted)
+        resolver = scoring.resolver
+        found = only_on_main(scoring.processes, lambda: [resolver.reconstructed(c.profile) for c in wanted])
+        self.sources: list[NamedWeights | None] = list(found) if found is not None else [None] * len(wanted)
 
     def run(self, search: bool) -> dict[str, Any]:
         """All candidates over as many images, or a search among them: what the search spent, by kind. A collective.
@@ -224,7 +223,7 @@ def _compared(scoring: Scoring, key: str, count: int, best: Swept) -> Difference
 
 def _versus_best_kept(scoring: Scoring, best: Swept) -> dict[str, Any] | None:
     """The best candidate less the best average that training kept, over the images that both have: nothing is sampled for it."""
-    names = scoring.shelf.checkpoint.names[1:] if scoring.shelf.checkpoint else []
+    names = scoring.resolver.checkpoint.names[1:] if scoring.resolver.checkpoint else []
     kept = [score for score in scoring.scores() if score.row["weights"] in names]
     if not kept:
         return None

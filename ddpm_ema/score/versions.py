@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.processes import say
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.together import on_main, only_on_main
-from ddpm_ema.score.weights import Source
 
 
 def check_versions(scoring: Scoring) -> None:
@@ -31,7 +31,7 @@ def _is_known(scoring: Scoring) -> bool:
     return scoring.versions in scoring.folder.made_with()
 
 
-def _witness(scoring: Scoring) -> Source | None:
+def _witness(scoring: Scoring) -> NamedWeights | None:
     """Weights of which there are first images, and that can be sampled again."""
     for record in scoring.folder.records():
         if scoring.folder.store(record.key).first() and (source := scoring.source_of(record)) is not None:
@@ -39,7 +39,7 @@ def _witness(scoring: Scoring) -> Source | None:
     return None
 
 
-def _repeats(scoring: Scoring, source: Source | None) -> bool:
+def _repeats(scoring: Scoring, source: NamedWeights | None) -> bool:
     """Whether the first images come out as they are stored. A collective."""
     label, processes = scoring.label(source), scoring.processes
     stored = scoring.folder.store(label.key).first() if processes.is_main else []

@@ -46,6 +46,7 @@ def while_training(
         num_classes=dataset.num_classes,
         known_labels=dataset.labels if config.model.class_conditional else None,
     )
+    studio.prepare()
     measure = Measure(reference, settings, processes.device) if reference is not None else None
     names = ["raw", *config.averages]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema import optimization, streams
+from ddpm_ema import compiling, streams
 from ddpm_ema.config import Config
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.processes import Processes, StopFlag, say
@@ -18,7 +18,7 @@ from ddpm_ema.rundir import RunDir
 from ddpm_ema.saving import find_checkpoint
 from ddpm_ema.train.preview import Preview
 from ddpm_ema.train.state import finish_saving, full_weights, restore, save, save_snapshots
-from ddpm_ema.train.step import CUDA_CHECK_LAG, last_checkpoint, note_skipped_step, read_checks, train_step
+from ddpm_ema.train.step import check_lag, last_checkpoint, note_skipped_step, read_checks, train_step
 from ddpm_ema.train.trainer import Evaluator, MakeEvaluator, Share, Trainer, build, check_capabilities
 
 
@@ -34,7 +34,7 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
         project_dir=config.output_dir,
     )
     rundir = RunDir(config.output_dir)
-    with StopFlag() as stop, _locked(rundir, processes):
+    with StopFlag() as stop, processes.telling_peers(), _locked(rundir, processes):
         checkpoint = _where_to_go_on(config, rundir, processes)
         if checkpoint is not None and checkpoint["step"] >= training.steps:
             _say(processes, f"{rundir.path}: already complete at step {checkpoint['step']}; nothing to do")
@@ -54,15 +54,18 @@ def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> No
         evaluator = evaluate(config, processes, trainer.dataset)
     preview = Preview(trainer) if config.training.sample_every else None
     batches = _batches(trainer)
+    if config.training.compile:
+        compiling.prepare("training.compile", lambda line: _say(processes, line))
     logbook.start(trainer.step)
     try:
         while trainer.step < config.training.steps:
             _end_if_asked(trainer, stop)
             with logbook.timed("data_wait"):
                 shares = next(batches)
-            while not train_step(trainer, shares):
-                note_skipped_step(trainer)
-            read_checks(trainer, lag=CUDA_CHECK_LAG if processes.device.type == "cuda" else 0)
+            with compiling.explained("training.compile", stop):
+                while not train_step(trainer, shares):
+                    note_skipped_step(trainer)
+            read_checks(trainer, lag=check_lag(trainer))
             logbook.tick()
             _at_intervals(trainer, preview, evaluator)
         stop.drain(processes)
@@ -82,7 +85,7 @@ def _at_intervals(trainer: Trainer, preview: Preview | None, evaluator: Evaluato
     last = step == config.training.steps
     if step % config.training.log_every == 0 or last:
         log(trainer)
-    if _due(step, config.checkpoints.snapshots_every):
+    if _due(step, config.checkpoints.snapshots_every) or (last and config.checkpoints.snapshots_every):
         save_snapshots(trainer)
     if preview is not None and _due(step, config.training.sample_every):
         with trainer.logbook.paused():
@@ -148,11 +151,19 @@ def _batches(trainer: Trainer) -> Generator[list[Share], None, None]:
 
 
 def log(trainer: Trainer) -> None:
-    """One row: means since the last row, and how far each copy is from raw (relative L2). A collective."""
+    """One row: means since the last row, and how far each copy is from raw (relative L2). A collective.
+
+    A row at the last step that lies between two rows is marked `partial`: its steps stay in the window that a checkpoint
+    carries, and a longer run that goes on from there drops the row and counts them in the next one.
+    """
     read_checks(trainer, lag=0)
     processes, step = trainer.processes, trainer.step
-    row: dict[str, Any] = trainer.window.take(processes)
-    row["learning_rate"] = optimization.learning_rate(step - 1, trainer.config.training)
+    row: dict[str, Any] = dict(trainer.window.means(processes))
+    if step % trainer.config.training.log_every:
+        row["partial"] = True
+    else:
+        trainer.window.clear()
+    row["learning_rate"] = trainer.config.training.learning_rate_at(step - 1)
     row["skipped_steps"] = trainer.skipped_steps
     squares = trainer.bank.squared_distances()
     sums = torch.stack([*squares.values(), trainer.bank.squared_norm()]).cpu().double()

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ddpm_ema import diffusion, model, sampling, streams
+from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.grids import save_grid
+from ddpm_ema.numbers import sampler_label
 from ddpm_ema.train.state import full_weights
 from ddpm_ema.train.step import read_checks
 from ddpm_ema.train.trainer import Trainer
 
-PREVIEW_STEPS = 50  # DDIM steps: enough to see what the copies are like, whatever sampler the scoring uses
+PREVIEW_STEPS = 50  # at most, whatever the scoring takes: enough to see what the averages are like
+
+
+def preview_settings(config: Config) -> EvaluationSettings:
+    """The evaluation's own sampling where it takes at most PREVIEW_STEPS steps, else that many of them.
+
+    DDIM without noise takes the place of a longer ancestral chain, which degrades in few steps where the variance is
+    fixed_large (Song et al. 2021, arXiv 2010.02502, table 1).
+    """
+    evaluation = config.evaluation
+    usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)
+    full = min(evaluation.num_inference_steps, usable)
+    update: dict[str, Any] = {"num_inference_steps": min(full, PREVIEW_STEPS)}
+    if evaluation.sampler == "ddpm" and full > PREVIEW_STEPS:
+        update |= {"sampler": "ddim", "eta": 0.0}
+    return evaluation.model_copy(update=update)
 
 
 class Preview:
@@ -20,14 +39,13 @@ class Preview:
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
         self.network = model.build(config, trainer.dataset.num_classes).to(trainer.processes.device).eval()
-        settings = config.evaluation.model_copy(
-            update={
-                "sampler": "ddim",
-                "eta": 0.0,
-                "num_inference_steps": min(PREVIEW_STEPS, config.diffusion.num_train_timesteps),
-            }
-        )
-        self.sampler = sampling.Sampler(diffusion.noise_scheduler(config.diffusion).config, settings)
+        self.classes, scale = model.no_label(self.network), config.evaluation.guidance_scale
+        self.predict = self._predict if self.classes is None else sampling.guided(self._predict, scale, self.classes)
+        self.settings = preview_settings(config)
+        self.sampler = sampling.Sampler(diffusion.noise_scheduler(config.diffusion).config, self.settings)
+        self.note = ""
+        if self.settings != config.evaluation:
+            self.note = f" (scoring: {sampler_label(config.evaluation.model_dump())})"
 
     @torch.inference_mode()
     def images(self, trainer: Trainer, weights: dict[str, Tensor]) -> Tensor:
@@ -36,10 +54,9 @@ class Preview:
         self.network.load_state_dict(weights)
         mine = streams.partition(config.training.sample_images, processes.rank, processes.world_size)
         indices = torch.arange(mine.start, mine.stop)
-        classes = model.no_label(self.network)
-        labels = None if classes is None else indices % classes
+        labels = None if self.classes is None else indices % self.classes
         images = sampling.sample(
-            lambda x, t, c: self.network(x, t, class_labels=c, return_dict=False)[0],
+            self.predict,
             self.sampler,
             seed=config.evaluation.seed,
             indices=indices,
@@ -49,11 +66,15 @@ class Preview:
         )
         return torch.cat(processes.gather(images.cpu()))
 
+    def _predict(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """One evaluation of the weights that are loaded."""
+        prediction: Tensor = self.network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+        return prediction
+
     def save(self, trainer: Trainer) -> None:
-        """Writes the grid: raw and every copy, the same noise, one labelled row each. A collective."""
+        """Writes the grid: raw and every average, the same noise, one labelled row each. A collective."""
         read_checks(trainer, lag=0)
         names = ["raw", *trainer.bank.profiles]
         rows = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
         if trainer.processes.is_main:
-            title = f"step {trainer.step}, the same noise in every row"
-            save_grid(trainer.rundir.sample_grid(trainer.step), rows, title)
+            save_grid(trainer.rundir.sample_grid(trainer.step), rows, trainer.step, self.settings, self.note)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ema import optimization
+from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 from ddpm_ema.averaging.snapshots import write_snapshot
 from ddpm_ema.config import Config, to_yaml
@@ -79,25 +80,21 @@ def finish_saving(trainer: Trainer) -> None:
 
 def weighting_points(profile: Profile, step: int) -> list[float]:
     """The profile's weighting of the steps so far as a density over [0, 1] at 200 points, for the report."""
-    cumulative = np.concatenate([[0.0], np.cumsum(profile.weighting(step))])  # float64 [step + 1]
-    edges = np.linspace(0, step, WEIGHTING_POINTS + 1)
-    density: list[float] = (np.diff(np.interp(edges, np.arange(step + 1), cumulative)) * WEIGHTING_POINTS).tolist()
-    return density
+    density = np.diff(profile.cumulative(step, np.linspace(0, step, WEIGHTING_POINTS + 1))) * WEIGHTING_POINTS
+    return [float(value) for value in density]
 
 
 def save_snapshots(trainer: Trainer) -> None:
-    """Stores the power-function averages for post-hoc reconstruction. A collective."""
+    """Stores what post-hoc reconstruction starts from; at step 0 the initial weights. A collective."""
     read_checks(trainer, lag=0)
     config, step, rundir = trainer.config, trainer.step, trainer.rundir
     dtype = getattr(torch, config.checkpoints.snapshot_dtype)
     with trainer.logbook.timed("save_seconds"):
         _wait_for_writer(trainer)
-        for name, profile in trainer.bank.profiles.items():
-            if profile.kind != "power_function":
-                continue
+        for name in config.snapshot_names if step else ("raw",):
             tensors = gathered(trainer, name)
             if trainer.processes.is_main:
-                path = rundir.snapshot_path(step, name)
+                path, profile = rundir.snapshot_path(step, name), trainer.bank.profiles.get(name, RAW)
                 trainer.saver.submit(functools.partial(_write_one, path, tensors, step, profile, dtype))
 
 
@@ -115,6 +112,8 @@ def full_weights(trainer: Trainer, name: str) -> dict[str, Tensor]:
 
 def gathered(trainer: Trainer, name: str) -> dict[str, Tensor]:
     """One copy on rank 0, fp32 on the CPU, no longer touched by training; nothing elsewhere. A collective."""
+    if name == "raw":
+        return host_copy(trainer.parameters) if trainer.processes.is_main else {}
     if not trainer.split and not trainer.processes.is_main:
         return {}
     return dict(trainer.bank.gather(name, group=trainer.processes.control))
@@ -126,6 +125,8 @@ def restore(trainer: Trainer, manifest: dict[str, Any] | None) -> None:
     if manifest is None:
         if processes.is_main:
             atomic_write(trainer.rundir.config_path, to_yaml(config))
+        if config.checkpoints.snapshots_every:
+            save_snapshots(trainer)
     else:
         check_dataset(manifest, trainer.dataset)
         step = manifest["step"]

@@ -16,9 +16,9 @@ from ddpm_ema.errors import DivergedError
 from ddpm_ema.streams import Stream
 from ddpm_ema.train.trainer import FinitenessCheck, Share, Trainer
 
-# How many steps late a CUDA run reads whether a step was finite, so that the host need not wait for the device.
-# Nothing is saved, sampled or logged before it was read.
-CUDA_CHECK_LAG = 2
+# How many steps late a run reads whether a step was finite, by device; 0 is before the optimizer moves. Whatever saves,
+# samples, scores or logs reads all checks first.
+CHECK_LAG = {"cpu": 0, "cuda": 2}
 
 
 def train_step(trainer: Trainer, shares: list[Share]) -> bool:
@@ -28,24 +28,25 @@ def train_step(trainer: Trainer, shares: list[Share]) -> bool:
     up its images' losses divided by the global batch size, and DDP's mean over processes is undone by their number.
     """
     training, optimizer = trainer.config.training, trainer.optimizer
-    optimization.set_learning_rate(optimizer, optimization.learning_rate(trainer.step, training))
+    optimization.set_learning_rate(optimizer, training.learning_rate_at(trainer.step))
     scale = trainer.processes.world_size / training.batch_size
-    losses: list[tuple[Share, Tensor]] = []
+    losses, timesteps = [], []
     for number, share in enumerate(shares, start=1):
         with contextlib.nullcontext() if number == len(shares) else _no_sync(trainer.wrapped):
-            loss, timesteps = image_losses(trainer, share)
+            loss, drawn = image_losses(trainer, share)
             trainer.scaler.scale(loss.sum() * scale).backward()
-        losses.append((share, loss.detach()))
-        trainer.window.add_losses(loss, timesteps)
+        losses.append(loss.detach())
+        timesteps.append(drawn)
     trainer.scaler.unscale_(optimizer)
     grad_norm = _clip(trainer)
-    trainer.unread.append(FinitenessCheck(trainer.step, grad_norm, losses))
+    trainer.unread.append(FinitenessCheck(trainer.step, grad_norm, list(zip(shares, losses, strict=True))))
     moved = _step_optimizer(trainer)
     optimizer.zero_grad(set_to_none=True)
     if moved:
         trainer.step += 1
         trainer.skipped_in_a_row = 0
         trainer.bank.update(trainer.step)
+        trainer.window.add_losses(torch.cat(losses), torch.cat(timesteps))
         trainer.window.add_step(grad_norm)
     return moved
 
@@ -108,7 +109,7 @@ def _step_optimizer(trainer: Trainer) -> bool:
     """False where fp16 scaling found an overflow: the optimizer did not move, and neither may an average."""
     scaler = trainer.scaler
     if not scaler.is_enabled():
-        if trainer.processes.device.type == "cpu":
+        if check_lag(trainer) == 0:
             read_checks(trainer, lag=0)
         trainer.optimizer.step()
         return True
@@ -132,6 +133,11 @@ def note_skipped_step(trainer: Trainer) -> None:
         )
 
 
+def check_lag(trainer: Trainer) -> int:
+    """How many steps late this run reads its checks."""
+    return CHECK_LAG[trainer.processes.device.type]
+
+
 def read_checks(trainer: Trainer, lag: int) -> None:
     """Raises DivergedError on every rank where a step older than `lag` steps had a loss or gradient that is not finite."""
     while len(trainer.unread) > lag:
@@ -148,7 +154,7 @@ def _why_diverged(trainer: Trainer, check: FinitenessCheck) -> str:
     where = "; ".join(f"rank {rank}: the loss of image {', '.join(map(str, images[:8]))}" for rank, images in found)
     return (
         f"step {check.step + 1}: {where + ' is not finite' if found else 'the gradient is not finite, though every loss is'}"
-        f" (gradient norm {check.grad_norm.item()}). Optimizer, averages and files are as before this step; "
+        f" (gradient norm {check.grad_norm.item()}). Nothing after step {check.step} was saved or logged; "
         f"{last_checkpoint(trainer)}. Try a lower learning rate, warm-up or gradient clipping"
     )
 

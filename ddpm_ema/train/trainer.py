@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_ema import data, diffusion, model, optimization, streams
 from ddpm_ema.averaging.bank import AverageBank
+from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.logbook import Logbook, Window
@@ -79,6 +81,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     training, device = config.training, processes.device
     dataset = processes.main_first(lambda: data.load(config.data))
     _require_enough(dataset, config, processes)
+    _require_same_data(dataset, processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
     network = model.build(config, dataset.num_classes).to(device)
     if training.channels_last:
@@ -131,6 +134,7 @@ def describe(trainer: Trainer) -> str:
         f"parameters   {count:,}",
         f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
         f"output       {trainer.rundir.path}",
+        *summarize(bank.profiles, config.training.steps),
     ]
     return "\n".join(lines)
 
@@ -139,7 +143,7 @@ def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
     training = config.training
     on_cuda = training.device != "cpu" and torch.cuda.is_available()
-    if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():
+    if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.mixed_precision: this GPU has no bf16; use fp16 or no")
     if training.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
@@ -166,3 +170,16 @@ def _require_enough(dataset: Any, config: Config, processes: Processes) -> None:
         )
     if batch < processes.world_size:
         raise UserError(f"training.batch_size: {batch} images cannot be shared by {processes.world_size} processes")
+
+
+def _require_same_data(dataset: Any, processes: Processes) -> None:
+    """Raises UserError where ranks see other images: each node reads its own folder."""
+    found = processes.gather((len(dataset), dataset.fingerprint, socket.gethostname()))
+    if len({(size, fingerprint) for size, fingerprint, _ in found}) > 1:
+        lines = [
+            f"  rank {rank} on {host}: {size:,} images, fingerprint {fingerprint[:12]}"
+            for rank, (size, fingerprint, host) in enumerate(found)
+        ]
+        raise UserError(
+            "\n".join(["data: the ranks do not read the same images; copy one folder to every node", *lines])
+        )

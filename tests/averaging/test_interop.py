@@ -12,9 +12,19 @@ from onehot import kept_weighting, peer_weighting
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ddpm_ema.averaging import AverageBank, ConstantDecay, PowerFunction, Uniform, Warmup
+from ddpm_ema.averaging import (
+    AverageBank,
+    ConstantDecay,
+    Delayed,
+    PowerFunction,
+    Profile,
+    Uniform,
+    Warmup,
+    find_snapshots,
+    profile_from_dict,
+    write_snapshot,
+)
 from ddpm_ema.averaging.interop import (
-    CopyThenConstant,
     DiffusersDecay,
     averaged_model_state,
     read_averaged_model,
@@ -81,6 +91,22 @@ def test_the_hidden_warm_up_is_found_at_step_10_000() -> None:
     assert DiffusersDecay(max_decay=0.9999).decay(10_000) == pytest.approx(0.9991, abs=5e-5)
 
 
+def test_an_average_that_was_read_can_be_stored_as_a_snapshot_and_named_in_yaml(tmp_path: Path) -> None:
+    profile = DiffusersDecay(max_decay=0.99, update_after_step=3)
+    write_snapshot(tmp_path / "step-00000010" / "ema.safetensors", {"w": torch.ones(1)}, 10, profile)
+    assert find_snapshots(tmp_path)[0].profile == profile
+    assert profile_from_dict({"kind": "diffusers_ema", "max_decay": 0.99, "update_after_step": 3}) == profile
+    with pytest.raises(ValueError, match=r"max_decay: expected a number with 0 <= max_decay <= 1, got 2"):
+        profile_from_dict({"kind": "diffusers_ema", "max_decay": 2})
+
+
+def test_a_note_on_a_young_average_does_not_count_the_initial_weights_as_a_step() -> None:
+    parameters = [("w", torch.zeros(1))]
+    state = {"decay": 0.999, "optimization_step": 10, "shadow_params": [torch.zeros(1)]}
+    (note,) = read_diffusers_state(state, parameters).notes
+    assert "a constant 0.999 would average about 10 and still be 99.0% initial weights" in note
+
+
 def test_a_diffusers_folder_is_read_by_name_with_what_it_really_is(tmp_path: Path) -> None:
     model = unet()
     ema = EMAModel(model.parameters(), decay=0.9999, model_cls=diffusers.UNet2DModel, model_config=model.config)
@@ -117,26 +143,35 @@ def test_a_bank_goes_on_with_diffusers_average_exactly(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("at", [0, 5])
 @pytest.mark.parametrize(
-    "profile", [ConstantDecay(0.9), Warmup(0.9, inv_gamma=3.0, power=0.75), DiffusersDecay(max_decay=0.9)], ids=repr
+    "profile",
+    [
+        ConstantDecay(0.9),
+        Warmup(0.9, inv_gamma=3.0, power=0.75),
+        DiffusersDecay(max_decay=0.9),
+        Delayed(ConstantDecay(0.9), start=8),
+        Delayed(Warmup(0.9), start=3),
+    ],
+    ids=repr,
 )
-def test_diffusers_goes_on_with_an_average_of_ours_exactly(tmp_path: Path, profile) -> None:
+def test_diffusers_goes_on_with_an_average_of_ours_exactly(tmp_path: Path, profile: Profile, at: int) -> None:
     model = unet()
     bank = AverageBank(model.named_parameters(), {"ema": profile})
-    for step in range(1, 6):
+    for step in range(1, at + 1):
         move(model, step)
         bank.update(step)
-    write_diffusers_ema(tmp_path, bank.weights("ema"), profile=profile, step=5, model_config=dict(model.config))
+    write_diffusers_ema(tmp_path, bank.weights("ema"), profile=profile, step=at, model_config=dict(model.config))
     ema = EMAModel.from_pretrained(tmp_path, diffusers.UNet2DModel)
-    for step in range(6, 16):
+    for step in range(at + 1, 16):
         move(model, step)
         bank.update(step)
         ema.step(model.parameters())
     for ours, theirs in zip(bank.weights("ema").values(), ema.shadow_params, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     again = read_diffusers_ema(tmp_path)
-    assert again.step == 5
-    assert again.profile.decay(6) == pytest.approx(profile.decay(6), rel=1e-12)
+    assert again.step == at
+    assert again.profile.decay(at + 1) == pytest.approx(profile.decay(at + 1), rel=1e-12)
 
 
 def test_a_profile_that_diffusers_cannot_go_on_with_is_refused(tmp_path: Path) -> None:
@@ -176,7 +211,7 @@ def test_a_plain_model_and_a_pickle_are_refused(tmp_path: Path) -> None:
     assert "optimization_step" in json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize(("decay", "profile"), [(None, Uniform()), (0.9, CopyThenConstant(after_first=0.9))])
+@pytest.mark.parametrize(("decay", "profile"), [(None, Uniform()), (0.9, Delayed(ConstantDecay(0.9), start=1))])
 def test_torchs_averaged_model_is_read_with_its_real_profile_and_gone_on_with(decay, profile) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     peer = AveragedModel(model, multi_avg_fn=None if decay is None else get_ema_multi_avg_fn(decay))
@@ -212,7 +247,9 @@ def test_the_profile_of_torchs_ema_is_measured_by_one_hot_parameters() -> None:
 
         return update
 
-    np.testing.assert_allclose(CopyThenConstant(after_first=0.9).weighting(40), peer_weighting(40, make)[1:], atol=1e-6)
+    np.testing.assert_allclose(
+        Delayed(ConstantDecay(0.9), start=1).weighting(40), peer_weighting(40, make)[1:], atol=1e-6
+    )
 
 
 def test_a_state_that_is_not_torchs_or_not_of_the_model_is_refused() -> None:

@@ -29,6 +29,27 @@ def test_a_mirror_hands_the_values_of_the_moment_to_its_thread() -> None:
     assert seen[0].tolist() == [1.0] * 4
 
 
+def test_a_submission_waits_for_the_one_before_so_that_its_values_are_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = torch.zeros(4)
+    mirror = HostMirror([source])
+    gate, seen = threading.Event(), []
+    mirror._thread.submit(gate.wait)  # the host is behind: no submission's turn comes until someone waits for it
+    wait = mirror.wait
+
+    def wait_until_done() -> None:
+        gate.set()
+        wait()
+
+    for value in (1.0, 2.0):
+        source.fill_(value)
+        mirror.submit(lambda: seen.append(mirror.values[0].tolist()))
+        monkeypatch.setattr(mirror, "wait", wait_until_done)
+    mirror.wait()
+    assert seen == [[1.0] * 4, [2.0] * 4]
+
+
 def test_what_went_wrong_in_the_thread_is_raised_in_the_caller() -> None:
     mirror = HostMirror([torch.zeros(1)])
     mirror.submit(lambda: 1 / 0)

@@ -1,185 +1,36 @@
-"""Any average after the fact: coefficients, their honesty, streaming, and refused input."""
+"""Any average after the fact, from files: snapshots, streaming, the check of what was predicted, and refused input."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onehot import unit
 from safetensors.torch import load_file, save_file
 
 from ddpm_ema.averaging import (
+    PROFILES,
+    RAW,
     AverageBank,
     BiasCorrected,
     ConstantDecay,
-    HardCopy,
     PowerFunction,
     Profile,
     Snapshot,
-    StochasticWeightAverage,
     Uniform,
     find_snapshots,
     posthoc_coefficients,
     reconstruct,
-    std_to_exponent,
     write_snapshot,
 )
-from ddpm_ema.averaging.power_function import power_function_inner_product
-
-STDS = (0.05, 0.10)
-
-
-def grid(step_out: int, every: int) -> tuple[list[int], list[float]]:
-    """Two widths stored every so many steps."""
-    steps = [step for step in range(every, step_out + 1, every) for _ in STDS]
-    return steps, list(STDS) * (step_out // every)
-
-
-def dense_solution(steps: list[int], stds: list[float], step_out: int, target: Profile) -> np.ndarray:
-    """The same least squares by brute force: one column a snapshot, one row a step, the sum held by a heavy row."""
-    columns = [
-        np.pad(PowerFunction(std).weighting(step), (0, step_out - step)) for step, std in zip(steps, stds, strict=True)
-    ]
-    matrix = np.stack([*columns], axis=1)
-    goal = target.weighting(step_out)
-    heavy = 1e6 * np.linalg.norm(matrix)
-    matrix = np.vstack([matrix, np.full(len(columns), heavy)])
-    return np.linalg.lstsq(matrix, np.append(goal, heavy), rcond=None)[0]
-
-
-@pytest.mark.parametrize(
-    "target", [PowerFunction(0.075), ConstantDecay(0.99), BiasCorrected(0.999), Uniform(), PowerFunction(0.2)]
-)
-def test_coefficients_are_the_constrained_least_squares_solution(target: Profile) -> None:
-    steps, stds = grid(2000, 400)
-    ours = posthoc_coefficients(steps, stds, 2000, target)
-    np.testing.assert_allclose(ours.weights, dense_solution(steps, stds, 2000, target), rtol=1e-4, atol=1e-5)
-    assert ours.weights.dtype == np.float64
-    assert ours.weights.sum() == pytest.approx(1.0, abs=1e-12)
-    assert ours.amplification == pytest.approx(np.abs(ours.weights).sum())
-
-
-def test_a_long_training_is_factored_in_blocks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddpm_ema.averaging import posthoc
-
-    steps, stds = grid(3000, 500)
-    whole = posthoc_coefficients(steps, stds, 3000, ConstantDecay(0.99))
-    monkeypatch.setattr(posthoc, "_CHUNK_STEPS", 128)
-    in_blocks = posthoc_coefficients(steps, stds, 3000, ConstantDecay(0.99))
-    np.testing.assert_allclose(in_blocks.weights, whole.weights, rtol=1e-8, atol=1e-10)
-    assert in_blocks.profile_error == pytest.approx(whole.profile_error, rel=1e-8)
-
-
-# Least squares without the constraint, worked out independently; the constraint may only add a little.
-@pytest.mark.parametrize(
-    ("every", "target", "error", "amplification"),
-    [
-        (1000, ConstantDecay(0.99), 0.49, 18),
-        (1000, ConstantDecay(0.999), 0.0035, 1.1),
-        (1000, PowerFunction(0.03), 0.077, 5.6),
-        (1000, PowerFunction(0.15), 0.022, 1.7),
-        (500, ConstantDecay(0.999), 0.0010, 1.1),
-        (500, PowerFunction(0.15), 0.0058, 1.7),
-        (200, ConstantDecay(0.99), 0.095, 124),
-        (200, PowerFunction(0.03), 0.0047, 12),
-    ],
-)
-def test_the_figures_are_those_of_an_independent_calculation(every, target, error, amplification) -> None:
-    ours = posthoc_coefficients(*grid(10_000, every), 10_000, target)
-    assert ours.profile_error == pytest.approx(error, rel=0.06)
-    assert ours.amplification == pytest.approx(amplification, rel=0.06)
-
-
-@pytest.mark.parametrize(("every", "condition"), [(1000, 1.1e3), (500, 1.4e4), (200, 5.9e5), (100, 1.0e7)])
-def test_the_condition_number_is_that_of_the_inner_products(every: int, condition: float) -> None:
-    steps, stds = grid(10_000, every)
-    pairs = [(step, std_to_exponent(std)) for step, std in zip(steps, stds, strict=True)]
-    gram = np.array([[power_function_inner_product(*a, *b) for b in pairs] for a in pairs])
-    ours = posthoc_coefficients(steps, stds, 10_000, 0.07).condition_number
-    assert ours == pytest.approx(np.linalg.cond(gram), rel=0.02)
-    assert ours == pytest.approx(condition, rel=0.05)
-
-
-@given(target=st.sampled_from([0.07, 0.12, 0.2]), index=st.integers(0, 9))
-@settings(max_examples=20, deadline=None)
-def test_an_average_that_was_stored_is_given_back_by_itself(target: float, index: int) -> None:
-    steps, stds = grid(1000, 200)
-    steps[index] = 1000
-    stds[index] = target
-    ours = posthoc_coefficients(steps, stds, 1000, target)
-    np.testing.assert_allclose(ours.weights, np.eye(10)[index], atol=1e-8)
-    assert ours.profile_error < 1e-10
-
-
-def test_one_average_can_only_be_itself() -> None:
-    ours = posthoc_coefficients([100], [0.1], 100, 0.05)
-    assert ours.weights.tolist() == [1.0]
-    assert ours.condition_number == pytest.approx(1.0)
-    assert ours.profile_error > 0.3
-
-
-def test_any_mix_of_widths_and_rules_can_be_combined() -> None:
-    mixed: list[float | Profile] = [0.05, Uniform(), 0.2, BiasCorrected(0.99), StochasticWeightAverage(500, 10)]
-    ours = posthoc_coefficients([1000, 600, 1000, 1000, 900], mixed, 1000, BiasCorrected(0.99))
-    np.testing.assert_allclose(ours.weights, [0, 0, 0, 1, 0], atol=1e-9)
-
-
-def test_more_averages_than_steps_are_solved_but_said_to_be_dependent() -> None:
-    ours = posthoc_coefficients(*grid(20, 1), 20, 0.08)
-    assert ours.weights.sum() == pytest.approx(1.0)
-    assert ours.profile_error < 1e-6
-    assert any("nearly linearly dependent" in sentence for sentence in ours.warnings())
-
-
-def test_a_target_that_cannot_be_had_says_so() -> None:
-    steps, stds = grid(10_000, 1000)
-    (narrow,) = posthoc_coefficients(steps, stds, 10_000, HardCopy(1)).warnings()
-    assert "cannot give this profile: its weighting is off by 99.7%" in narrow
-    assert posthoc_coefficients(steps, stds, 10_000, ConstantDecay(0.999)).warnings() == []
-
-
-def test_initial_weights_that_power_functions_do_not_hold_are_said_to_be_missing() -> None:
-    ours = posthoc_coefficients(*grid(3000, 100), 3000, ConstantDecay(0.999))
-    assert ours.initial_weight_error == pytest.approx(0.999**3000)
-    assert any("the initial parameters 5.0% more or less weight" in sentence for sentence in ours.warnings())
-    assert posthoc_coefficients(*grid(3000, 100), 3000, BiasCorrected(0.999)).initial_weight_error == 0.0
-
-
-def test_rounding_that_is_amplified_says_so() -> None:
-    narrow = posthoc_coefficients(*grid(10_000, 100), 10_000, ConstantDecay(0.99))
-    assert narrow.warnings(2.0**-24) == []
-    (sentence,) = narrow.warnings(2.0**-8)
-    assert "amplified 188 times" in sentence
-
-
-def test_no_number_is_claimed_below_the_float64_floor() -> None:
-    exact = posthoc_coefficients([1000, 1000], [0.05, 0.1], 1000, 0.05)
-    assert 0.0 <= exact.profile_error < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("steps", "stds", "step_out", "target", "message"),
-    [
-        ([], [], 100, 0.1, "expected equally many, at least one; got 0 and 0"),
-        ([100], [0.05, 0.1], 100, 0.1, "got 1 and 2"),
-        ([100, 200], [0.05, 0.1], 150, 0.1, "1 <= step <= step_out = 150, got 200"),
-        ([0], [0.05], 150, 0.1, "got 0"),
-        ([100, 100], [0.05, 0.05], 150, 0.1, r"PowerFunction\(std=0\.05\) at step 100 is given twice"),
-        ([100], [0.5], 150, 0.1, r"std: expected a number with 0 < std < 0\.288675"),
-        ([100], [0.05], 150, 0.29, r"std: .* got 0\.29"),
-    ],
-)
-def test_bad_input_is_refused(steps, stds, step_out, target, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        posthoc_coefficients(steps, stds, step_out, target)
+from ddpm_ema.averaging.posthoc import estimate_white_noise, fit
 
 
 def one_hot_run(folder: Path, steps: int, every: int, dtype: torch.dtype = torch.float32, extra=()) -> AverageBank:
@@ -197,23 +48,118 @@ def one_hot_run(folder: Path, steps: int, every: int, dtype: torch.dtype = torch
     return bank
 
 
-def test_a_reconstructed_average_is_the_one_kept_directly(tmp_path: Path) -> None:
+def test_the_weights_are_those_that_the_coefficients_give(tmp_path: Path) -> None:
+    """One-hot parameters are white noise, whose error is the distance of weightings that is reported beside the prediction."""
     targets = {"wide": PowerFunction(0.15), "constant": BiasCorrected(0.98), "narrow": PowerFunction(0.03)}
     bank = one_hot_run(tmp_path, 600, 30, extra=targets)
     for name, target in targets.items():
-        got = reconstruct(find_snapshots(tmp_path), 600, target)
+        got = reconstruct(find_snapshots(tmp_path), 600, target, check=False)
         kept = bank.weights(name)["weight"]
         error = ((got.weights["weight"] - kept).norm() / kept.norm()).item()
         assert error == pytest.approx(got.coefficients.profile_error, rel=0.05, abs=1e-5)
-        assert error < 0.03
         assert got.weights["weight"].dtype is torch.float32
         assert got.warnings == []
+
+
+def walking_run(
+    folder: Path,
+    every: int,
+    stored: dict[str, Profile],
+    kept: dict[str, Profile],
+    rate=lambda step: 0.1,
+    noise: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """A random walk of 400 steps, snapshots of `stored` now and then; gives `kept` and raw, as they stood at the end."""
+    torch.manual_seed(0)
+    walk, weight = torch.ones(5000), torch.ones(5000)
+    bank = AverageBank([("weight", weight)], {**stored, **kept})
+    for step in range(401):
+        if step:
+            walk += rate(step) * torch.randn(5000)
+            weight.copy_(walk + noise * torch.randn(5000))
+            bank.update(step)
+        for name, profile in stored.items():
+            if step and step % every == 0:
+                path = folder / f"step-{step:08d}" / f"{name}.safetensors"
+                write_snapshot(path, {"weight": weight} if profile == RAW else bank.weights(name), step, profile)
+    write_snapshot(folder.parent / "raw.safetensors", {"weight": weight}, 400, RAW)
+    return {name: bank.weights(name)["weight"].clone() for name in kept} | {"raw": weight}
+
+
+@pytest.mark.parametrize(
+    "stored", [{"p05": PowerFunction(0.05), "uniform": Uniform()}, {"raw": RAW, "uniform": Uniform()}], ids=str
+)
+def test_another_stored_average_is_rebuilt_and_its_error_stands_beside_the_prediction(tmp_path, stored) -> None:
+    kept = walking_run(tmp_path / "run", 40, stored, {"target": BiasCorrected(0.98)})
+    snapshots, raw = find_snapshots(tmp_path / "run"), Snapshot.open(tmp_path / "raw.safetensors")
+    got = reconstruct(snapshots, 400, BiasCorrected(0.98), kept=[raw])
+    actual = (got.weights["weight"] - kept["target"]).norm() / (kept["target"] - kept["raw"]).norm()
+    assert actual.item() == pytest.approx(got.coefficients.predicted_relative_error, rel=0.15)
+    assert got.check is not None
+    assert got.check.name == ("p05" if "p05" in stored else "uniform")  # the nearest to the target
+    assert got.check.actual == pytest.approx(got.check.predicted, rel=0.15)
+    assert reconstruct(snapshots, 400, BiasCorrected(0.98), kept=[raw], check=False).check is None
+
+
+def test_a_check_that_comes_out_far_worse_than_predicted_is_said(tmp_path) -> None:
+    """The rate decays to zero and nobody told the fit."""
+    stored = {"p05": PowerFunction(0.05), "uniform": Uniform()}
+    walking_run(tmp_path / "run", 40, stored, {}, rate=lambda step: 0.1 * (1 - step / 401) ** 2)
+    snapshots, raw = find_snapshots(tmp_path / "run"), Snapshot.open(tmp_path / "raw.safetensors")
+    untold = reconstruct(snapshots, 400, 0.06, kept=[raw])
+    assert any(text.startswith("Check: p05, rebuilt from the other snapshots, is off by") for text in untold.warnings)
+    told = reconstruct(snapshots, 400, 0.06, kept=[raw], step_variance=lambda t: (1 - (t + 1) / 401) ** 4)
+    assert told.check is not None
+    assert told.check.actual == pytest.approx(told.check.predicted, rel=0.2)
+
+
+def test_an_average_that_is_only_compared_with_may_lie_elsewhere(tmp_path) -> None:
+    kept = walking_run(tmp_path / "run", 40, {"raw": RAW}, {"debiased": BiasCorrected(0.98)})
+    found = fit(find_snapshots(tmp_path / "run"), 400, BiasCorrected(0.99))
+    assert found.checked() is None
+    elsewhere = write_snapshot(
+        tmp_path / "debiased.safetensors", {"weight": kept["debiased"]}, 400, BiasCorrected(0.98)
+    )
+    check = found.checked([elsewhere])
+    assert check is not None
+    assert check.name == "debiased"
+    assert check.actual == pytest.approx(check.predicted, rel=0.15)
+
+
+def test_the_white_noise_of_raw_checkpoints_is_estimated_from_their_distances(tmp_path) -> None:
+    kept = walking_run(tmp_path, 10, {"raw": RAW}, {"target": BiasCorrected(0.98)}, noise=0.5)
+    raw = find_snapshots(tmp_path)
+    assert estimate_white_noise(raw) == pytest.approx(25.0, rel=0.1)  # 0.5^2 / 0.1^2: in steps
+    assert estimate_white_noise(raw, lambda t: 3.0) == pytest.approx(75.0, rel=0.1)
+    assert estimate_white_noise(raw[:2]) == 0.0
+    got = reconstruct(raw, 400, BiasCorrected(0.98))
+    actual = (got.weights["weight"] - kept["target"]).norm() / (kept["target"] - kept["raw"]).norm()
+    assert actual.item() == pytest.approx(got.coefficients.predicted_relative_error, rel=0.15)
+
+
+def test_averages_that_skip_steps_are_stored_and_read_as_such(tmp_path: Path) -> None:
+    parameter, profiles = unit(0, 201), {"p05": PowerFunction(0.05), "uniform": Uniform(), "target": PowerFunction(0.1)}
+    bank = AverageBank([("weight", parameter)], profiles)
+    for step in range(10, 201, 10):
+        parameter.copy_(unit(step, 201))
+        bank.update(step, 10)
+        for name in ("p05", "uniform"):
+            if step % 50 == 0:
+                path = tmp_path / f"step-{step:08d}" / f"{name}.safetensors"
+                write_snapshot(path, bank.weights(name), step, profiles[name], every=10)
+    snapshots = find_snapshots(tmp_path)
+    assert {snapshot.every for snapshot in snapshots} == {10}
+    got = reconstruct(snapshots, 200, PowerFunction(0.1), check=False)
+    steps, stored = [s.step for s in snapshots], [s.profile for s in snapshots]
+    told, untold = (posthoc_coefficients(steps, stored, 200, 0.1, every=n).predicted_relative_error for n in (10, 1))
+    assert got.coefficients.predicted_relative_error == told > 3 * untold
+    assert set(got.weights["weight"].nonzero().flatten().tolist()) <= set(range(0, 201, 10))
 
 
 def test_an_earlier_step_is_reconstructed_from_what_was_stored_until_then(tmp_path: Path) -> None:
     one_hot_run(tmp_path, 600, 60)
     got = reconstruct(find_snapshots(tmp_path), 300, 0.07)
-    assert {snapshot.step for snapshot in got.snapshots} == {60, 120, 180, 240, 300}
+    assert {snapshot.step for snapshot in got.fit.snapshots} == {60, 120, 180, 240, 300}
     assert torch.count_nonzero(got.weights["weight"][301:]) == 0
 
 
@@ -230,7 +176,7 @@ def test_bf16_snapshots_cost_precision_and_say_so(tmp_path: Path) -> None:
     values = torch.randn(4096)
     for dtype, folder in ((torch.float32, tmp_path / "fp32"), (torch.bfloat16, tmp_path / "bf16")):
         for step in range(100, 1001, 100):
-            for std in STDS:
+            for std in (0.05, 0.10):
                 path = folder / f"step-{step:08d}" / f"p{std}.safetensors"
                 write_snapshot(path, {"w": values}, step, PowerFunction(std), dtype)
     full = reconstruct(find_snapshots(tmp_path / "fp32"), 1000, BiasCorrected(0.95))
@@ -239,7 +185,8 @@ def test_bf16_snapshots_cost_precision_and_say_so(tmp_path: Path) -> None:
     fp32_error = ((full.weights["w"] - values).norm() / values.norm()).item()
     bf16_error = ((half.weights["w"] - values).norm() / values.norm()).item()
     assert fp32_error < 1e-6
-    assert 1e-3 < bf16_error <= half.coefficients.amplification * 2.0**-8
+    assert 1e-3 < bf16_error <= half.coefficients.rounding
+    assert half.coefficients.predicted_relative_error > full.coefficients.predicted_relative_error
     assert not any("Rounding" in sentence for sentence in full.warnings)
     assert any("Rounding in the stored averages is amplified" in sentence for sentence in half.warnings)
 
@@ -253,6 +200,41 @@ def test_a_snapshot_says_what_it_is_and_is_contiguous(tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(path)["w"].float(), tensor, rtol=2.0**-8, atol=0)
     assert written.shapes() == {"w": (2, 3, 4, 4)}
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]  # no temporary is left behind
+
+
+def test_equal_averages_make_equal_files(tmp_path: Path) -> None:
+    written = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for path in written:
+        write_snapshot(path, {"b": torch.ones(3), "a": torch.zeros(2)}, 7, PowerFunction(0.1), every=5)
+    assert len({path.read_bytes() for path in written}) == 1
+
+
+@pytest.mark.parametrize("kind", sorted(PROFILES))
+def test_every_profile_can_be_stored_and_read_back(tmp_path: Path, kind: str) -> None:
+    settings = {
+        "decay": 0.9,
+        "std": 0.1,
+        "start": 10,
+        "every": 5,
+        "length": 3,
+        "end": 7,
+        "half_life": 9.0,
+        "share": 0.1,
+    }
+    fields = {name: value for name, value in settings.items() if name in inspect.signature(PROFILES[kind]).parameters}
+    written = write_snapshot(tmp_path / "x.safetensors", {"w": torch.ones(1)}, 7, PROFILES[kind](**fields))
+    assert Snapshot.open(written.path) == written
+
+
+def test_the_initial_weights_are_a_snapshot_of_step_0(tmp_path: Path) -> None:
+    one_hot_run(tmp_path, 100, 20)
+    constant = ConstantDecay(0.99)
+    without = reconstruct(find_snapshots(tmp_path), 100, constant)
+    write_snapshot(tmp_path / "step-00000000" / "raw.safetensors", {"weight": unit(0, 101)}, 0, RAW)
+    got = reconstruct(find_snapshots(tmp_path), 100, constant)
+    assert got.weights["weight"][0].item() == pytest.approx(0.99**100, abs=0.03)
+    assert without.weights["weight"][0].item() == 0.0
+    assert got.coefficients.predicted_relative_error < 0.2 * without.coefficients.predicted_relative_error
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +254,9 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-@pytest.mark.parametrize(("step", "dtype", "message"), [(0, torch.float32, "step: "), (5, torch.float16, "dtype: ")])
+@pytest.mark.parametrize(
+    ("step", "dtype", "message"), [(-1, torch.float32, "step, every: "), (5, torch.float16, "dtype: ")]
+)
 def test_a_snapshot_of_no_step_or_another_dtype_is_refused(tmp_path: Path, step, dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_snapshot(tmp_path / "x.safetensors", {"w": torch.ones(1)}, step, Uniform(), dtype)
@@ -298,9 +282,10 @@ def test_a_broken_or_foreign_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.safetensors: not a whole safetensors file"):
         Snapshot.open(path)
     save_file({"w": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="not a snapshot: its metadata has no valid 'step' and 'profile'"):
+    with pytest.raises(ValueError, match="not a snapshot: its metadata has no valid 'snapshot'"):
         Snapshot.open(path)
-    save_file({"w": torch.ones(1)}, path, metadata={"step": "7", "profile": '{"kind": "powerfunction", "std": 0.1}'})
+    described = {"step": 7, "every": 1, "profile": {"kind": "powerfunction", "std": 0.1}}
+    save_file({"w": torch.ones(1)}, path, metadata={"snapshot": json.dumps(described)})
     with pytest.raises(ValueError, match="did you mean 'power_function'"):
         Snapshot.open(path)
 

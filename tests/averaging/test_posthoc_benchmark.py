@@ -1,68 +1,94 @@
-"""benchmarks/posthoc.py on a made-up run: its figures are those of the averages it compares."""
+"""benchmarks/posthoc.py on made-up runs: its figures are those of the averages it compares."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddpm_ema.averaging import AverageBank, BiasCorrected, PowerFunction, profile_to_dict, write_snapshot
+from ddpm_ema import config
+from ddpm_ema.averaging import RAW, AverageBank, write_snapshot
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "posthoc.py"
-KEPT = {"power_0_15": PowerFunction(0.15), "debiased": BiasCorrected(0.98), "broken": PowerFunction(0.2)}
+STEPS = 300
 
 
-def made_up_run(run: Path, steps: int = 400, every: int = 20) -> None:
-    """A random walk of two tensors; one of the averages kept is spoilt on purpose."""
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("posthoc_benchmark", SCRIPT)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+@pytest.fixture(scope="module")
+def cells(benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of a random walk of two tensors with a cosine rate; one of the averages kept is spoilt on purpose."""
+    run = tmp_path_factory.mktemp("runs") / "cosine"
+    training = config.TrainingSettings(steps=STEPS, learning_rate_schedule="cosine")
+    settings = config.Config(output_dir=run, training=training)
     generator = torch.Generator().manual_seed(0)
-    weights = {"a": torch.ones(40, 3), "b": torch.zeros(100)}
-    profiles = {"power_0_05": PowerFunction(0.05), "power_0_10": PowerFunction(0.10)} | KEPT
-    bank = AverageBank(weights.items(), profiles)
-    for step in range(1, steps + 1):
-        for tensor in weights.values():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
-        bank.update(step)
-        if step % every == 0:
-            for name in ("power_0_05", "power_0_10", "power_0_15"):
+    weights = {"a": torch.ones(40, 30), "b": torch.zeros(2000)}
+    bank = AverageBank(weights.items(), benchmark.kept_profiles(STEPS))
+    for step in range(STEPS + 1):
+        if step:
+            rate = training.learning_rate_at(step - 1) / training.learning_rate
+            for tensor in weights.values():
+                tensor.add_(0.05 * rate * torch.randn(tensor.shape, generator=generator))
+            bank.update(step)
+        if step % 15 == 0:
+            for name in [*benchmark.STORED, "raw"] if step else ["raw"]:
                 path = run / "snapshots" / f"step-{step:08d}" / f"{name}.safetensors"
-                write_snapshot(path, bank.weights(name), step, profiles[name])
-    checkpoint = run / "checkpoints" / f"step-{steps:08d}"
+                tensors = weights if name == "raw" else bank.weights(name)
+                write_snapshot(path, tensors, step, benchmark.STORED.get(name, RAW))
+    checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
     (checkpoint / "averages").mkdir(parents=True)
+    (run / "config.yaml").write_text(config.to_yaml(settings))
     save_file(weights, checkpoint / "raw.safetensors")
-    bank.weights("broken")["a"].mul_(1.1)
-    for name in profiles:
+    bank.weights("power_0_20")["a"].add_(0.5)
+    for name in bank.profiles:
         save_file(bank.weights(name), checkpoint / "averages" / f"{name}.safetensors")
-    manifest = {"profiles": {name: profile_to_dict(profile) for name, profile in profiles.items()}}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return list(benchmark.measure(run, [5, 10]))
 
 
-def test_the_benchmark_reports_the_error_of_every_average_that_was_kept(tmp_path: Path) -> None:
-    made_up_run(tmp_path / "run")
+def test_a_random_walk_errs_as_predicted_where_its_rate_is_told_and_edm2_errs_more(benchmark: Any, cells: Any) -> None:
+    sound = [cell for cell in cells if cell["target"] != "power_0_20"]
+    rows = {(row["stored"], row["step_variance"]): row for row in benchmark.summary(sound)}
+    assert set(rows) == {(stored, told) for stored in benchmark.SETS for told in ("constant", "rate^2")}
+    for stored in benchmark.SETS:
+        told, untold = rows[stored, "rate^2"], rows[stored, "constant"]
+        assert told["actual_over_predicted"]["median"] == pytest.approx(1.0, abs=0.1)
+        assert untold["actual_over_predicted"]["maximum"] > 1.5
+        assert told["edm2_error_over_ours"]["median"] > 1.0
+
+
+def test_an_average_that_was_kept_wrongly_stands_out(cells: Any) -> None:
+    spoilt = [cell for cell in cells if cell["target"] == "power_0_20" and cell["step_variance"] == "rate^2"]
+    assert min(cell["actual"] / cell["predicted"] for cell in spoilt) > 3
+
+
+def test_a_window_that_starts_at_a_snapshot_is_exact_where_uniform_was_stored(benchmark: Any, cells: Any) -> None:
+    windows = {(c["stored"], c["target"]): c for c in cells if c["snapshots"] == 10 and c["step_variance"] == "rate^2"}
+    assert (
+        windows["power .05, uniform", "last_20"]["actual"] < 1e-3 < windows["power .05, uniform", "last_17"]["actual"]
+    )
+    assert not benchmark.has_ratio(["power_0_05", "uniform"], "last_20", 0.1)
+
+
+def test_results_are_written_and_kept_beside_each_other(benchmark: Any, tmp_path: Path, monkeypatch, capsys) -> None:
     output = tmp_path / "posthoc.json"
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "run"), "--thin", "1", "4", "--output", str(output)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = {(r["average"], r["stored_as"], r["thinned"]): r for r in json.loads(output.read_text())["rows"]}
-    assert set(rows) == {(name, dtype, n) for name in KEPT for dtype in ("as stored", "bf16") for n in (1, 4)}
-    for name in ("power_0_15", "debiased"):
-        exact, coarse = rows[name, "as stored", 1], rows[name, "bf16", 1]
-        assert exact["num_snapshots"] == 40  # those of 0.15 are left aside
-        assert exact["weight_error"] < 1e-3
-        assert coarse["weight_error"] > 3 * exact["weight_error"]
-        assert rows[name, "as stored", 4]["num_snapshots"] == 10
-        assert rows[name, "as stored", 4]["profile_error"] > exact["profile_error"]
-        assert exact["weight_error_of_distance_from_raw"] > exact["weight_error"]
-        assert name in printed
-    assert rows["broken", "as stored", 1]["weight_error"] == pytest.approx(0.1, rel=0.3)  # it can tell
-
-
-def test_the_benchmark_says_when_no_checkpoint_has_snapshots(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    made_up_run(run, steps=50)
-    done = subprocess.run([sys.executable, str(SCRIPT), str(run)], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "no checkpoint at a step with snapshots; checkpoints at [50], snapshots at [20, 40]" in done.stderr
+    output.write_text(json.dumps({"summary": []}))
+    monkeypatch.setattr(
+        benchmark, "simulate", lambda: [{"weights move as": "x", "stored": "y", "minimum": 1, "maximum": 2}]
+    )
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--simulate", "--output", str(output)])
+    benchmark.main()
+    assert json.loads(output.read_text()).keys() == {"summary", "simulated"}
+    assert "1.00 to 2.00" in capsys.readouterr().out

@@ -1,0 +1,98 @@
+"""What to store of a training run that has not begun: which averages, how often, and what can be made of them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW, StepVariance, Stored, solve
+from ddpm_ema.averaging.profiles import PowerFunction, Profile, Uniform
+
+GOAL = 0.01
+"""Predicted relative error that is good enough to rather save disk."""
+SETS: tuple[tuple[Profile, ...], ...] = (
+    (PowerFunction(0.05), PowerFunction(0.10)),
+    (PowerFunction(0.05), Uniform()),
+    (PowerFunction(0.05), PowerFunction(0.10), Uniform()),
+    (RAW, Uniform()),
+    (RAW,),
+)
+"""Averages that are considered for storing together."""
+COUNTS = (5, 10, 20, 50, 100, 200)
+"""How often they are stored in all."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Averages to store, every so many steps and at the last one, beside the initial weights once.
+
+    Attributes:
+        stored: their profiles.
+        every: steps between snapshots.
+        num_files: how many files that makes.
+        errors: predicted relative error of each target at the last step; None where it is raw.
+    """
+
+    stored: tuple[Profile, ...]
+    every: int
+    num_files: int
+    errors: tuple[float | None, ...]
+
+    def beyond(self, error: float) -> list[int]:
+        """The places of the targets whose error is not below this."""
+        return [place for place, found in enumerate(self.errors) if found is not None and found >= error]
+
+    @property
+    def badness(self) -> tuple[int, int, int]:
+        """What the best plan has least of: targets that warn, targets that miss the goal, files."""
+        return len(self.beyond(MAX_PREDICTED_ERROR)), len(self.beyond(GOAL)), self.num_files
+
+
+def plans(
+    steps: int,
+    targets: Sequence[Profile],
+    max_files: int,
+    *,
+    step_variance: StepVariance | None = None,
+    sets: Sequence[tuple[Profile, ...]] = SETS,
+) -> list[Plan]:
+    """The best plan for each set of averages that fits into `max_files` files, the best of all first.
+
+    Args:
+        steps: steps of the whole run.
+        targets: profiles wanted at the last step.
+        max_files: files that may be stored, each as large as the model.
+        step_variance: as of `posthoc_coefficients`.
+        sets: averages to consider.
+
+    Raises:
+        ValueError: a bad number of steps, or not even the smallest plan fits.
+    """
+    if steps < 1 or not targets:
+        raise ValueError(f"steps, targets: expected at least one of each, got {steps} and {len(targets)}")
+    best = []
+    for stored in sets:
+        spacings = sorted({max(1, steps // count) for count in COUNTS})
+        made = [
+            _plan(steps, targets, stored, every, step_variance)
+            for every in spacings
+            if 1 + len(_steps(steps, every)) * len(stored) <= max_files
+        ]
+        best += [min(made, key=lambda plan: plan.badness)] if made else []
+    if not best:
+        raise ValueError(
+            f"no plan fits: the smallest needs {1 + min(COUNTS)} files of the model's size, there is room for {max_files}"
+        )
+    return sorted(best, key=lambda plan: plan.badness)
+
+
+def _steps(steps: int, every: int) -> list[int]:
+    return sorted({*range(every, steps + 1, every), steps})
+
+
+def _plan(
+    steps: int, targets: Sequence[Profile], stored: tuple[Profile, ...], every: int, step_variance: StepVariance | None
+) -> Plan:
+    files = [Stored(0, RAW), *(Stored(step, profile) for step in _steps(steps, every) for profile in stored)]
+    found = solve(files, [Stored(steps, target) for target in targets], step_variance)
+    return Plan(stored, every, len(files), tuple(one.predicted_relative_error for one in found))

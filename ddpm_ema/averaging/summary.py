@@ -1,0 +1,40 @@
+"""What averages will be worth after a number of steps, told before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ddpm_ema.averaging.profiles import Profile
+
+MAX_INITIAL_WEIGHT = 0.01
+"""Share of the initial weights from which an average is called too long for its run."""
+
+
+def summarize(profiles: Mapping[str, Profile], num_steps: int) -> list[str]:
+    """A table of averages as they will stand after `num_steps` steps, and a warning for each that is too long for the run.
+
+    Columns: the time constant 1 / (1 - decay) and the equal-weight window in steps, the centre as a share of the run, and the
+    share of the initial weights still held.
+
+    Args:
+        profiles: name of the average -> its profile.
+        num_steps: steps of the whole run, at least 1.
+
+    Returns:
+        lines of text; none where there are no averages.
+    """
+    rows = [("average", "time constant (steps)", "window (steps)", "centred at", "initial weights")]
+    warnings = []
+    for name, profile in profiles.items():
+        constant, initial = profile.time_constant(num_steps), profile.initial_weight(num_steps)
+        window, centre = profile.effective_window(num_steps), profile.centre(num_steps)
+        shown = "-" if constant is None else f"{constant:,.0f}"
+        rows.append((name, shown, f"{window:,.0f}", f"{centre:.1%}", f"{initial:.1%}"))
+        if initial >= MAX_INITIAL_WEIGHT:
+            warnings.append(
+                f"warning: {name} will still hold {initial:.0%} of the initial weights after {num_steps:,} steps: "
+                "use bias_corrected or power_function"
+            )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return lines + warnings if profiles else []

@@ -1,0 +1,275 @@
+"""Names → weights: raw, averages, reconstructed ones, earlier steps, diffusers folders, and ensembles of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from ddpm_ema import config
+from ddpm_ema.averaging.coefficients import RAW, StepVariance
+from ddpm_ema.averaging.posthoc import Fit, fit
+from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
+from ddpm_ema.averaging.snapshots import Snapshot
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+from ddpm_ema.named_weights.folder import PipelineConfig, PipelineFolder, sha256_of
+from ddpm_ema.rundir import Checkpoint, RunDir
+from ddpm_ema.weight_names import WeightName, name_of_profile, parse, profile_named
+
+Tensors: TypeAlias = "dict[str, Tensor]"
+
+
+@dataclass(frozen=True)
+class NamedWeights:
+    """Weights that were found; their tensors are read when `members` are called.
+
+    Attributes:
+        name: in its canonical spelling.
+        key: 64 hex digits that change whenever the weights would: the sha256 of a stored file, else one over what the
+            weights are made from.
+        step: completed optimizer steps they stand at; None for folders and ensembles.
+        profile: how they were averaged, as plain values; None for raw weights and folders.
+        members: each gives fp32 CPU tensors by parameter name: one, or those of an ensemble.
+        pipeline: network and noise schedule they belong to; None: those of the settings.
+        reconstruction: how well the profile was matched; None where nothing was reconstructed.
+        warnings: what to know before trusting them.
+    """
+
+    name: str
+    key: str
+    step: int | None
+    profile: dict[str, Any] | None
+    members: tuple[Callable[[], Tensors], ...]
+    pipeline: PipelineConfig | None = None
+    reconstruction: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """A folder's name: readable, and its own for each content."""
+        return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.name).strip('_')[-60:]}-{self.key[:16]}"
+
+
+class WeightResolver:
+    """What can be named in one run directory, at one checkpoint.
+
+    Args:
+        run: the run directory, whose checkpoints and snapshots are searched.
+        checkpoint: what a name without a step is taken from; None where there is none.
+        config: the settings: names under `averages`, and the data that folders must fit.
+        num_classes: of the data, where labels are given to the network.
+        own_pipeline: network and noise schedule of the settings; asked for by ensembles that mix them with a folder's.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        checkpoint: Checkpoint | None,
+        config: Config | None = None,
+        num_classes: int | None = None,
+        own_pipeline: Callable[[], PipelineConfig] | None = None,
+    ) -> None:
+        self.run, self.checkpoint = run, checkpoint
+        self.config = config if config is not None else Config()
+        self._num_classes, self._own_pipeline = num_classes, own_pipeline
+        self.averages = {name: profile_to_dict(profile) for name, profile in self.config.averages.items()}
+        if checkpoint is not None:
+            self.averages |= {name: _profile_in(checkpoint, name) or {} for name in checkpoint.names if name != "raw"}
+
+    def named(self, text: str) -> NamedWeights:
+        """The weights that `text` names (see `weight_names`). Raises UserError for what means nothing here."""
+        try:
+            names = parse(text, self.averages)
+        except ValueError as error:
+            raise UserError(f"weights {error}") from None
+        parts = [self._part(name) for name in names]
+        if len(parts) == 1:
+            return parts[0]
+        return NamedWeights(
+            name="+".join(part.name for part in parts),
+            key=_key([part.key for part in parts]),
+            step=None,
+            profile={"kind": "ensemble", "members": [{"weights": p.name, "profile": p.profile} for p in parts]},
+            members=tuple(member for part in parts for member in part.members),
+            pipeline=self._common_pipeline(parts),
+            warnings=tuple(warning for part in parts for warning in part.warnings),
+        )
+
+    def _common_pipeline(self, parts: list[NamedWeights]) -> PipelineConfig | None:
+        """What all members are sampled with: their predictions can be averaged only where it is the same."""
+        if all(part.pipeline is None for part in parts):
+            return None
+        if self._own_pipeline is None:
+            raise UserError(f"weights {parts[0].name!r}: an ensemble with a diffusers folder can be scored only")
+        own = self._own_pipeline()
+        common = [part.pipeline or own for part in parts]
+        common = [PipelineConfig(found.unet, found.schedule or own.schedule) for found in common]
+        for part, found in zip(parts, common, strict=True):
+            for what in ("unet", "schedule"):
+                here, there = getattr(found, what), getattr(common[0], what)
+                if differing := [key for key in here if here[key] != there[key]]:
+                    raise UserError(
+                        f"weights {part.name!r}: no ensemble with {parts[0].name!r}, whose {what} has another "
+                        f"{', '.join(differing)}"
+                    )
+        return common[0]
+
+    def _part(self, name: WeightName) -> NamedWeights:
+        if name.folder:
+            return self._folder(name)
+        checkpoint = self._checkpoint(name.step)
+        if checkpoint is not None and name.name in checkpoint.names:
+            return _stored(name, checkpoint)
+        profile = profile_named(name.name)
+        # An average's name means that average: where it is not stored, only the same profile may stand for it.
+        if profile is not None and self.averages.get(name.name, profile) == profile:
+            return self.reconstructed(_profile(name.name, profile), name.step)
+        if checkpoint is None and name.step is not None:
+            self.run.checkpoint(name.step)  # names the steps there are
+        if checkpoint is None:
+            raise UserError(f"{self.run.path}: holds no checkpoint to take {name.name!r} from; train first")
+        raise UserError(
+            f"{self.run.path}: no weights {name.name!r} at step {checkpoint.step}; there are "
+            f"{', '.join(checkpoint.names)}, and from snapshots any profile by its name (power_0_075, bias_corrected_0_999)"
+        )
+
+    def _checkpoint(self, step: int | None) -> Checkpoint | None:
+        if step is None:
+            return self.checkpoint
+        return next((checkpoint for checkpoint in self.run.checkpoints() if checkpoint.step == step), None)
+
+    def reconstructed(self, target: Profile, step: int | None = None) -> NamedWeights:
+        """The average with profile `target` as it would stand after `step` steps (None: the checkpoint's, else the last
+        snapshot's), from the run's snapshots.
+
+        Raises UserError for a run without snapshots, a step that none was stored at (the nearest are named), or a profile
+        whose name an average of another profile has.
+        """
+        profile, name = profile_to_dict(target), name_of(target)
+        if self.averages.get(name, profile) != profile:
+            raise UserError(
+                f"{name}: averages.{name} is another average, {self.averages[name]}; rename it to reconstruct this one"
+            )
+        snapshots = snapshots_of(self.run)
+        at = step or (self.checkpoint.step if self.checkpoint else snapshots[-1].step)
+        with _explained(self.run, name, at):
+            found = fit(snapshots, at, target, step_variance=self._step_variance)
+            check = found.checked(self._kept_at(at))
+        made_from = [[s.step, profile_to_dict(s.profile), sha256_of(s.path)] for s in found.snapshots]
+        return NamedWeights(
+            name=str(WeightName(name, step)),
+            key=_key([found.identity, profile, made_from]),
+            step=at,
+            profile=profile,
+            members=(partial(_combined, self.run, name, found),),
+            reconstruction=found.summary(check),
+            warnings=tuple(found.warnings(check)),
+        )
+
+    @cached_property
+    def _step_variance(self) -> StepVariance | None:
+        """How far each step of the run moved its weights: as measured where it was imported, else by its learning rates."""
+        if self.run.imported_path.is_file():
+            return _measured(self.run.imported_path)
+        return config.load(self.run.config_path).training.step_variance if self.run.config_path.is_file() else None
+
+    def _kept_at(self, step: int) -> list[Snapshot]:
+        """Averages and raw weights of a checkpoint at `step`, by which a prediction is checked."""
+        checkpoint = self._checkpoint(step)
+        if checkpoint is None or checkpoint.step != step:
+            return []
+        files = [
+            Snapshot(step, profile_from_dict(profile), checkpoint.path / f"averages/{name}.safetensors")
+            for name in checkpoint.names
+            if name != "raw" and (profile := _profile_in(checkpoint, name)) is not None
+        ]
+        return [*files, Snapshot(step, RAW, checkpoint.path / "raw.safetensors")]
+
+    def _folder(self, name: WeightName) -> NamedWeights:
+        folder = PipelineFolder(Path(name.name))
+        folder.check(self.config, self._num_classes)
+        key, warnings = folder.key, []
+        if folder.config.schedule is None:
+            given = self.config.diffusion
+            told = f"{given.schedule}, {given.prediction}, {given.num_train_timesteps} noise levels"
+            warnings.append(
+                f"The folder has no scheduler_config.json: sampled with the diffusion settings given ({told})."
+            )
+        read = partial(folder.read, key)
+        return NamedWeights(name.name, key, None, None, (read,), folder.config, warnings=tuple(warnings))
+
+
+def _stored(name: WeightName, checkpoint: Checkpoint) -> NamedWeights:
+    file = "raw.safetensors" if name.name == "raw" else f"averages/{name.name}.safetensors"
+    return NamedWeights(
+        name=str(name),
+        key=checkpoint.manifest["files"][file]["sha256"],
+        step=checkpoint.step,
+        profile=_profile_in(checkpoint, name.name),
+        members=(lambda: checkpoint.weights(name.name),),
+    )
+
+
+def name_of(profile: Profile) -> str:
+    """The name of a reconstructed average, such as power_0_075."""
+    return name_of_profile(profile_to_dict(profile))
+
+
+def snapshots_of(run: RunDir) -> list[Snapshot]:
+    """Every snapshot of the run, by step. Raises UserError where there is none."""
+    try:
+        found = [Snapshot.open(path) for paths in run.snapshots().values() for path in paths]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
+    if not found:
+        raise UserError(
+            f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with a power_function and "
+            "a uniform average and checkpoints.snapshots_every"
+        )
+    return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+def _measured(path: Path) -> StepVariance | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["step_variance"]
+        return None if found is None else (found["ends"], found["values"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: has no valid step_variance ({error}); import the run again") from None
+
+
+def _combined(run: RunDir, name: str, found: Fit) -> Tensors:
+    with _explained(run, name, found.step):
+        return found.combined()
+
+
+@contextlib.contextmanager
+def _explained(run: RunDir, name: str, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(f"{run.path}: {name} cannot be reconstructed at step {step}: {error}") from None
+
+
+def _profile(name: str, settings: dict[str, Any]) -> Profile:
+    try:
+        return profile_from_dict(settings)
+    except ValueError as error:
+        raise UserError(f"{name!r}: {error}") from None
+
+
+def _profile_in(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    profiles = checkpoint.manifest.get("profiles")
+    return profiles.get(name) if isinstance(profiles, dict) else None
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""The command lines that the page prints: they run as they stand, in this folder, and repeat a scoring's settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ddpm_ema.report.record import Record, Scoring
+
+SCORE = "accelerate launch scripts/sample_and_score.py"
+SWEEP = "0.02:0.25:12"
+KEY = re.compile(r"[a-z_0-9]+")
+# What YAML reads as the text that it is: words (but for yes, no ...), paths, ranges such as 0.02:0.25:12.
+WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null)$)[a-z/][\w./+@-]*|0\.\d+:0\.\d+:\d+", re.ASCII | re.IGNORECASE)
+EXPORTABLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(@\d+)?")
+
+
+def train(record: Record) -> str:
+    return f"accelerate launch scripts/train.py {_run(record)}"
+
+
+def report(record: Record, scoring: Scoring | None = None) -> str:
+    chosen = f" --scoring {shlex.quote(scoring.folder)}" if scoring else ""
+    return f"python scripts/report.py {shlex.quote(str(record.path))}{chosen}"
+
+
+def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str:
+    """Scores the run by the settings of `scoring`, or by its own, with `changes` of the evaluation settings (`steps="all"`).
+
+    Where the feature classifier is missing that this needs, the command that trains it comes first.
+    """
+    own = record.settings.evaluation
+    wanted = dict(own)
+    if scoring is not None:
+        wanted |= {**scoring.results.evaluation, **_same_weights(record, scoring)}
+    command = " ".join([f"{SCORE} {_run(record)}", *map(shlex.quote, _overrides(_merged(wanted, changes), own))])
+    classifier = wanted.get("extractor") == "classifier" and wanted.get("extractor_path") is None
+    if classifier and not (record.path / "features.safetensors").is_file():
+        return f"python scripts/train_features.py {_run(record)}\n{command}"
+    return command
+
+
+def sweep(record: Record, scoring: Scoring) -> str:
+    return score(record, scoring, sweep={"stds": SWEEP})
+
+
+def export(record: Record, scoring: Scoring, weights: str) -> str:
+    """Empty for what is no single set of weights of this run: an ensemble, another's folder."""
+    if not EXPORTABLE.fullmatch(weights):
+        return ""
+    name = weights if "@" in weights else f"{weights}@{scoring.step}"
+    return f"python scripts/export.py {shlex.quote(str(record.path))} {name}"
+
+
+def _run(record: Record) -> str:
+    """The settings of the run, in the folder where it lies now: a copied run must not work in the original's."""
+    return f"--config {shlex.quote(str(record.path / 'config.yaml'))} --output-dir {shlex.quote(str(record.path))}"
+
+
+def _same_weights(record: Record, scoring: Scoring) -> dict[str, Any]:
+    """`last` and "all averages" named, where they would now mean something else than they did."""
+    evaluation = scoring.results.evaluation
+    found: dict[str, Any] = {}
+    if record.manifest.step not in (None, scoring.step) or evaluation.get("steps", "last") != "last":
+        found["steps"] = [scoring.step]
+    if not evaluation.get("weights") and record.settings.evaluation.get("weights"):
+        found["weights"] = ["raw", *record.profiles]
+    return found
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        section = merged.get(key)
+        merged[key] = {**section, **value} if isinstance(section, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _overrides(wanted: Mapping[str, Any], own: Any, prefix: str = "evaluation") -> Iterator[str]:
+    """`--evaluation.key`, value ... of every setting that config.yaml does not have so."""
+    for key, value in wanted.items():
+        configured = own.get(key) if isinstance(own, Mapping) else None
+        known = isinstance(own, Mapping) and key in own
+        if not KEY.fullmatch(key) or (known and configured == value) or value == []:
+            continue
+        if isinstance(value, Mapping):
+            yield from _overrides(value, configured, f"{prefix}.{key}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            yield f"--{prefix}.{key.replace('_', '-')}"
+            yield from map(_token, values)
+
+
+def _token(value: Any) -> str:
+    """A value as the command line reads it, which is as YAML: text that means something else there is quoted."""
+    if isinstance(value, str) and WORD.fullmatch(value):
+        return value
+    return json.dumps(value, default=str)

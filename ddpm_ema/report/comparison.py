@@ -1,0 +1,33 @@
+"""When weights are called better, worse or not distinguishable: one rule, in one place, for headline, table and figures.
+
+The rule is pairwise: `significant` as the scorer wrote it beside a paired difference, which is that the 95% interval of this one
+comparison leaves out zero. It is not corrected for several comparisons, nor for the best having been selected.
+"""
+
+from __future__ import annotations
+
+from ddpm_ema.report.record import Scoring
+from ddpm_ema.report.schema import Row
+
+BETTER, WORSE, UNCLEAR, UNKNOWN = "better", "worse", "not significant", ""
+
+
+def against_raw(row: Row) -> str:
+    """BETTER or WORSE than raw, UNCLEAR, or UNKNOWN where no paired difference was computed."""
+    difference = row.versus_raw
+    if difference is None:
+        return UNKNOWN
+    if not difference.significant:
+        return UNCLEAR
+    return BETTER if difference.delta < 0 else WORSE
+
+
+def indistinguishable(scoring: Scoring, best: Row) -> list[Row]:
+    """Rows whose paired difference from `best` is not significant, by distance."""
+    found = [(row, scoring.pairs.get((row.weights, best.weights))) for row in scoring.rows]
+    return [row for row, difference in found if difference is not None and not difference.significant]
+
+
+def unpaired(scoring: Scoring, best: Row) -> list[Row]:
+    """Rows of which no paired difference from `best` is known."""
+    return [row for row in scoring.rows if row is not best and (row.weights, best.weights) not in scoring.pairs]

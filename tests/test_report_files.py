@@ -1,0 +1,405 @@
+"""What the report reads and prints: a stranger's run directory harms nobody, and a real run is read without a word."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_run
+import live_runs
+import pytest
+import scored
+import yaml
+
+from ddpm_ema import cli, config, report, score
+from ddpm_ema.errors import UserError
+from ddpm_ema.features import Trained, save_classifier
+from ddpm_ema.report import choice, commands
+from ddpm_ema.report.reading import read
+
+SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+def written(run: Path) -> str:
+    return report.write(run)[0].read_text(encoding="utf-8")
+
+
+def problems(run: Path) -> str:
+    """What the report names as bad; the page is made all the same."""
+    assert written(run)
+    return "\n".join(read(run).problems)
+
+
+# Files of a stranger.
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "samples/step-00000500.png", "scores/00003000-a/grid.png"])
+def test_what_lies_outside_the_run_directory_is_not_carried_away(tmp_path: Path, place: str) -> None:
+    secret, run = tmp_path / "id_ed25519", tmp_path / "run"
+    secret.write_bytes(b"\x89PNG\r\n\x1a\n" if place.endswith("png") else f"key: {SECRET}".encode())
+    fake_run.write_results(run, fake_run.results(), digest="a")
+    (run / place).parent.mkdir(exist_ok=True)
+    (run / place).symlink_to(secret)
+    page = written(run)
+    assert f"{place} was passed over: it lies outside the run directory" in page
+    assert SECRET not in page
+    assert "data:image" not in page
+
+
+def test_a_picture_is_embedded_only_if_it_is_a_png_and_a_text_only_if_it_is_settings(tmp_path: Path) -> None:
+    folder = fake_run.write_results(tmp_path, fake_run.results(), digest="a")
+    (folder / "grid.png").write_text(SECRET)
+    (tmp_path / "config.yaml").write_text(SECRET)
+    page = written(tmp_path)
+    assert "scores/00003000-a/grid.png was passed over: it is no PNG" in page
+    assert "config.yaml was passed over: it is no mapping of settings" in page
+    assert "data:image" not in page
+    assert SECRET not in page
+
+
+@pytest.mark.parametrize("place", ["metrics.jsonl", "config.yaml", "scores/00003000-b/results.json"])
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path, place: str) -> None:
+    fake_run.write_results(tmp_path, fake_run.results(), digest="a")
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / place)
+    assert f"{place} was passed over: it is no regular file" in problems(tmp_path)
+
+
+MALFORMED: dict[str, dict[str, Any]] = {
+    "pairs.0.a: Input should be a valid string": {"pairs": [{"a": ["x"], "b": "y"}]},
+    "num_images: Input should be a valid integer": {"num_images": "many"},
+    "sweep_best: Input should be an object": {"sweep_best": [1]},
+    "rows: Input should be a valid array": {"rows": {"raw": 1}},
+    "rows.0.weights: Input should be a valid string": {"rows": [{"weights": 3}]},
+    "rows.0.stderr: Input should be greater than or equal to 0": {"rows": [{"weights": "raw", "stderr": -1.0}]},
+    "rows.0.warnings: Input should be a valid array": {"rows": [{"weights": "raw", "warnings": "no"}]},
+    "finished: Input should be a valid datetime": {"finished": "yesterday"},
+    "step: Input should be a valid integer": {"step": 1e300},
+    "evaluation: Input should be an object": {"evaluation": "ddim"},
+    "Invalid JSON: unexpected end of hex escape": {"sampler": "\ud800"},
+}
+
+
+@pytest.mark.parametrize("says", MALFORMED)
+def test_malformed_results_are_named_and_passed_over(tmp_path: Path, says: str) -> None:
+    folder = fake_run.write_results(tmp_path, fake_run.results(), digest="a").with_name("00003000-b")
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(fake_run.results() | MALFORMED[says]))
+    assert f"scores/00003000-b/results.json was passed over: it is malformed: {says}" in problems(tmp_path)
+    assert [scoring.folder for scoring in read(tmp_path).scorings] == ["00003000-a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"schema": 2, "rows": [', "it is malformed: Invalid JSON: EOF"),
+        ('{"schema": 7}', "it is of schema 7, and this version reads 2"),
+        ("[" * 100_000, "it is malformed: Invalid JSON: recursion limit exceeded"),
+        ('{"schema": 2, "x": ' + "[" * 100_000, "it is malformed: Invalid JSON: recursion limit exceeded"),
+        ("[2]", "it is malformed: Input should be an object"),
+        ("\xff", "it is malformed: Invalid JSON"),
+    ],
+)
+def test_results_that_are_no_results_are_named_and_passed_over(tmp_path: Path, content: str, says: str) -> None:
+    folder = fake_run.write_results(tmp_path, fake_run.results(2000), digest="a")
+    other = fake_run.write_results(tmp_path, fake_run.results(3000), digest="a")
+    (other / "results.json").write_text(content, encoding="latin1")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3000, "loss": 1.0}\n')
+    assert f"scores/00003000-a/results.json was passed over: {says}" in problems(tmp_path)
+    assert "Training has gone on to step 3,000 since step 2,000 was scored" in written(tmp_path)
+    assert folder.name == read(tmp_path).scorings[0].folder
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"step": "x"}', "[]", '{"step": 1, "scores": 3}', '{"step": 1, "x": "\\ud800"}', "\0"]
+)
+def test_malformed_metrics_are_named_and_passed_over_but_for_a_last_line_that_a_kill_cut_short(
+    tmp_path: Path, line: str
+) -> None:
+    whole = '{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{whole}")
+    assert "metrics.jsonl: 1 malformed lines were passed over, such as line 1: " in problems(tmp_path)
+    assert "Training loss" in written(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 30, "los')
+    assert problems(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("? [a, b]\n: c", "config.yaml was passed over: "),
+        ("[" * 500, "config.yaml was passed over: maximum recursion depth exceeded"),
+        ("seed: 2020-99-99", "config.yaml was passed over: month must be in 1..12"),
+        ("seed: " + "9" * 6000, "config.yaml was passed over: Exceeds the limit"),
+        ("averages: [1]", "config.yaml was passed over: it is malformed: averages: Input should be a valid dictionary"),
+        ("data: {name: !!python/name:os.system }", "config.yaml was passed over: could not determine a constructor"),
+    ],
+)
+def test_malformed_settings_are_named_and_passed_over(tmp_path: Path, content: str, says: str) -> None:
+    fake_run.write_results(tmp_path, fake_run.results())
+    (tmp_path / "config.yaml").write_text(content)
+    assert says in problems(tmp_path)
+
+
+def test_settings_that_unfold_to_gigabytes_are_not_unfolded(tmp_path: Path) -> None:
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    (tmp_path / "config.yaml").write_text(
+        f"{bomb}averages: {{e: {{kind: *i, decay: *i}}}}\nevaluation: {{sampler: *i}}\n"
+    )
+    assert "e</dd>" in written(tmp_path)
+
+
+def test_a_manifest_of_another_shape_is_passed_over_for_an_earlier_one(tmp_path: Path) -> None:
+    for step, content in ((1000, fake_run.manifest(1000)), (2000, fake_run.manifest() | {"dataset": "digits"})):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps(content))
+    assert (
+        "step-00002000/manifest.json was passed over: it is malformed: dataset: Input should be an object"
+        in problems(tmp_path)
+    )
+    assert read(tmp_path).manifest.step == 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["$\\frac$", "we$\\foo$ <b>", "a$b", "_{x}^2", "amp", "39", "\x1b]0;x\x07\n", "\x00", "漢字"]
+)
+def test_a_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
+    """Two $ are mathematics to matplotlib, which died of them."""
+    run = tmp_path / "a'b&amp;"
+    rows = [fake_run.row("raw", 5.0), fake_run.row(name, 4.0, delta=(-1.0, 0.1))]
+    fake_run.write_results(run, fake_run.results(rows=rows, pairs=[], warnings=["R&D isn't 'amp'"]))
+    page = written(run)
+    assert "<b>" not in page
+    assert "&<code>" not in page
+    if name.isascii() and name.isprintable() and "<" not in name:
+        assert page.count(name) >= 4  # headline, legend of the facts, table, figure
+
+
+def test_figures_of_any_size_are_drawn_or_left_out(tmp_path: Path) -> None:
+    rows = [fake_run.row("raw", 1e29), fake_run.row("a", -1e29, 1e29, delta=(1e300, 1e29)), fake_run.row("b", 0.0, 0.0)]
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    values = ("1e308", "-1e308", "NaN", "1e-320", "0", "-1", "true", "9" * 400)
+    lines = [f'{{"step": {i}, "loss": {value}, "learning_rate": {value}}}' for i, value in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert problems(tmp_path) == ""
+
+
+def test_a_terminal_does_not_obey_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_run.write_results(tmp_path, fake_run.results(sampler="\x1b]0;PWN\x07"))
+    report.main([str(tmp_path)])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    victim, run = tmp_path / "bashrc", tmp_path / "run"
+    victim.write_text("mine")
+    fake_run.write_results(run, fake_run.results())
+    (run / f".report.html.{os.getpid()}.partial").symlink_to(victim)
+    written(run)
+    assert victim.read_text() == "mine"
+    assert not (run / "report.html").is_symlink()
+
+
+# Where the page goes.
+
+
+def test_a_run_directory_that_cannot_be_written_gives_one_message_and_output_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system refuses even to unlink what is not there."""
+    fake_run.write_results(tmp_path / "run", fake_run.results())
+    real = os.unlink
+
+    def unlink(path: Any, *more: Any, **kwargs: Any) -> None:
+        if Path(path).parent == tmp_path / "run":
+            raise OSError(30, "Read-only file system")
+        real(path, *more, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: unlink(path))
+    with pytest.raises(
+        UserError, match=r"report.html: cannot be written \(Read-only file system\); choose another place"
+    ):
+        report.write(tmp_path / "run")
+    monkeypatch.undo()
+    assert report.write(tmp_path / "run", tmp_path / "page.html")[0].stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_run_on_a_read_only_mount_can_be_reported_on(tmp_path: Path) -> None:
+    run, program = tmp_path / "run", "import sys; from ddpm_ema import cli, report; sys.exit(cli.guard(report.main))"
+    fake_run.write_results(run, fake_run.results())
+    script = f"""mount --bind {run} {run} && mount -o remount,ro,bind {run} || exit 77
+{sys.executable} -c '{program}' {run}; echo rc $?
+{sys.executable} -c '{program}' {run} --output {tmp_path}/page.html; echo rc $?"""
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert "rc 2" in done.stdout
+    assert "Read-only file system" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.endswith("page.html\nrc 0\n")
+
+
+def test_a_reader_who_is_gone_is_no_error(tmp_path: Path) -> None:
+    fake_run.write_results(tmp_path, fake_run.results())
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = "import sys; from ddpm_ema import cli, report; sys.exit(cli.guard(report.main))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report.html").is_file()
+
+
+# Commands.
+
+
+def parsed(command: str, script: str) -> config.Config:
+    """The settings that a printed command line gives to `scripts/<script>`."""
+    start, _, rest = command.partition(f"scripts/{script} ")
+    assert start in ("accelerate launch ", "python ")
+    return cli.parse(shlex.split(rest), "")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A run that lies in another place than its config.yaml says, scored by other settings than those of training."""
+    run = fake_run.make_run(tmp_path / "it's $(touch x)" / "digits")
+    odd = fake_run.evaluation(mixed_precision="bf16", guidance_scale=1e-5, reference="test", steps=[3000], seed=2)
+    odd |= {"extractor_path": "no", "weights": ["raw", "runs/a b", "raw+ema_0_999"], "clip_sample": False}
+    odd["sweep"] = {**odd["sweep"], "decays": "0.9:0.99:3", "num_images": 100}
+    fake_run.write_results(run, fake_run.results(evaluation=odd, finished="2026-01-01T00:00:00Z"), digest="odd")
+    return run
+
+
+def test_a_printed_command_repeats_the_settings_of_the_scoring_in_the_folder_as_it_lies_now(copied: Path) -> None:
+    record = read(copied)
+    for scoring in record.scorings:
+        wanted = dict(scoring.results.evaluation)
+        if scoring.step != fake_run.STEPS:
+            wanted["steps"] = [scoring.step]
+        for command, changes in (
+            (commands.score(record, scoring), {}),
+            (commands.sweep(record, scoring), {"sweep": {**wanted["sweep"], "stds": "0.02:0.25:12"}}),
+            (commands.score(record, scoring, steps="all"), {"steps": "all"}),
+        ):
+            found = parsed(command, "sample_and_score.py")
+            assert config.to_dict(found)["evaluation"] == {**wanted, **changes}
+            assert found.output_dir == copied
+    assert parsed(commands.train(record), "train.py").output_dir == copied
+
+
+def test_a_printed_command_says_no_more_than_it_must(copied: Path) -> None:
+    record = read(copied)
+    run = shlex.quote(str(copied))
+    assert commands.sweep(record, record.scorings[-2]) == (
+        f"accelerate launch scripts/sample_and_score.py --config {shlex.quote(str(copied / 'config.yaml'))} --output-dir {run} "
+        "--evaluation.num-images 6000 --evaluation.sampler dpm_solver++ --evaluation.num-inference-steps 25 "
+        "--evaluation.extractor classifier --evaluation.sweep.stds 0.02:0.25:12"
+    )
+
+
+def test_all_averages_are_named_where_the_run_itself_says_fewer(tmp_path: Path) -> None:
+    run = fake_run.make_run(tmp_path / "run")
+    settings = fake_run.settings()
+    settings["evaluation"]["weights"] = ["raw"]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    record = read(run)
+    found = parsed(commands.score(record, record.scorings[-1]), "sample_and_score.py")
+    assert found.evaluation.weights == ("raw", *fake_run.AVERAGES)
+
+
+def test_the_feature_classifier_is_trained_first_where_it_is_missing(copied: Path) -> None:
+    record = read(copied)
+    assert "train_features" not in commands.sweep(record, record.scorings[0])
+    (copied / "features.safetensors").unlink()
+    first, second = commands.sweep(record, record.scorings[0]).split("\n")
+    assert parsed(first, "train_features.py").output_dir == copied
+    assert parsed(second, "sample_and_score.py").output_dir == copied
+    given = choice.named(record.scorings, "odd")  # has a file of its own
+    assert "train_features" not in commands.sweep(record, given)
+
+
+def test_what_is_recommended_and_what_the_sweep_found_can_be_exported_as_printed(tmp_path: Path) -> None:
+    run = fake_run.make_run(tmp_path / "run")
+    page = written(run)
+    for name in ("power_0_10@3000", "power_0_14@3000"):
+        assert f"python scripts/export.py {run} {name}" in page
+    record = read(run)
+    for name in ("raw+ema", "/models/x", "--help", "a b"):
+        assert commands.export(record, record.scorings[0], name) == ""
+    assert commands.export(record, record.scorings[0], "raw@7").endswith(" raw@7")
+
+
+# What a real run writes.
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was really trained, for twelve steps, and scored with a sweep."""
+    run = live_runs.settings(
+        tmp_path_factory.mktemp("real") / "digits",
+        averages={name: fake_run.AVERAGES[name] for name in ("ema_0_999", "power_0_05", "power_0_10")},
+        evaluation={**scored.EVALUATION, "sweep": {"stds": "0.06:0.2:3", "num_images": 30}},
+        checkpoints={"every": 4, "keep": 3, "snapshots_every": 4},
+        data__cache_dir=str(tmp_path_factory.mktemp("cache")),
+        training__sample_every=6,
+    )
+    live_runs.finish(run)
+    classifier = Trained(scored._classifier(), 0.1)
+    save_classifier(run.output_dir / "features.safetensors", classifier, fingerprint="none", seed=0)
+    score.run(run)
+    return run.output_dir
+
+
+def test_the_report_of_a_real_run_has_no_problem_and_gives_its_answer(real: Path) -> None:
+    path, answer = report.write(real)
+    assert read(real).problems == []
+    assert answer.startswith("With ddim in 4 steps and 60 images per average: ship ")
+    page = path.read_text()
+    assert "Step 12, 60 images per average, the same noise for all, against train of digits, 1797 images." in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "Averages reconstructed after training." in page
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((real / "config.yaml").stat().st_mode)
+
+
+NOT_YET = {"protocol", "finished", "evaluation", "reference_saturated", "precision_of_noise"}
+NOT_YET_IN_ROWS = {"weights_sha256", "saturated"}
+NOT_YET_IN_SWEEPS = {"versus_best_kept"}
+
+
+def keys(entries: list[dict[str, Any]]) -> set[str]:
+    return set().union(*(set(entry) for entry in entries))
+
+
+def test_the_fake_run_has_the_keys_of_a_real_one(real: Path) -> None:
+    """Else the tests on the fake would hold something that nothing writes."""
+    found = json.loads(next(real.glob("scores/*/results.json")).read_text())
+    fake = fake_run.results(**fake_run.swept())
+    assert set(found) | NOT_YET == set(fake)
+    assert keys(found["rows"]) | NOT_YET_IN_ROWS == keys(fake["rows"])
+    assert keys(found["sweep"]) | NOT_YET_IN_ROWS == keys(fake["sweep"])
+    assert keys(found["pairs"]) == keys(fake["pairs"])
+    assert set(found["sweep_best"]["std"]) | NOT_YET_IN_SWEEPS == set(fake["sweep_best"]["std"])
+
+
+def test_the_fake_runs_other_files_have_the_keys_of_a_real_ones(real: Path) -> None:
+    manifest = json.loads(sorted(real.glob("checkpoints/*/manifest.json"))[-1].read_text())
+    assert set(manifest) == set(fake_run.manifest())
+    logged = json.loads((real / "metrics.jsonl").read_text().splitlines()[-1])
+    fake = json.loads(fake_run.metrics().splitlines()[0])
+    assert {key for key in logged if "/" not in key} == {key for key in fake if "/" not in key}
+    assert set(yaml.safe_load((real / "config.yaml").read_text())) == set(fake_run.settings())

@@ -1,0 +1,192 @@
+"""One optimizer step from inside: what the network is shown, what is logged, and that nothing unchecked reaches a file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from live_runs import exact, rows, settings
+from torch import Tensor
+
+from ddpm_ema import score, train
+from ddpm_ema.config import Config
+from ddpm_ema.errors import DivergedError, UserError
+from ddpm_ema.logbook import Window
+from ddpm_ema.processes import Processes
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.train import step
+from ddpm_ema.train.trainer import Share, Trainer, build
+
+
+def trainer_of(run: Config) -> Trainer:
+    return build(run, Processes.start("cpu"), RunDir(run.output_dir))
+
+
+def share_of(trainer: Trainer, first: int, last: int) -> Share:
+    """Positions `first` to `last` of a global batch that takes the images in their order."""
+    indices = torch.arange(first, last)
+    return Share(indices, indices, trainer.dataset.batch(indices))
+
+
+def shown(trainer: Trainer, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    """(x_0, labels) that the objective gets at these positions of the trainer's step."""
+    seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def loss(_: object, x_0: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        seen.append((x_0, labels))
+        return x_0.flatten(1).mean(1)
+
+    trainer.objective.loss = loss  # type: ignore[method-assign, assignment]
+    step.image_losses(trainer, share_of(trainer, first, last))
+    return seen[0]
+
+
+def test_with_horizontal_flip_half_of_the_images_are_mirrored_anew_at_every_step(tmp_path: Path) -> None:
+    trainer = trainer_of(settings(tmp_path / "run", data__horizontal_flip=True))
+    images = trainer.dataset.batch(torch.arange(400)).float() / 127.5 - 1
+    flips = []
+    for trainer.step in (0, 1):
+        x_0, _ = shown(trainer, 0, 400)
+        mirrored = (x_0 == images.flip(-1)).flatten(1).all(1)
+        assert torch.equal(x_0, torch.where(mirrored[:, None, None, None], images.flip(-1), images))
+        assert float(mirrored.double().mean()) == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(400))
+        flips.append(mirrored)
+        assert torch.equal(shown(trainer, 100, 150)[0], x_0[100:150]), "by position, whatever the micro-batch"
+    assert not torch.equal(flips[0], flips[1])
+
+
+def test_without_horizontal_flip_every_image_is_shown_as_it_is(tmp_path: Path) -> None:
+    trainer = trainer_of(settings(tmp_path / "run"))
+    assert torch.equal(shown(trainer, 0, 400)[0], trainer.dataset.batch(torch.arange(400)).float() / 127.5 - 1)
+
+
+def test_a_class_conditional_network_is_shown_the_labels_but_those_that_are_dropped(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model__class_conditional": True, "diffusion__label_dropout": 0.3}
+    trainer = trainer_of(settings(tmp_path / "run", **changes))
+    _, labels = shown(trainer, 0, 400)
+    assert labels is not None
+    dropped = labels == 10
+    assert torch.equal(labels[~dropped], trainer.dataset.labels[:400][~dropped])
+    assert float(dropped.double().mean()) == pytest.approx(0.3, abs=5 * math.sqrt(0.3 * 0.7 / 400))
+    trainer.step = 1
+    assert not torch.equal(shown(trainer, 0, 400)[1] == 10, dropped)
+
+
+def test_tries_that_fp16_skipped_are_not_in_the_logged_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = torch.amp.GradScaler
+    high = {"init_scale": 2.0**40, "backoff_factor": 2.0**-10}  # so that the first tries overflow
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, **high))
+    tries: list[Tensor] = []
+    image_losses = step.image_losses
+
+    def noted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, timesteps = image_losses(*arguments)
+        tries.append(loss.detach())
+        return loss, timesteps
+
+    monkeypatch.setattr(step, "image_losses", noted)
+    trainer = trainer_of(settings(tmp_path / "run", training__mixed_precision="fp16"))
+    moved, skipped = [], 0
+    while trainer.step < 3:
+        if step.train_step(trainer, [share_of(trainer, 0, 16)]):
+            moved.append(tries[-1])
+        else:
+            skipped += 1
+    assert skipped >= 2
+    row = trainer.window.means(trainer.processes)
+    assert row["loss"] == pytest.approx(float(torch.cat(moved).double().mean()), rel=1e-12)
+
+
+def window_row(windows: list[Window]) -> dict[str, float | None]:
+    """The row that so many processes, each with its window, write together."""
+    total = torch.stack([window.sums for window in windows]).sum(0)
+    processes: Any = SimpleNamespace(world_size=len(windows), sum_=lambda _: total)
+    return windows[0].means(processes)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_a_row_that_spans_a_change_in_the_number_of_processes_has_the_means_of_all_its_steps(
+    before: int, after: int
+) -> None:
+    """Every process counts each step and its norm once, and the losses of its own images."""
+    windows = [Window(torch.device("cpu"), 100) for _ in range(before)]
+    for rank, window in enumerate(windows):
+        for norm in (1.0, 3.0):
+            window.add_step(torch.tensor(norm))
+            window.add_losses(torch.tensor([0.5 + rank, 0.7]), torch.tensor([10, 90]))
+    state = [window.sums.tolist() for window in windows]
+    expected = window_row(windows)
+    resumed = [Window(torch.device("cpu"), 100) for _ in range(after)]
+    for rank, window in enumerate(resumed):
+        processes: Any = SimpleNamespace(rank=rank, world_size=after, is_main=rank == 0)
+        window.load(state, processes)
+        window.add_step(torch.tensor(5.0))
+    row = window_row(resumed)
+    assert row.pop("grad_norm") == pytest.approx((1 + 3 + 5) / 3)
+    assert expected.pop("grad_norm") == pytest.approx(2)
+    assert row == pytest.approx(expected)
+
+
+def test_a_run_that_was_extended_has_the_rows_of_one_that_was_long_from_the_start(tmp_path: Path) -> None:
+    """The row at a last step between two rows is of steps that the next row counts too; going on takes it back."""
+    whole = settings(tmp_path / "whole", training__steps=12, training__log_every=5)
+    train.run(whole)
+    short = settings(tmp_path / "run", training__steps=7, training__log_every=5)
+    train.run(short)
+    assert [(row["step"], row.get("partial")) for row in rows(short)] == [(5, None), (7, True)]
+    longer = settings(tmp_path / "run", training__steps=12, training__log_every=5)
+    train.run(longer)
+    assert [row["step"] for row in rows(longer)] == [5, 10, 12]
+    assert exact(longer) == exact(whole)
+
+
+# What is made of the weights after some steps, each alone: nothing else in the run then reads the checks in time.
+DUE_AT_STEP_6 = {
+    "a row of metrics": {"training__log_every": 6},
+    "a checkpoint": {"checkpoints__every": 6},
+    "the last checkpoint": {"training__steps": 6},
+    "a snapshot": {"checkpoints__snapshots_every": 6},
+    "a grid": {"training__sample_every": 6},
+    "a quick scoring": {"evaluation__every": 6},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("changes", DUE_AT_STEP_6.values(), ids=DUE_AT_STEP_6)
+def test_where_checks_are_read_late_as_on_cuda_nothing_unchecked_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+) -> None:
+    """The weights are not finite from step 6 on; the checks are read two steps late, or before anything is kept."""
+    image_losses = step.image_losses
+
+    def poisoned(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
+        loss, timesteps = image_losses(trainer, share)
+        return (loss * torch.nan if trainer.step == 5 else loss), timesteps
+
+    monkeypatch.setattr(step, "image_losses", poisoned)
+    monkeypatch.setitem(step.CHECK_LAG, "cpu", step.CHECK_LAG["cuda"])
+    scored: list[int] = []
+    common = {"training__log_every": 100, "checkpoints__every": 100}
+    run = settings(tmp_path / "run", **{**common, **changes})
+    with pytest.raises(DivergedError, match=r"step 6: .*Nothing after step 5 was saved"):
+        train.run(run, lambda *_: lambda number, weights: scored.append(number) or [])  # type: ignore[func-returns-value]
+    assert scored == []
+    assert rows(run) == []
+    kept = {path.relative_to(run.output_dir).as_posix() for path in run.output_dir.rglob("*") if path.is_file()}
+    assert kept - {"snapshots/step-00000000/raw.safetensors"} == {".lock", "config.yaml"}
+
+
+@pytest.mark.parametrize("stage", ["training", "evaluation"])
+def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    changes = {"training__device": "auto", f"{stage}__mixed_precision": "bf16"}
+    check = {"training": train.trainer.check_capabilities, "evaluation": score.network.check_capabilities}[stage]
+    with pytest.raises(UserError, match=rf"{stage}\.mixed_precision: this GPU has no bf16"):
+        check(settings(tmp_path / "run", **changes))
