@@ -56,10 +56,13 @@ class Block:
             rows = torch.searchsorted(indices, block.indices[kept])
             for name in PER_IMAGE:
                 value: Tensor | None = getattr(block, name)
-                if value is not None:
-                    room.setdefault(name, value.new_zeros(len(indices), *value.shape[1:]))[rows] = value[kept]
-            shown.append(block.shown)
-            images.append(block.images)
+                if value is None:
+                    continue
+                if name not in room:
+                    room[name] = value.new_zeros(len(indices), *value.shape[1:])
+                room[name].index_copy_(0, rows, value if kept.all() else value[kept])
+            shown.append(block.shown.clone())  # a view would hold on to the whole file
+            images.append(block.images.clone())
             seconds += block.seconds * len(rows) / max(1, len(block))
         order = torch.cat(shown).argsort()
         tensors: dict[str, Any] = {"logits": None, **room}
@@ -88,7 +91,7 @@ class Block:
         lengths = {len(tensors[name]) for name in PER_IMAGE if name in tensors}
         if lengths != {len(block)} or len(block.shown) != len(block.images):
             raise ValueError("its parts have different lengths")
-        if not bool(torch.isfinite(block.features).all()):
+        if not torch.isfinite(block.features.sum(dtype=torch.float64)):
             raise ValueError("its features are not finite")
         return block
 
@@ -141,7 +144,7 @@ class DiskStore(MemoryStore):
         taken: set[int] = set()
         for path in sorted(folder.glob("block-*.safetensors")):
             try:
-                indices = Block.read(path).indices
+                indices = Block.read(path).indices.clone()  # a view would hold on to the whole file
                 images = set(indices.tolist())
                 if images & taken or len(images) != len(indices):
                     raise ValueError("it repeats images of another block")
