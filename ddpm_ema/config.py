@@ -120,6 +120,8 @@ class ModelSettings(Section):
     """Groups of the group normalisation; must divide every entry of block_out_channels."""
     dropout: Annotated[BelowOne, RUN] = 0.0
     """Dropout probability inside residual blocks."""
+    layout: Annotated[Literal["ddpm", "diffusers"], RUN | SAMPLES] = "ddpm"
+    """Time embedding, padding and epsilon of the normalisation: those of the DDPM paper, or diffusers' defaults."""
     class_conditional: Annotated[bool, RUN | SAMPLES] = False
     """Give the network the class label (and a "no label" class, for guidance)."""
     initialization: Annotated[Literal["ddpm", "pytorch"], RUN] = "ddpm"

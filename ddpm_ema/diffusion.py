@@ -22,8 +22,8 @@ from ddpm_ema.config import DiffusionSettings
 Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`predict(x_t, timesteps, labels)`: fp32 `[n, C, H, W]`, int64 `[n]`, int64 `[n]` or None -> `[n, C or 2C, H, W]`."""
 
-_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
-_VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
 _VLB_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
 
 
@@ -31,11 +31,11 @@ def noise_scheduler(settings: DiffusionSettings) -> DDPMScheduler:
     """The scheduler that training, sampling and export share: the only place where settings become betas."""
     return DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
-        beta_schedule=_SCHEDULES[settings.schedule],
+        beta_schedule=SCHEDULES[settings.schedule],
         beta_start=settings.beta_start,
         beta_end=settings.beta_end,
         prediction_type=settings.prediction,
-        variance_type=_VARIANCES[settings.variance],
+        variance_type=VARIANCES[settings.variance],
         timestep_spacing="trailing",
     )
 

@@ -16,6 +16,8 @@ from ddpm_ema.streams import Stream
 
 # Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
 NEAR_ZERO = ("conv2", "to_out.0", "conv_out")
+# What google/ddpm-cifar10-32 has and diffusers does not default to.
+PAPER_LAYOUT = {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
 
 
 def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
@@ -45,11 +47,7 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
             norm_num_groups=model.norm_num_groups,
             dropout=model.dropout,
             num_class_embeds=num_classes + 1 if model.class_conditional and num_classes is not None else None,
-            # What google/ddpm-cifar10-32 has and diffusers does not default to: the paper's own layout.
-            norm_eps=1e-6,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            downsample_padding=0,
+            **(PAPER_LAYOUT if model.layout == "ddpm" else {}),
         )
     if model.initialization == "ddpm":
         _initialize(network, config.seed)

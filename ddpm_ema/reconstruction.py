@@ -11,13 +11,12 @@ from typing import Any
 from ddpm_ema import config as settings
 from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW
 from ddpm_ema.averaging.plan import plans
-from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform, profile_from_dict
+from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform
 from ddpm_ema.averaging.snapshots import snapshot_metadata
 from ddpm_ema.errors import UserError
-from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of
+from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of, parse_target
 from ddpm_ema.numbers import MISSING, listed
 from ddpm_ema.rundir import RunDir, atomic_save, step_folder
-from ddpm_ema.weight_names import profile_named
 
 
 def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -40,37 +39,6 @@ def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, di
 def default_folder(run: RunDir, weights: NamedWeights) -> Path:
     assert weights.step is not None
     return run.path / "reconstructed" / step_folder(weights.step)
-
-
-def parse_target(text: str) -> Profile:
-    """`power_function:std=0.075`, `swa:start=1000,every=100`, or a name such as `power_0_075` or `uniform` -> a profile.
-
-    Raises UserError that names the field, or the nearest kind.
-    """
-    kind, _, fields = text.partition(":")
-    values: dict[str, Any] = profile_named(text) or {"kind": kind}
-    for field in filter(None, fields.split(",")):
-        key, equals, value = field.partition("=")
-        if not equals:
-            raise UserError(
-                f"--target {text}: {field!r} is not FIELD=VALUE; write for example power_function:std=0.075"
-            )
-        values[key.strip()] = _number(value, text)
-    try:
-        return profile_from_dict(values)
-    except ValueError as error:
-        raise UserError(f"--target {text}: {error}") from None
-
-
-def _number(value: str, text: str) -> int | float:
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"--target {text}: {value!r} is not a number") from None
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:

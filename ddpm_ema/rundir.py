@@ -2,7 +2,7 @@
 
     checkpoints/step-00003000/   manifest.json (written last), raw.safetensors, optimizer.safetensors, averages/<name>.safetensors
     snapshots/step-00001500/     <name>.safetensors, for post-hoc reconstruction
-    samples/  scores/  metrics.jsonl  config.yaml  report.html
+    samples/  scores/  metrics.jsonl  config.yaml  report.html  imported.json (of a run that was trained elsewhere)
 
 A checkpoint is written into a folder beside its target, synced, and renamed. What a kill leaves behind starts with a dot, is
 never read, and is cleared by the next holder of the lock. Order comes from step numbers, never from clocks.
@@ -36,7 +36,16 @@ from ddpm_ema.errors import UserError
 SCHEMA = 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 HEARTBEAT_SECONDS = 5.0
-KEPT_ASIDE = ("checkpoints", "snapshots", "samples", "scores", "metrics.jsonl", "report.html", "config.yaml")
+KEPT_ASIDE = (
+    "checkpoints",
+    "snapshots",
+    "samples",
+    "scores",
+    "metrics.jsonl",
+    "report.html",
+    "config.yaml",
+    "imported.json",
+)
 MADE_OF_A_STEP = ("scores/*", "samples/*", "reconstructed/*")
 MADE_AT = re.compile(r"(?:step-)?(\d{8,})")
 
@@ -188,6 +197,7 @@ class RunDir:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.report_path = self.path / "report.html"
+        self.imported_path = self.path / "imported.json"
         self._checkpoints = self.path / "checkpoints"
         self._snapshots = self.path / "snapshots"
 

@@ -62,8 +62,8 @@ def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: Evaluatio
 
     Returns:
         A DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler, the last of second order in x_0 (Lu et al. 2022,
-        arXiv 2211.01095). Its thresholding at ratio 1 and at most 1 is plain clipping: the quantile is max |x_0|, and
-        diffusers clamps it to [1, 1] before it clips and divides by it.
+        arXiv 2211.01095). Its thresholding at a `sample_max_value` of 1 is plain clipping: whatever quantile of |x_0|
+        diffusers finds, it clamps it to [1, 1] before it clips to it and divides by it.
     """
     # As keywords: from_config drops what `_use_default_values` in a config lists, even where it has another value.
     options: dict[str, Any] = {"clip_sample": settings.clip_sample}
@@ -73,10 +73,8 @@ def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: Evaluatio
         options["trained_betas"] = DDPMScheduler.from_config(noise_scheduler_config).betas.tolist()
     if settings.sampler == "ddim":
         return DDIMScheduler.from_config(noise_scheduler_config, **options, set_alpha_to_one=True)
-    options |= {"thresholding": settings.clip_sample, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+    options |= {"thresholding": settings.clip_sample, "sample_max_value": 1.0}
     options |= {"solver_order": 2, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-    if not settings.clip_sample:
-        options["lambda_min_clipped"] = LAMBDA_MIN
     return DPMSolverMultistepScheduler.from_config(noise_scheduler_config, **options)
 
 

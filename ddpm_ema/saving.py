@@ -111,6 +111,8 @@ def find_checkpoint(config: Config, rundir: RunDir, processes: Processes) -> Che
 
 def check_resume(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
     """Raises UserError that lists every setting that differs and may not; says what differs and may."""
+    if checkpoint.manifest.get("imported"):
+        raise UserError(f"{checkpoint.path}: was imported, without the optimizer's state; it cannot be trained further")
     was, now = checkpoint.manifest["settings"], to_dict(config)
     where = f"{checkpoint.path}: this run was made with other settings"
     problems = []

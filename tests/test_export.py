@@ -23,6 +23,7 @@ from ddpm_ema.averaging import write_snapshot
 from ddpm_ema.averaging.profiles import PowerFunction
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import export
+from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 
 AVERAGES = {
@@ -289,8 +290,8 @@ def test_scores_of_other_weights_under_the_same_name_and_step_are_not_in_the_car
 def test_the_newest_scoring_decides_how_the_folder_samples_and_a_sweep_counts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny())
     solver = {"sampler": "dpm_solver++", "num_inference_steps": 15, "clip_sample": False}
-    write_scores(run, 100, weights="power_0_075", finished="2026-01-02T00:00:00Z", evaluation=solver, rows="sweep")
     write_scores(run, 100, weights="power_0_075", finished="2026-01-01T00:00:00Z", evaluation={"sampler": "ddpm"})
+    write_scores(run, 100, weights="power_0_075", finished="2026-01-02T00:00:00Z", evaluation=solver, rows="sweep")
     card = read_card(run, "power_0_075", tmp_path / "out")
     assert card.index("dpm_solver++ 15 steps, x_0 not clipped |") < card.index("ddpm 3 steps, x_0 clipped |")
     assert "as the newest scoring did, the first of the table (dpm_solver++ 15 steps, x_0 not clipped)" in card
@@ -306,6 +307,14 @@ def test_the_difference_from_raw_has_its_verdict(tmp_path: Path, delta, signific
     assert f", {verdict} |" in read_card(run, "ema_0_999", tmp_path / "out")
 
 
+def key_of(run: RunDir, name: str, step: int) -> str:
+    """What the row of these weights is known by; of weights that are gone, something else."""
+    try:
+        return WeightResolver(run, None).named(f"{name}@{step}").key
+    except UserError:
+        return "1" * 64
+
+
 def write_scores(run: RunDir, step: int, **changes: Any) -> None:
     """A results.json with one row of ema_0_999, in a folder of its own; changes go to whatever has that key."""
     row = {"weights": "ema_0_999", "num_images": 6000, "frechet_distance": changes.pop("distance", 12.25)}
@@ -317,6 +326,7 @@ def write_scores(run: RunDir, step: int, **changes: Any) -> None:
     where = changes.pop("rows", "rows")
     results = {"schema": 2, "step": step, "metric": "fd", "extractor": "classifier", "reference": "train of digits"}
     results |= {"finished": changes.pop("finished", ""), "evaluation": evaluation.model_dump(mode="json"), "rows": []}
+    row["weights_sha256"] = key_of(run, changes.get("weights", "ema_0_999"), step)
     results[where] = [{**row, **changes}]
     folder = run.score_dir(step, f"abc{len(run.score_dirs())}")
     folder.mkdir(parents=True)

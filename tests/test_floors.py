@@ -17,7 +17,18 @@ FLOORS = {
         *["compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
         *["optimization", "saving", "logbook", "grids", "named_weights"],
     ],
-    3: ["train", "score", "report", "export", "reconstruction", "feature_training", "cli", "doctor", "launch"],
+    3: [
+        "train",
+        "score",
+        "report",
+        "export",
+        "reconstruction",
+        "importing",
+        "feature_training",
+        "cli",
+        "doctor",
+        "launch",
+    ],
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 SOURCES = sorted((ROOT / "ddpm_ema").rglob("*.py"))

@@ -285,6 +285,12 @@ class TestDistribution:
         made = images(lambda x_t, t, c: torch.zeros_like(x_t), make("ddpm", 1, DiffusionSettings(prediction="sample")))
         assert set(made.unique().tolist()) == {128}
 
+    def test_the_last_step_looks_at_no_variance(self):
+        """However far a learned variance lies outside: infinity times no noise would be NaN."""
+        learned = DiffusionSettings(prediction="sample", variance="learned")
+        made = images(lambda x_t, t, c: torch.cat([0 * x_t, 100 + 0 * x_t], dim=1), make("ddpm", 1, learned))
+        assert set(made.unique().tolist()) == {128}
+
 
 class TestPixels:
     def test_they_are_those_of_diffusers_pipelines(self):
@@ -322,8 +328,9 @@ class TestGuidance:
     def test_a_scale_of_one_costs_no_second_pass(self):
         assert guided(smooth, 1.0, no_label=10) is smooth
 
-    def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_the_image(self):
+    def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_seed_and_image(self):
         known = torch.tensor([0] * 75 + [1] * 25)
         drawn = labels_for(0, torch.arange(4000), known)
         assert drawn.double().mean() == pytest.approx(0.25, abs=0.03)
         assert torch.equal(drawn[1000:1010], labels_for(0, torch.arange(1000, 1010), known))
+        assert not torch.equal(drawn, labels_for(1, torch.arange(4000), known))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
 from ddpm_ema import score
-from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
+from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, StoppedError, UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
@@ -195,6 +196,26 @@ class TestCollectives:
         assert isinstance(answer, UserError)
         assert "--evaluation.batch-size" in str(answer)
         assert studio.stop.count == 4
+
+    @pytest.mark.parametrize(
+        ("images", "shares"), [(range(16), [range(16), []]), (range(16, 26), [range(16, 21), range(21, 26)])]
+    )
+    def test_the_first_images_are_one_batch_of_rank_0_and_the_others_are_shared(
+        self, studio, monkeypatch, images, shares
+    ):
+        """So that they can be made again, to the byte, by any number of processes."""
+        asked = []
+
+        def record(name, mine, *rest):
+            asked.append(mine)
+            raise StoppedError("enough")
+
+        monkeypatch.setattr(studio, "_sample", record)
+        for rank in range(2):
+            studio.processes = SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0)
+            with pytest.raises(StoppedError):
+                studio.round("raw", list(images))
+        assert asked == [list(share) for share in shares]
 
 
 class TestWaiting:

@@ -101,7 +101,7 @@ class TestVersions:
 
     @staticmethod
     def folder(run: config.Config) -> Path:
-        return next((run.output_dir / "scores").glob("00000008-*"))
+        return min((run.output_dir / "scores").glob("00000008-*"), key=lambda path: len(path.name))
 
     def pretend(self, run: config.Config, other_images: bool = False, other_features: bool = False) -> None:
         path = self.folder(run) / "made_with.json"
@@ -277,10 +277,9 @@ class TestPrecisionOfNoise:
 
 def test_the_heading_names_sampler_steps_images_and_reference(tmp_path: Path) -> None:
     found = results(make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"]))
-    assert (
-        heading(found) == "step 8, ddim, 4 steps, clipped x_0, 60 images per row, against train of digits, 1797 images"
-    )
-    assert ", 9 steps, eta 0.5, 60" in heading(found | {"num_inference_steps": 9, "eta": 0.5, "clip_sample": False})
+    assert heading(found) == "step 8, ddim 4 steps, 60 images per row, against train of digits, 1797 images"
+    changed = found | {"num_inference_steps": 9, "eta": 0.5, "clip_sample": False}
+    assert "ddim 9 steps, eta 0.5, x_0 not clipped, 60" in heading(changed)
 
 
 class TestFullDisk:

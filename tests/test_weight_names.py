@@ -25,6 +25,12 @@ EXAMPLES = [
     ({"kind": "uniform"}, "uniform"),
     ({"kind": "swa", "start": 1000, "every": 50}, "swa_1000_50"),
     ({"kind": "hard_copy", "every": 7}, "hard_copy_7"),
+    ({"kind": "half_life", "half_life": 3906.25, "ramp_up": 0.05}, "half_life_3906_25_0_05"),
+    ({"kind": "half_life_share", "share": 0.05}, "half_life_share_0_05"),
+    ({"kind": "window", "length": 100, "end": 3000}, "window_100_3000"),
+    ({"kind": "cosine_cooldown", "length": 100, "end": 3000}, "cosine_cooldown_100_3000"),
+    ({"kind": "sqrt_cooldown", "length": 100, "end": 3000}, "sqrt_cooldown_100_3000"),
+    ({"kind": "power_function", "std": 0.05, "start": 1000}, "power_0_05_after_1000"),
 ]
 
 
@@ -37,7 +43,7 @@ def test_a_profile_has_one_name_without_a_dot_which_gives_it_back(settings: dict
 
 def test_every_kind_of_profile_has_names() -> None:
     assert set(FIELDS) == set(PROFILES) - {"diffusers_ema"}  # whose six fields make no name
-    assert {settings["kind"] for settings, _ in EXAMPLES} == set(PROFILES)
+    assert {settings["kind"] for settings, _ in EXAMPLES} == set(FIELDS)
 
 
 @given(st.sampled_from(sorted(FIELDS)), st.data())

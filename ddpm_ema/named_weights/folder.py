@@ -68,6 +68,11 @@ def schedule_of(scheduler: Any) -> dict[str, Any]:
     }
 
 
+def build_scheduler(schedule: Mapping[str, Any]) -> Any:
+    """The `DDPMScheduler` of a `schedule_of`."""
+    return DDPM_SCHEDULER(**schedule, timestep_spacing="trailing")
+
+
 @dataclass(frozen=True)
 class PipelineFolder:
     """The folder of a pipeline, of a U-Net alone, or of a checkpoint of diffusers' train_unconditional.py."""
@@ -106,7 +111,7 @@ class PipelineFolder:
 
     @cached_property
     def config(self) -> PipelineConfig:
-        return PipelineConfig(self._unet(), self._schedule())
+        return PipelineConfig(self._unet(), self.schedule())
 
     def _unet(self) -> dict[str, Any]:
         """Its U-Net's arguments, built without memory. Raises UserError where config.json and the weights do not fit."""
@@ -133,7 +138,8 @@ class PipelineFolder:
         shapes = [shape for file in self.files for shape in _shapes(file)]
         return len(shapes), sum(shape.numel() for shape in shapes)
 
-    def _schedule(self) -> dict[str, Any] | None:
+    def schedule(self) -> dict[str, Any] | None:
+        """Its noise schedule as `schedule_of` gives it; None where there is none. Raises UserError for one of another kind."""
         places = [self.path / "scheduler", self.path]
         if (self.path.parent / "model_index.json").is_file():  # the unet folder of a pipeline was named
             places.append(self.path.parent / "scheduler")

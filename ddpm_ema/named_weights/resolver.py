@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ddpm_ema import config
-from ddpm_ema.averaging.coefficients import RAW
+from ddpm_ema.averaging.coefficients import RAW, StepVariance
 from ddpm_ema.averaging.posthoc import Fit, fit
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 from ddpm_ema.averaging.snapshots import Snapshot
@@ -176,8 +176,10 @@ class WeightResolver:
         )
 
     @cached_property
-    def _step_variance(self) -> Callable[[float], float] | None:
-        """How far each step of the run moved its weights, by the learning rates it was trained at."""
+    def _step_variance(self) -> StepVariance | None:
+        """How far each step of the run moved its weights: as measured where it was imported, else by its learning rates."""
+        if self.run.imported_path.is_file():
+            return _measured(self.run.imported_path)
         return config.load(self.run.config_path).training.step_variance if self.run.config_path.is_file() else None
 
     def _kept_at(self, step: int) -> list[Snapshot]:
@@ -234,6 +236,14 @@ def snapshots_of(run: RunDir) -> list[Snapshot]:
             "a uniform average and checkpoints.snapshots_every"
         )
     return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+def _measured(path: Path) -> StepVariance | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["step_variance"]
+        return None if found is None else (found["ends"], found["values"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: has no valid step_variance ({error}); import the run again") from None
 
 
 def _combined(run: RunDir, name: str, found: Fit) -> Tensors:

@@ -16,7 +16,14 @@ from ddpm_ema import diffusion, model, sampling, streams
 from ddpm_ema.config import Config
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.features import Extractor
-from ddpm_ema.named_weights import NamedWeights, PipelineConfig, build_unet, schedule_of, unet_config_of
+from ddpm_ema.named_weights import (
+    NamedWeights,
+    PipelineConfig,
+    build_scheduler,
+    build_unet,
+    schedule_of,
+    unet_config_of,
+)
 from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.score.blocks import FIRST_IMAGES, Block, MemoryStore, pixel_figures
 from ddpm_ema.score.network import Network
@@ -73,9 +80,10 @@ class Studio:
 
     def make_sampler(self, pipeline: PipelineConfig | None) -> sampling.Sampler:
         """Raises UserError where the noise schedule does not allow what `evaluation` asks for."""
+        schedule = pipeline.schedule if pipeline is not None else None
         own: Any = diffusion.noise_scheduler(self.config.diffusion)
-        schedule = own.config if pipeline is None or pipeline.schedule is None else pipeline.schedule
-        return sampling.Sampler(schedule, self.config.evaluation)
+        scheduler = build_scheduler(schedule) if schedule is not None else own
+        return sampling.Sampler(scheduler.config, self.config.evaluation)
 
     def prepare(self, pipeline: PipelineConfig | None = None) -> bool:
         """Builds network and sampler for weights of this pipeline (None: of the settings); False where they are built.

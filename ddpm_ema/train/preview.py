@@ -21,8 +21,8 @@ PREVIEW_STEPS = 50  # at most, whatever the scoring takes: enough to see what th
 def preview_settings(config: Config) -> EvaluationSettings:
     """The evaluation's own sampling where it takes at most PREVIEW_STEPS steps, else that many of them.
 
-    DDIM without noise takes the place of a longer ancestral chain, which in 50 steps is far worse (on CIFAR-10 an FID of
-    32.7 against 4.7: Song et al. 2021, arXiv 2010.02502, table 1, fixed_large).
+    DDIM without noise takes the place of a longer ancestral chain, which degrades in few steps where the variance is
+    fixed_large (Song et al. 2021, arXiv 2010.02502, table 1).
     """
     evaluation = config.evaluation
     usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)

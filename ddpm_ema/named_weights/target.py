@@ -1,0 +1,40 @@
+"""A profile as a person writes it on a command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddpm_ema.averaging.profiles import Profile, profile_from_dict
+from ddpm_ema.errors import UserError
+from ddpm_ema.weight_names import profile_named
+
+
+def parse_target(text: str, option: str = "--target") -> Profile:
+    """`power_function:std=0.075`, `swa:start=1000,every=100`, or a name such as `power_0_075` or `uniform` -> a profile.
+
+    Raises UserError that names the option and the field, or the nearest kind.
+    """
+    kind, _, fields = text.partition(":")
+    values: dict[str, Any] = profile_named(text) or {"kind": kind}
+    for field in filter(None, fields.split(",")):
+        key, equals, value = field.partition("=")
+        if not equals:
+            raise UserError(
+                f"{option} {text}: {field!r} is not FIELD=VALUE; write for example power_function:std=0.075"
+            )
+        values[key.strip()] = _number(value, f"{option} {text}")
+    try:
+        return profile_from_dict(values)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: {error}") from None
+
+
+def _number(value: str, where: str) -> int | float:
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{where}: {value!r} is not a number") from None
