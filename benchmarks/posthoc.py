@@ -8,7 +8,8 @@ are stored every 30 steps. Each kept average is then made from 5, 10, 20 and 50 
 as a share of the average's distance from the raw weights; `predicted` is what the library says before it reads a tensor.
 
 EDM2's fit is that of Karras et al. 2024, appendix C.3: least squares of the weightings. The paper solves it for power functions by
-closed forms of continuous time; here it is solved over the discrete weightings, by an orthogonal factorisation, for any target.
+closed forms of continuous time and normal equations; here it is solved over the discrete weightings, for any target, by an orthogonal
+factorisation, and its coefficients are held to sum to 1, which is in its favour.
 
     python benchmarks/posthoc.py --simulate [--output FILE.json]
 
@@ -36,7 +37,6 @@ from ddpm_ema import config
 from ddpm_ema.averaging import (
     RAW,
     BiasCorrected,
-    Coefficients,
     ConstantDecay,
     PowerFunction,
     Profile,
@@ -47,7 +47,7 @@ from ddpm_ema.averaging import (
     posthoc_coefficients,
     profile_to_dict,
 )
-from ddpm_ema.averaging.posthoc import estimate_white_noise
+from ddpm_ema.averaging.posthoc import fit
 
 ROOT = Path(__file__).parents[1]
 STEPS, STORED_EVERY = 3000, 30
@@ -110,16 +110,11 @@ def flat(path: Path) -> Tensor:
 
 
 def edm2(stored: Sequence[Snapshot], target: Profile, step_out: int) -> np.ndarray:
-    """Least squares of the weightings, brought to nothing: coefficients need not sum to 1."""
-    columns = [np.pad(s.profile.weighting(s.step), (0, step_out - s.step)) for s in stored]
-    return np.linalg.lstsq(np.stack(columns, axis=1), target.weighting(step_out), rcond=None)[0]
-
-
-def ours(
-    stored: Sequence[Snapshot], target: Profile, step_out: int, variance: Callable[[float], float] | None, noise: float
-) -> Coefficients:
-    steps, profiles = [s.step for s in stored], [s.profile for s in stored]
-    return posthoc_coefficients(steps, profiles, step_out, target, step_variance=variance, white_noise=noise)
+    """Least squares of the weightings, over coefficients that sum to 1: the last one is what the others lack to 1."""
+    columns = np.stack([np.pad(s.profile.weighting(s.step), (0, step_out - s.step)) for s in stored], axis=1)
+    matrix, goal = columns[:, :-1] - columns[:, -1:], target.weighting(step_out) - columns[:, -1]
+    free = np.linalg.lstsq(matrix, goal, rcond=None)[0]
+    return np.append(free, 1.0 - free.sum())
 
 
 def distances(coefficients: np.ndarray, stored: Tensor, targets: Tensor, chunk: int = 1 << 16) -> np.ndarray:
@@ -153,11 +148,10 @@ def measure(run: Path, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
                 cells.append(base | {"fit": "weightings (EDM2)", "step_variance": None, "predicted": None})
                 rows.append(np.concatenate([[0.0], edm2(stored, profiles[target], steps)]))
                 for label, variance in variances.items():
-                    noise = estimate_white_noise(stored[:: len(names)], variance) if names[0] == "raw" else 0.0
-                    found = ours([files["raw", 0], *stored], profiles[target], steps, variance, noise)
-                    told = {"predicted": found.predicted_relative_error, "white_noise": noise}
+                    found = fit([files["raw", 0], *stored], steps, profiles[target], step_variance=variance)
+                    told = {"predicted": found.coefficients.predicted_relative_error, "white_noise": found.white_noise}
                     cells.append(base | {"fit": "cumulative (ours)", "step_variance": label} | told)
-                    rows.append(found.weights)
+                    rows.append(found.coefficients.weights)
             wanted = torch.stack([kept[cell["target"]] for cell in cells])
             for cell, distance in zip(cells, distances(np.stack(rows), stack, wanted), strict=True):
                 yield cell | {"actual": float(distance) / scale[cell["target"]]}
@@ -223,7 +217,7 @@ def simulate(steps: int = 3000, count: int = 10, size: int = 2000) -> list[dict[
             made = np.stack([written_out(p, step, steps) for step, p in zip(at, stored, strict=True)]) @ theta
             ratios = []
             for name in (name for name in profiles if name not in names):
-                fit = posthoc_coefficients(
+                ours = posthoc_coefficients(
                     at,
                     stored,
                     steps,
@@ -232,9 +226,9 @@ def simulate(steps: int = 3000, count: int = 10, size: int = 2000) -> list[dict[
                     white_noise=white if "raw" in names else 0.0,
                 )
                 exact = written_out(profiles[name], steps, steps) @ theta
-                actual = np.linalg.norm(fit.weights @ made - exact) / np.linalg.norm(exact - theta[-1])
-                if has_ratio(names, name, fit.predicted_relative_error):
-                    ratios.append(actual / fit.predicted_relative_error)
+                actual = np.linalg.norm(ours.weights @ made - exact) / np.linalg.norm(exact - theta[-1])
+                if has_ratio(names, name, ours.predicted_relative_error):
+                    ratios.append(actual / ours.predicted_relative_error)
             found.append({"weights move as": kind, "stored": title, "minimum": min(ratios), "maximum": max(ratios)})
     return found
 

@@ -41,6 +41,7 @@ MAX_INITIAL_WEIGHT_ERROR = 0.01
 
 EVERY_STEP = 1 << 16
 """Up to this many steps, sums over steps are exact; beyond, they are Gauss-Legendre quadratures between the stored steps."""
+_ROUNDING = np.sqrt(1 / (8 * np.log(2)))  # root mean square of relative rounding errors over the largest one
 _LAST_STEPS, _GROWTH = 16, 3  # of an interval's steps the last are taken one by one, then panels that widen backwards
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(8)
 
@@ -122,12 +123,13 @@ def posthoc_coefficients(
     white_noise: float = 0.0,
     every: int | Sequence[int] = 1,
     roundoff: float | Sequence[float] = ROUNDOFF,
+    magnitude: float = 1.0,
 ) -> Coefficients:
     """The combination of stored averages with the least expected distance from the target.
 
-    The model: steps of training are uncorrelated, with the variance given; each stored file adds a rounding error of its own,
-    uniform up to `roundoff` times parameters that are as large as the way they went, |theta|^2 = sum v. That makes the fit a
-    least squares with a ridge, solved by an orthogonal factorisation.
+    The model: steps of training are uncorrelated, with the variance given. Every update of an fp32 average rounds it, and so does
+    storing it. An update's error is kept like the average that it fell on, so that files of one average share it. That makes the
+    fit a least squares with a ridge, solved by an orthogonal factorisation.
 
     Args:
         steps_in: steps at which the averages were stored, [num_in], none after `step_out`; at step 0 they are the initial parameters.
@@ -140,6 +142,7 @@ def posthoc_coefficients(
             where that is None). It adds white_noise * sum_t (sum_i c_i w_i(t) - w(t))^2 to the expected squared error.
         every: steps between updates of the stored averages, [num_in] or one for all.
         roundoff: largest relative rounding error of the stored averages (2^-24 for fp32, 2^-8 for bf16), [num_in] or one for all.
+        magnitude: length of the weights over that of the way they went, |theta| / sqrt(sum v), which rounding is relative to.
 
     Raises:
         ValueError: no averages, lengths that differ, a step out of range, one average given twice, a bad width or variance.
@@ -160,7 +163,7 @@ def posthoc_coefficients(
             raise ValueError(f"steps_in: expected 0 <= step <= step_out = {step_out}, got {one.step}")
         if one in stored[:i]:
             raise ValueError(f"steps_in, profiles_in: {one.profile!r} at step {one.step} is given twice")
-    return solve(stored, [Stored(step_out, as_profile(target))], step_variance, white_noise)[0]
+    return solve(stored, [Stored(step_out, as_profile(target))], step_variance, white_noise, magnitude)[0]
 
 
 def as_profile(profile: float | Profile) -> Profile:
@@ -172,18 +175,18 @@ def solve(
     targets: Sequence[Stored],
     step_variance: StepVariance | None = None,
     white_noise: float = 0.0,
+    magnitude: float = 1.0,
 ) -> list[Coefficients]:
     """`posthoc_coefficients` for several targets at one step, in one factorisation."""
     num_in, goals = len(stored), [*targets, Stored(targets[0].step, RAW)]
-    errors, weightings, initial, total = _equations(stored, goals, step_variance)
+    errors, weightings, updates, initial, total = _equations(stored, goals, step_variance)
     rows = np.concatenate([errors, np.sqrt(white_noise) * weightings]) / np.sqrt(total)  # in the unit sum v = 1
-    # The newest average's coefficient is what the others lack to 1. The ridge is the rounding error of each stored average.
+    storing = np.eye(num_in, num_in + len(goals)) * [[one.roundoff] for one in stored]
+    rows = np.concatenate([rows, _ROUNDING * magnitude * np.concatenate([ROUNDOFF * updates, storing])])
+    # The newest average's coefficient is what the others lack to 1.
     newest = max(range(num_in), key=lambda i: stored[i].step)
     others = [i for i in range(num_in) if i != newest]
-    ridge = np.diag([one.roundoff / np.sqrt(3.0) for one in stored])
-    system = np.concatenate([rows[:, :num_in], ridge])
-    matrix = system[:, others] - system[:, [newest]]
-    goal = np.concatenate([rows[:, num_in:], np.zeros((num_in, len(goals)))]) - system[:, [newest]]
+    matrix, goal = rows[:, others] - rows[:, [newest]], rows[:, num_in:] - rows[:, [newest]]
     free, _, _, singular_values = np.linalg.lstsq(matrix, goal, rcond=None)
     weights = np.insert(free, newest, 1.0 - free.sum(axis=0), axis=0)
     left = np.linalg.norm(goal - matrix @ free, axis=0)
@@ -204,24 +207,31 @@ def solve(
     ]
 
 
+def expected_distance(a: Stored, b: Stored, step_variance: StepVariance | None = None) -> float:
+    """Of two averages, the second no earlier than the first: as a share of the way the weights went, sqrt(sum v)."""
+    errors, _, _, _, total = _equations([a], [b], step_variance)
+    return float(np.linalg.norm(errors[:, 0] - errors[:, 1]) / np.sqrt(total))
+
+
 def _equations(
     stored: Sequence[Stored], goals: Sequence[Stored], step_variance: StepVariance | None
-) -> tuple[FloatArray, FloatArray, FloatArray, float]:
-    """Rows whose squares sum to what sums over all steps would, columns [stored | goals]; and the sum of v.
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, float]:
+    """Rows whose squares sum to what sums over all steps would, columns [stored | goals].
 
     Between two steps of storing, first <= t < last, an average stored later is P_last(t) of its rule times the share that is left of
     it, since profiles compose; one stored earlier is 1. So each interval has as many columns as there are rules and goals, and its
     rows are compressed to as many by a QR factorisation.
 
     Returns:
-        of sqrt(v) P(t), float64 [num_rows, num_in + num_goals]; of the weightings w(t + 1), the same; P(0) [num_in + num_goals].
+        of sqrt(v) P(t), float64 [num_rows, num_in + num_goals]; of the weightings w(t + 1); of what is left of the rounding of update
+        t + 1, for the stored ones of each rule; P(0) [num_in + num_goals]; and the sum of v.
     """
     step_out, num_goals = goals[0].step, len(goals)
     edges = sorted({0, step_out, *(one.updated for one in stored)})
     rules = list(dict.fromkeys((one.profile, one.every) for one in stored))
     rule_of = [rules.index((one.profile, one.every)) for one in stored]
     survived = np.stack([_at(one, np.asarray(edges, dtype=np.float64)) for one in (*stored, *goals)])  # [.., num_edges]
-    errors, weightings, total = [], [], 0.0
+    errors, weightings, updates, total = [], [], [], 0.0
     for place, (first, last) in enumerate(itertools.pairwise(edges)):
         t, counts = _nodes(first, last, step_out <= EVERY_STEP)
         variance = counts * _variances(step_variance, t)
@@ -240,9 +250,11 @@ def _equations(
         expand[len(rules) : -1, len(stored) :] = np.eye(num_goals)
         errors.append(np.linalg.qr(np.sqrt(variance)[:, None] * now, mode="r") @ expand)
         weightings.append(np.linalg.qr(np.sqrt(counts)[:, None] * (then - now), mode="r") @ expand)
+        kept_roundings = counts @ np.square(then[:, : len(rules)]) / [every for _, every in rules]
+        updates.append(np.sqrt(kept_roundings)[:, None] * expand[: len(rules)])
     if total == 0.0:
         raise ValueError("step_variance: expected some variance above 0")
-    return np.concatenate(errors), np.concatenate(weightings), survived[:, 0], total
+    return np.concatenate(errors), np.concatenate(weightings), np.concatenate(updates), survived[:, 0], total
 
 
 def _at(one: Stored, t: FloatArray) -> FloatArray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from ddpm_ema.averaging.coefficients import (
     StepVariance,
     Stored,
     as_profile,
+    expected_distance,
     posthoc_coefficients,
     solve,
     variance_between,
@@ -75,6 +77,7 @@ class Fit:
         coefficients: how it is made.
         step_variance: as given to `fit`.
         white_noise: as given to `fit`, or estimated.
+        magnitude: estimated, as of `posthoc_coefficients`.
     """
 
     step: int
@@ -83,6 +86,7 @@ class Fit:
     coefficients: Coefficients
     step_variance: StepVariance | None
     white_noise: float
+    magnitude: float
 
     @property
     def identity(self) -> list[Any]:
@@ -129,14 +133,18 @@ class Fit:
         rest = [s for s in self.snapshots if candidate and (s.step, s.profile) != (self.step, candidate.profile)]
         if raw is None or candidate is None or not rest:
             return None
-        found = solve([_stored(s) for s in rest], [_stored(candidate)], self.step_variance, self.white_noise)[0]
+        found = solve([_stored(s) for s in rest], [_stored(candidate)], *self._model)[0]
         files = (*rest, candidate, raw)
         actual = _off_by(files, tuple(found.weights.tolist()), tuple(s.path.stat().st_mtime_ns for s in files))
         return Check(candidate.path.stem, candidate.profile, found.predicted_relative_error or 0.0, actual)
 
+    @property
+    def _model(self) -> tuple[StepVariance | None, float, float]:
+        return self.step_variance, self.white_noise, self.magnitude
+
     def _apart(self, snapshot: Snapshot) -> float:
         """Expected distance of a stored average from the target, as a share of the target's distance from raw."""
-        alone = solve([_stored(snapshot)], [Stored(self.step, self.target)], self.step_variance, self.white_noise)[0]
+        alone = solve([_stored(snapshot)], [Stored(self.step, self.target)], *self._model)[0]
         return alone.predicted_relative_error or 0.0
 
 
@@ -199,6 +207,7 @@ def fit(
         _check_shapes(snapshot, shapes)
     if white_noise is None:
         white_noise = estimate_white_noise([s for s in used if s.profile == RAW and s.step > 0], step_variance)
+    magnitude = _magnitude(used[0], used[-1], step_variance)
     coefficients = posthoc_coefficients(
         [snapshot.step for snapshot in used],
         [snapshot.profile for snapshot in used],
@@ -208,8 +217,9 @@ def fit(
         white_noise=white_noise,
         every=[snapshot.every for snapshot in used],
         roundoff=[snapshot.roundoff() for snapshot in used],
+        magnitude=magnitude,
     )
-    return Fit(step_out, as_profile(target), used, coefficients, step_variance, white_noise)
+    return Fit(step_out, as_profile(target), used, coefficients, step_variance, white_noise, magnitude)
 
 
 def reconstruct(
@@ -244,6 +254,24 @@ def reconstruct(
     """
     found = fit(snapshots, step_out, target, step_variance=step_variance, white_noise=white_noise)
     return Reconstruction(found.combined(), found, found.checked(kept) if check else None)
+
+
+def _magnitude(first: Snapshot, last: Snapshot, step_variance: StepVariance | None) -> float:
+    """|theta| / sqrt(sum v), from how far apart two stored averages are."""
+    size, moved = _lengths(first, last, (first.path.stat().st_mtime_ns, last.path.stat().st_mtime_ns))
+    expected = expected_distance(_stored(first), _stored(last), step_variance)
+    return size * expected / moved if moved > 0.0 else 1.0
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(first: Snapshot, last: Snapshot, modified: tuple[int, ...]) -> tuple[float, float]:
+    """L2 norms of the last and of the difference. Remembered as `_off_by` is."""
+    size = moved = 0.0
+    for name in last.shapes():
+        (_, before), (_, after) = *first.tensors([name]), *last.tensors([name])
+        size += float(after.double().square().sum())
+        moved += float((after.double() - before).square().sum())
+    return math.sqrt(size), math.sqrt(moved)
 
 
 def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | None = None) -> float:

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onehot import kept_weighting
 
 from ddpm_ema.averaging import (
     RAW,
+    AverageBank,
     BiasCorrected,
     ConstantDecay,
     HardCopy,
@@ -101,7 +103,7 @@ def test_the_fit_is_the_least_squares_of_cumulative_weightings_by_brute_force(
     ],
 )
 def test_predicted_errors_are_those_of_an_independent_calculation(steps, count, stored, target, percent) -> None:
-    found = posthoc_coefficients(*grid(steps, count, stored), steps, target)
+    found = posthoc_coefficients(*grid(steps, count, stored), steps, target, magnitude=0.0)
     assert 100 * found.predicted_relative_error == pytest.approx(percent, rel=0.05)
 
 
@@ -152,7 +154,7 @@ def test_with_uniform_stored_a_window_that_starts_at_a_snapshot_is_exact(steps: 
     """The mean of the last fifth is 5 U(T) - 4 U(0.8 T)."""
     found = posthoc_coefficients(*grid(steps, 5, WITH_UNIFORM), steps, StochasticWeightAverage(steps * 4 // 5 + 1))
     np.testing.assert_allclose(found.weights, [0, 0, 0, 0, 0, 0, 0, -4, 0, 5], atol=2e-3)
-    assert found.predicted_relative_error < 1e-5
+    assert found.predicted_relative_error < 1e-4
     between = posthoc_coefficients(*grid(steps, 5, WITH_UNIFORM), steps, StochasticWeightAverage(steps * 17 // 20))
     assert between.predicted_relative_error > 0.01
 
@@ -174,7 +176,7 @@ def test_sums_over_half_a_million_steps_are_those_of_every_step(monkeypatch, tar
 
 
 def test_ten_thousand_million_steps_are_fitted_like_any() -> None:
-    short, long = (posthoc_coefficients(*grid(n, 20, TRIPLE), n, 0.15) for n in (60_000, 10**10))
+    short, long = (posthoc_coefficients(*grid(n, 20, TRIPLE), n, 0.15, magnitude=0.0) for n in (60_000, 10**10))
     assert long.predicted_relative_error == pytest.approx(short.predicted_relative_error, rel=0.01)
 
 
@@ -225,7 +227,7 @@ def test_an_average_that_was_stored_is_given_back_by_itself(target: float, index
     steps[index], profiles[index] = 1000, PowerFunction(target)
     ours = posthoc_coefficients(steps, profiles, 1000, target)
     np.testing.assert_allclose(ours.weights, np.eye(10)[index], atol=1e-5)
-    assert ours.predicted_relative_error < 1e-6
+    assert ours.predicted_relative_error < 1e-5
 
 
 def test_one_average_can_only_be_itself() -> None:
@@ -271,6 +273,26 @@ def test_rounding_that_is_amplified_says_so_and_a_fit_that_knows_it_amplifies_le
     assert bf16.amplification < 0.2 * fp32.amplification
     assert bf16.rounding == pytest.approx(bf16.amplification * 2.0**-8)
     assert any("Rounding in the stored averages is amplified" in sentence for sentence in bf16.warnings())
+
+
+def test_updates_round_an_average_as_the_prediction_has_it() -> None:
+    """Of an average that was stored nothing is left to predict but the rounding of its updates, each kept as it is itself."""
+    rules = {"uniform": UNIFORM, "p10": P10, "debiased": BiasCorrected(0.99)}
+    steps, size = 2000, 3000
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, generator=generator)
+    bank, exact = AverageBank([("w", weight)], rules), {name: torch.zeros(size, dtype=torch.float64) for name in rules}
+    for step in range(1, steps + 1):
+        weight += torch.randn(size, generator=generator) / 40
+        bank.update(step)
+        for name, rule in rules.items():
+            exact[name].lerp_(weight.double(), 1 - rule.decay(step))
+    for name, rule in rules.items():
+        distance = (exact[name] - weight).norm()
+        actual = (bank.weights(name)["w"] - exact[name]).norm() / distance
+        magnitude = exact[name].norm().item() / (math.sqrt(steps * size) / 40)
+        found = posthoc_coefficients([steps], [rule], steps, rule, magnitude=magnitude)
+        assert actual.item() == pytest.approx(found.predicted_relative_error, rel=0.15)
 
 
 def test_more_averages_than_steps_are_solved() -> None:
