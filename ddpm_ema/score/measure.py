@@ -106,7 +106,7 @@ class Measure:
             "precision": precision,
             "precision_stderr": _share_stderr(precision, len(block)),
             # Recall has no error here: it moves with the samples' own neighbour distances. A jackknife of it came out 1.1 to
-            # 1.5 times too large and took two to four times as long as recall itself.
+            # 1.5 times too large and took two to seven times as long as recall itself.
             "recall": recall,
         }
 
