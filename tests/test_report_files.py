@@ -376,11 +376,6 @@ def test_the_report_of_a_real_run_has_no_problem_and_gives_its_answer(real: Path
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((real / "config.yaml").stat().st_mode)
 
 
-NOT_YET = {"protocol", "finished", "evaluation", "reference_saturated", "precision_of_noise"}
-NOT_YET_IN_ROWS = {"weights_sha256", "saturated"}
-NOT_YET_IN_SWEEPS = {"versus_best_kept"}
-
-
 def keys(entries: list[dict[str, Any]]) -> set[str]:
     return set().union(*(set(entry) for entry in entries))
 
@@ -389,11 +384,11 @@ def test_the_fake_run_has_the_keys_of_a_real_one(real: Path) -> None:
     """Else the tests on the fake would hold something that nothing writes."""
     found = json.loads(next(real.glob("scores/*/results.json")).read_text())
     fake = fake_run.results(**fake_run.swept())
-    assert set(found) | NOT_YET == set(fake)
-    assert keys(found["rows"]) | NOT_YET_IN_ROWS == keys(fake["rows"])
-    assert keys(found["sweep"]) | NOT_YET_IN_ROWS == keys(fake["sweep"])
+    assert set(found) == set(fake)
+    assert keys(found["rows"]) == keys(fake["rows"])
+    assert keys(found["sweep"]) == keys(fake["sweep"])
     assert keys(found["pairs"]) == keys(fake["pairs"])
-    assert set(found["sweep_best"]["std"]) | NOT_YET_IN_SWEEPS == set(fake["sweep_best"]["std"])
+    assert set(found["sweep_best"]["std"]) == set(fake["sweep_best"]["std"])
 
 
 def test_the_fake_runs_other_files_have_the_keys_of_a_real_ones(real: Path) -> None:

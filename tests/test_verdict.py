@@ -247,8 +247,8 @@ def test_scorings_that_do_not_exclude_each_other_are_no_rivals() -> None:
 
 def test_what_differs_between_two_scorings_is_every_setting_and_version_that_does() -> None:
     ours = both("a", "b", versions={"torch": "2.15.0"}, extractor_sha256="ab" * 32)
-    theirs = both("a", "b", versions={"torch": "2.16.0"}, seed=7, extractor_sha256="cd" * 32, protocol=2, finished=9.0)
+    theirs = both("a", "b", versions={"torch": "2.16.0"}, seed=7, extractor_sha256="cd" * 32, protocol=3, finished=9.0)
     assert choice.differing(ours, theirs) == (
-        "seed (0, 7), extractor sha256 (abababababab, cdcdcdcdcdcd), protocol (1, 2) and torch (2.15.0, 2.16.0)"
+        "seed (0, 7), extractor sha256 (abababababab, cdcdcdcdcdcd), protocol (2, 3) and torch (2.15.0, 2.16.0)"
     )
     assert choice.differing(ours, both("b", "a", versions={"torch": "2.15.0"})) == "no settings"
