@@ -270,7 +270,9 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("actual error / distance from raw")
     axes[0, 0].legend(fontsize=7, loc="upper left")
-    figure.suptitle("Reconstructed averages against the same averages kept while training; grey: within a factor of two")
+    figure.suptitle(
+        "Reconstructed averages against the same averages kept while training; grey: within a factor of two"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
