@@ -8,6 +8,8 @@ from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EN DASH}"
+NOISE_PRECISION = 0.1
+SATURATION_MARGIN = 0.10  # shares of values at 0 or 255 of samples and reference that differ by more are warned of
 
 
 def decimals(error: float | None) -> int:
@@ -55,3 +57,13 @@ def sampler_label(settings: Mapping[str, Any]) -> str:
     if settings.get("clip_sample") is False:
         parts.append("x_0 not clipped")
     return ", ".join(parts)
+
+
+def verdict_of(delta: float, significant: bool) -> str:
+    """What a paired difference from raw means: `better`, `worse` or `not significant`. A lower distance is better."""
+    return ("better" if delta < 0 else "worse") if significant else "not significant"
+
+
+def says_nothing(precision_of_noise: float | None) -> bool:
+    """Whether noise passes for real images so often that precision means nothing with this extractor and reference."""
+    return precision_of_noise is not None and precision_of_noise >= NOISE_PRECISION

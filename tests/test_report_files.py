@@ -320,6 +320,9 @@ def test_all_averages_are_named_where_the_run_itself_says_fewer(tmp_path: Path) 
     record = read(run)
     found = parsed(commands.score(record, record.scorings[-1]), "sample_and_score.py")
     assert found.evaluation.weights == ("raw", *fake_run.AVERAGES)
+    del settings["evaluation"]["weights"]  # an empty list has no spelling on the command line, and needs none
+    (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert parsed(commands.score(read(run), record.scorings[-1]), "sample_and_score.py").evaluation.weights == ()
 
 
 def test_the_feature_classifier_is_trained_first_where_it_is_missing(copied: Path) -> None:

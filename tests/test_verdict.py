@@ -181,13 +181,17 @@ def test_a_width_that_is_lower_than_the_kept_averages_but_not_than_raw_is_not_of
 
 
 def test_samples_that_are_saturated_otherwise_than_the_reference_are_warned_of() -> None:
-    rows = [fake_run.row("raw", 5.0, saturated=0.82), average("a", -1.0, 0.1, saturated=0.115)]
-    (note,) = texts(judge(scoring(*rows, reference_saturated=0.02)))
+    rows = [
+        fake_run.row("raw", 5.0, saturated=0.82),
+        average("a", -1.0, 0.1, saturated=0.58),
+        average("b", 1.0, 0.1, saturated=0.39),
+    ]
+    note = texts(judge(scoring(*rows, reference_saturated=0.50)))[-1]
     assert note == (
-        "Channel values at 0 or 255: 82% of raw, but 2% of the reference. The sampler may be to blame: another one, or more "
-        "steps, may rank the weights otherwise."
+        "Channel values at 0 or 255: 82% of raw and 39% of b, but 50% of the reference. The sampler may be to blame: another one, "
+        "or more steps, may rank the weights otherwise."
     )
-    assert texts(judge(scoring(*rows, reference_saturated=None))) == []
+    assert not any("Channel" in text for text in texts(judge(scoring(*rows, reference_saturated=None))))
 
 
 # Which scoring answers.
@@ -233,6 +237,9 @@ def test_two_scorings_of_one_step_with_different_winners_recommend_neither() -> 
         "With dpm_solver++ in 25 steps and 6,000 images per average: a. With ddim in 15 steps and 6,000 images per average: b."
     )
     assert verdict.notes[0].text == "What differs (new, old): sampler (dpm_solver++, ddim) and steps (25, 15)."
+    offered = both("a", "b", **fake_run.swept())
+    assert [note.export for note in judge(offered).notes if note.export] == ["power_0_14"]
+    assert [note.export for note in choice.answer(offered, [theirs]).notes if note.export] == []
 
 
 def test_scorings_that_do_not_exclude_each_other_are_no_rivals() -> None:
@@ -241,8 +248,9 @@ def test_scorings_that_do_not_exclude_each_other_are_no_rivals() -> None:
     earlier = both("b", "a", step=1000)
     others = scoring(RAW, average("c", -2.0, 0.1), seed=1)  # never scored a, so says nothing of it
     wider = scoring(RAW, average("b", -2.0, 0.1), seed=1)
+    below = scoring(RAW, average("a", -1.0, 0.1), average("c", -2.0, 0.1), pairs=[pair("c", "a", -1.0, 0.1)], seed=1)
     without_raw = scoring(fake_run.row("b", 1.0), fake_run.row("a", 2.0), pairs=[pair("b", "a", -1.0, 0.1)])
-    assert choice.rivals(ours, [ours, tied, earlier, others, wider, without_raw]) == []
+    assert choice.rivals(ours, [ours, tied, earlier, others, wider, below, without_raw]) == []
 
 
 def test_what_differs_between_two_scorings_is_every_setting_and_version_that_does() -> None:

@@ -9,7 +9,7 @@ from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.export.scorings import Scored
 from ddpm_ema.export.usage import Usage
-from ddpm_ema.numbers import decimals, figure, listed, metric_label, sampler_label, with_error
+from ddpm_ema.numbers import decimals, figure, listed, metric_label, sampler_label, verdict_of, with_error
 from ddpm_ema.rundir import RunDir
 
 HEADER = """---
@@ -108,7 +108,7 @@ def _score(scored: Scored) -> str:
     results, row = scored.results, scored.row
     cells = [
         metric_label(results),
-        figure(row["frechet_distance"]),
+        figure(row["frechet_distance"], decimals(row.get("stderr"))),
         with_error(row.get("frechet_distance_unbiased"), row.get("stderr")),
         f"{row['num_images']:,}",
         _sampled(scored.evaluation),
@@ -128,8 +128,7 @@ def _difference(row: Mapping[str, Any]) -> str:
         return figure(None)
     delta, error = row["delta_vs_raw"], row["delta_stderr"]
     low, high = (figure(bound, decimals(error), signed=True) for bound in row["interval"])
-    verdict = ("better" if delta < 0 else "worse") if row["significant"] else "not significant"
-    return f"{with_error(delta, error, signed=True)} ({low} to {high}), {verdict}"
+    return f"{with_error(delta, error, signed=True)} ({low} to {high}), {verdict_of(delta, row['significant'])}"
 
 
 def _sampling(config: Config, usage: Usage, scored: Sequence[Scored]) -> str:

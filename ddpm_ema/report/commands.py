@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ddpm_ema import weight_names
 from ddpm_ema.report.record import Record, Scoring
 
 SCORE = "accelerate launch scripts/sample_and_score.py"
@@ -15,7 +16,6 @@ SWEEP = "0.02:0.25:12"
 KEY = re.compile(r"[a-z_0-9]+")
 # What YAML reads as the text that it is: words (but for yes, no ...), paths, ranges such as 0.02:0.25:12.
 WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null)$)[a-z/][\w./+@-]*|0\.\d+:0\.\d+:\d+", re.ASCII | re.IGNORECASE)
-EXPORTABLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(@\d+)?")
 
 
 def train(record: Record) -> str:
@@ -49,10 +49,14 @@ def sweep(record: Record, scoring: Scoring) -> str:
 
 def export(record: Record, scoring: Scoring, weights: str) -> str:
     """Empty for what is no single set of weights of this run: an ensemble, another's folder."""
-    if not EXPORTABLE.fullmatch(weights):
+    try:
+        name, *others = weight_names.parse(weights, record.profiles)
+    except ValueError:
         return ""
-    name = weights if "@" in weights else f"{weights}@{scoring.step}"
-    return f"python scripts/export.py {shlex.quote(str(record.path))} {name}"
+    if others or name.folder or weights.startswith("-"):
+        return ""
+    step = scoring.step if name.step is None else name.step
+    return f"python scripts/export.py {shlex.quote(str(record.path))} {name.name}@{step}"
 
 
 def _run(record: Record) -> str:

@@ -6,20 +6,17 @@ comparison leaves out zero. It is not corrected for several comparisons, nor for
 
 from __future__ import annotations
 
+from ddpm_ema.numbers import verdict_of
 from ddpm_ema.report.record import Scoring
 from ddpm_ema.report.schema import Row
 
-BETTER, WORSE, UNCLEAR, UNKNOWN = "better", "worse", "not significant", ""
+BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
 
 
 def against_raw(row: Row) -> str:
     """BETTER or WORSE than raw, UNCLEAR, or UNKNOWN where no paired difference was computed."""
     difference = row.versus_raw
-    if difference is None:
-        return UNKNOWN
-    if not difference.significant:
-        return UNCLEAR
-    return BETTER if difference.delta < 0 else WORSE
+    return UNKNOWN if difference is None else verdict_of(difference.delta, difference.significant)
 
 
 def indistinguishable(scoring: Scoring, best: Row) -> list[Row]:

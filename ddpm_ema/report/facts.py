@@ -9,8 +9,6 @@ from ddpm_ema.report.record import Record, Scoring, plain
 Facts = list[tuple[str, str]]
 # Settings of a scoring, beside those that `made` words itself.
 OPTIONAL = {
-    "eta": "DDIM's eta",
-    "guidance_scale": "Guidance scale",
     "clip_sample": "Clipping of x_0",
     "mixed_precision": "Precision of the network",
     "groups": "Jackknife groups",
@@ -82,7 +80,7 @@ def made(scoring: Scoring) -> Facts:
         ("Extractor", f"{results.extractor}{sha256}"),
         ("Reference", results.reference),
         ("Images", f"{results.num_images:,} per average"),
-        ("Sampler", f"{results.sampler}, {results.num_inference_steps:,} network evaluations per image"),
+        ("Sampler", f"{scoring.sampler}; a step is one network evaluation per image"),
         *((title, settings[key]) for key, title in OPTIONAL.items() if settings.get(key, "none") != "none"),
         ("Seed", f"{results.seed}; image i has the same noise for all weights"),
         ("Scored step", f"{scoring.step:,}"),

@@ -164,7 +164,7 @@ def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Loo
     axes.set_ylabel(scoring.metric)
     svg = to_svg(figure, f"sweep-{key}", f"{scoring.metric} over {WIDTHS[key]}; best at {name}")
     caption = (
-        f"At step {scoring.step:,}, {scoring.results.sampler} in {scoring.results.num_inference_steps} steps. Averages "
+        f"At step {scoring.step:,}, {scoring.sampler}. Averages "
         f"reconstructed after training. Bands are one and two standard errors; the ring is the best, {name}."
     )
     if close:

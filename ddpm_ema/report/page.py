@@ -20,7 +20,6 @@ from ddpm_ema.report.record import Record, Scoring
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 MAX_IMAGE_BYTES = 24 * 2**20  # a page of more than this no longer opens well on a phone
-MEANINGLESS_PRECISION = 0.1  # of pure noise
 Looks = Mapping[str, Look]
 
 
@@ -43,7 +42,7 @@ class Column:
 
 
 FURTHER = (
-    Column("kid", "KID", 4),
+    Column("kid", "KID", 5),
     Column("inception_score", "IS", 2),
     Column("precision", "Precision", 3),
     Column("recall", "Recall", 3),
@@ -131,11 +130,11 @@ def _table(scoring: Scoring, differs: str) -> Table:
 
 
 def precision_note(scoring: Scoring) -> str:
-    """Where precision says little: a small classifier's features of noise may lie among those of the data."""
+    """Where precision says nothing: a small classifier's features of noise may lie among those of the data."""
     reached = scoring.results.precision_of_noise
-    if reached is None or reached < MEANINGLESS_PRECISION:
+    if not numbers.says_nothing(reached):
         return ""
-    return f"Precision says little here: images of pure noise reach {reached:.2f} with this extractor and reference."
+    return f"Precision says nothing here: images of pure noise reach {reached:.2f} with this extractor and reference."
 
 
 def _over_steps(record: Record, scoring: Scoring, look: Looks) -> Drawing | None:
@@ -176,8 +175,7 @@ def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[Picture]:
     wanted: list[tuple[Path, str]] = []
     for scoring in scorings:
         if scoring.grid is not None:
-            sampler = f"{scoring.results.sampler}, {scoring.results.num_inference_steps} steps"
-            wanted.append((scoring.grid, f"Scored at step {scoring.step:,}: {sampler}"))
+            wanted.append((scoring.grid, f"Scored at step {scoring.step:,}: {scoring.sampler}"))
     grids = record.sample_grids
     chosen = {0, len(grids) // 2, len(grids) - 1} if grids else set()
     wanted += [(grids[i][1], f"While training, step {grids[i][0]:,}") for i in sorted(chosen, reverse=True)]
@@ -233,15 +231,20 @@ def warnings(record: Record, scoring: Scoring | None) -> list[str]:
     if not (record.path / "config.yaml").is_file():
         found.append("config.yaml is missing; the commands on this page need it.")
     if scoring is not None:
-        of_rows = {text: f"{row.weights}: {text}" for row in reversed(scoring.rows) for text in row.warnings}
-        found += [text for text in scoring.results.warnings if text not in of_rows]
-        found += of_rows.values()
+        texts = dict.fromkeys((*scoring.results.warnings, *(text for row in scoring.rows for text in row.warnings)))
+        found += [f"{_whose(scoring, text)}{text}" for text in texts]
         if record.last_step is not None and scoring.step < record.last_step:
             found.append(
                 f"Training has gone on to step {record.last_step:,} since step {scoring.step:,} was scored: "
                 "what is said here is of the earlier step."
             )
     return list(dict.fromkeys(found))
+
+
+def _whose(scoring: Scoring, text: str) -> str:
+    """`raw and ema_0_999: ` before a warning of some rows; nothing before one of all rows, or of the scoring itself."""
+    names = [row.weights for row in scoring.rows if text in row.warnings]
+    return f"{numbers.listed(names)}: " if 0 < len(names) < len(scoring.rows) else ""
 
 
 def _name_marker(record: Record) -> Callable[[str], Markup]:

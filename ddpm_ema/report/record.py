@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ddpm_ema.numbers import metric_label
+from ddpm_ema.numbers import metric_label, sampler_label
 from ddpm_ema.report.schema import Difference, Logged, Manifest, Results, Row, Settings
 
+SAMPLER = ("sampler", "num_inference_steps", "eta", "guidance_scale", "clip_sample")
 # Keys of results.json that are no settings: they differ between two scorings that were made alike.
 NO_SETTINGS = {
     *("schema", "step", "finished", "evaluation", "world_size", "rows", "pairs", "warnings"),
-    *("sweep", "sweep_best", "sweep_search", "sweep_digest", "reference_saturated", "precision_of_noise"),
+    *("sweep", "sweep_best", "sweep_search", "reference_saturated", "precision_of_noise"),
 }
 
 
@@ -47,10 +48,16 @@ class Scoring:
         return metric_label({"metric": self.results.metric, "extractor": self.results.extractor})
 
     @property
+    def sampler(self) -> str:
+        """`ddim 25 steps, eta 0.5`."""
+        return sampler_label({key: getattr(self.results, key) for key in SAMPLER})
+
+    @property
     def conditions(self) -> str:
-        """`With ddim in 25 steps and 1,797 images per average`: what every statement on this scoring holds for."""
-        results = self.results
-        return f"With {results.sampler} in {results.num_inference_steps} steps and {results.num_images:,} images per average"
+        """`With ddim in 25 steps (eta 0.5) and 1,797 images per average`: what every statement on this scoring holds for."""
+        results, more = self.results, self.sampler.partition(" steps, ")[2]
+        steps = f"{results.sampler} in {results.num_inference_steps} steps{f' ({more})' if more else ''}"
+        return f"With {steps} and {results.num_images:,} images per average"
 
     @property
     def raw(self) -> Row | None:

@@ -138,6 +138,9 @@ class Results(Shape):
     num_images: Step
     sampler: str
     num_inference_steps: Step
+    eta: Number = None
+    guidance_scale: Number = None
+    clip_sample: bool | None = None
     seed: int
     rows: tuple[Row, ...]
     finished: AwareDatetime | None = None

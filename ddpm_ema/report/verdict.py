@@ -18,12 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ddpm_ema.numbers import listed, with_error
+from ddpm_ema.numbers import SATURATION_MARGIN, listed, with_error
 from ddpm_ema.report.comparison import BETTER, UNCLEAR, UNKNOWN, against_raw, indistinguishable, unpaired
 from ddpm_ema.report.record import Scoring
 from ddpm_ema.report.schema import Difference, Row
-
-MOST_SATURATION = 0.10  # difference of two shares of channel values at 0 or 255 that is still taken as equal
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def saturation(scoring: Scoring, rows: Sequence[Row]) -> Iterator[str]:
     expected = scoring.results.reference_saturated
     if expected is None:
         return
-    off = [row for row in rows if row.saturated is not None and abs(row.saturated - expected) > MOST_SATURATION]
+    off = [row for row in rows if row.saturated is not None and abs(row.saturated - expected) > SATURATION_MARGIN]
     if off:
         shares = listed([f"{row.saturated:.0%} of {row.weights}" for row in off])
         yield (

@@ -14,10 +14,10 @@ from ddpm_ema import metrics
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.features import full_precision
 from ddpm_ema.metrics import Estimate, FrechetReference, Reference
+from ddpm_ema.numbers import SATURATION_MARGIN
 from ddpm_ema.score.blocks import Block
 
 NEIGHBOURS_NEEDED = 4  # precision and recall look at three neighbours beside the image itself
-SATURATION_MARGIN = 0.10  # shares of values at 0 or 255 of samples and reference that differ by more are warned of
 FLAT_CONTRAST = 4  # levels of 255: an image whose values all lie so close together is of one colour to the eye
 ALIKE_VARIANCE = 0.01  # of the reference's: samples whose features vary less are nearly all alike
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
-from ddpm_ema.numbers import figure, metric_label, sampler_label, with_error
+from ddpm_ema.numbers import decimals, figure, metric_label, sampler_label, says_nothing, verdict_of, with_error
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.measure import Score, pairs, rows
 
 SCHEMA = 2
-NOISE_PRECISION = 0.1
 
 
 def settings_of(
@@ -90,11 +89,6 @@ def results_of(
     }
 
 
-def says_nothing(precision_of_noise: float | None) -> bool:
-    """Whether noise passes for real images so often that precision means nothing with this extractor and reference."""
-    return precision_of_noise is not None and precision_of_noise >= NOISE_PRECISION
-
-
 def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
     """For a person: which images, and how many."""
     if "file" in origin:
@@ -129,16 +123,13 @@ def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | Non
 
 
 def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -> list[str]:
-    verdict = ""
-    if "significant" in row:
-        verdict = ("better" if row["delta_vs_raw"] < 0 else "worse") if row["significant"] else "not significant"
     return [
         str(row["weights"]),
         f"{row['num_images']:,}" if row["num_images"] != usual_images else "",
         with_error(row["frechet_distance_unbiased"], row["stderr"]),
-        figure(row["frechet_distance"]),
+        figure(row["frechet_distance"], decimals(row["stderr"])),
         with_error(row["delta_vs_raw"], row["delta_stderr"], signed=True) if "delta_vs_raw" in row else "",
-        verdict,
+        verdict_of(row["delta_vs_raw"], row["significant"]) if "significant" in row else "",
         figure(row["kid"], 5) if "kid" in row else "",
         f"{row['precision']:.3f}" if "precision" in row and not without_precision else "",
         f"{row['recall']:.3f}" if "recall" in row else "",
