@@ -18,8 +18,9 @@ from ddpm_ema import report
 from ddpm_ema.errors import UserError
 from ddpm_ema.numbers import figure, listed, with_error
 from ddpm_ema.report.choice import newest
-from ddpm_ema.report.drawing import looks
+from ddpm_ema.report.drawing import looks, style
 from ddpm_ema.report.facts import duration
+from ddpm_ema.report.figures import differences
 from ddpm_ema.report.reading import read
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -130,6 +131,17 @@ def test_grids_are_inside_the_page(page: Page) -> None:
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 4  # the scoring's, and the first, middle and last of training
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+
+
+def test_a_difference_that_is_not_significant_has_a_hollow_mark(tmp_path: Path) -> None:
+    for delta, hollow in ((-0.1, 1), (-3.0, 0)):
+        rows = [fake_run.row("raw", 5.0), fake_run.row("a", 5.0 + delta, delta=(delta, 0.2))]
+        fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[], finished=None), str(hollow))
+        scoring = next(one for one in read(tmp_path).scorings if one.folder.endswith(f"-{hollow}"))
+        with style():
+            drawing = differences(scoring, looks(["raw", "a"]))
+        assert drawing is not None
+        assert drawing.svg.count("fill: var(--card)") == hollow
 
 
 def test_what_was_trained_on_what_and_how_long_is_said(page: Page) -> None:
@@ -293,7 +305,7 @@ def test_two_scorings_that_contradict_each_other_both_stand_on_the_page_and_noth
     ]
     pairs = [{"a": "power_0_10", "b": "ema_0_999", **fake_run.difference(8.0, 0.5)}]
     other = fake_run.results(rows=rows, pairs=pairs, sampler="ddim")
-    fake_run.grid(fake_run.write_results(tmp_path, other) / "grid.png")
+    fake_run.grid(fake_run.write_results(tmp_path, other) / "grid.png", "a title that results.json knows better")
     earlier = fake_run.write_results(tmp_path, fake_run.results(2000, seed=5))
     text = written(tmp_path).text
     assert text.count("No weights are recommended, because scorings of step 3,000 contradict each other.") == 1

@@ -76,6 +76,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "num_images: Input should be a valid integer": {"num_images": "many"},
     "sweep_best: Input should be an object": {"sweep_best": [1]},
     "rows: Input should be a valid array": {"rows": {"raw": 1}},
+    "pairs.0.significant: Input should be a valid boolean": {"pairs": [{"a": "x", "b": "y", "significant": "no"}]},
     "rows.0.weights: Input should be a valid string": {"rows": [{"weights": 3}]},
     "rows.0.stderr: Input should be greater than or equal to 0": {"rows": [{"weights": "raw", "stderr": -1.0}]},
     "rows.0.warnings: Input should be a valid array": {"rows": [{"weights": "raw", "warnings": "no"}]},
@@ -152,9 +153,9 @@ def test_settings_that_unfold_to_gigabytes_are_not_unfolded(tmp_path: Path) -> N
         f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     )
     (tmp_path / "config.yaml").write_text(
-        f"{bomb}averages: {{e: {{kind: *i, decay: *i}}}}\nevaluation: {{sampler: *i}}\n"
+        f"{bomb}averages: {{e: {{kind: constant, decay: *i}}}}\nevaluation: {{sampler: *i}}\n"
     )
-    assert "e</dd>" in written(tmp_path)
+    assert "e (constant)</dd>" in written(tmp_path)
 
 
 def test_a_manifest_of_another_shape_is_passed_over_for_an_earlier_one(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
     """Two $ are mathematics to matplotlib, which died of them."""
     run = tmp_path / "a'b&amp;"
     rows = [fake_run.row("raw", 5.0), fake_run.row(name, 4.0, delta=(-1.0, 0.1))]
-    fake_run.write_results(run, fake_run.results(rows=rows, pairs=[], warnings=["R&D isn't 'amp'"]))
+    fake_run.write_results(run, fake_run.results(rows=rows, pairs=[], reference="R&D's 'amp'"))
     page = written(run)
     assert "<b>" not in page
     assert "&<code>" not in page
@@ -191,6 +192,12 @@ def test_figures_of_any_size_are_drawn_or_left_out(tmp_path: Path) -> None:
     lines = [f'{{"step": {i}, "loss": {value}, "learning_rate": {value}}}' for i, value in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert problems(tmp_path) == ""
+
+
+def test_a_folder_whose_name_is_no_unicode_is_reported_on(tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"run\xff")
+    fake_run.write_results(run, fake_run.results())
+    assert "run?" in written(run)
 
 
 def test_a_terminal_does_not_obey_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

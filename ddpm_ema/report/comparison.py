@@ -21,10 +21,14 @@ def against_raw(row: Row) -> str:
 
 def indistinguishable(scoring: Scoring, best: Row) -> list[Row]:
     """Rows whose paired difference from `best` is not significant, by distance."""
-    found = [(row, scoring.pairs.get((row.weights, best.weights))) for row in scoring.rows]
-    return [row for row, difference in found if difference is not None and not difference.significant]
+    return [row for row in scoring.rows if row is not best and significant(scoring, row, best) is False]
 
 
 def unpaired(scoring: Scoring, best: Row) -> list[Row]:
     """Rows of which no paired difference from `best` is known."""
-    return [row for row in scoring.rows if row is not best and (row.weights, best.weights) not in scoring.pairs]
+    return [row for row in scoring.rows if row is not best and significant(scoring, row, best) is None]
+
+
+def significant(scoring: Scoring, a: Row, b: Row) -> bool | None:
+    """Whether the paired difference of two rows is significant; None where it was not computed."""
+    return scoring.significant.get(frozenset((a.weights, b.weights)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ema.numbers import metric_label, sampler_label
-from ddpm_ema.report.schema import Difference, Logged, Manifest, Results, Row, Settings
+from ddpm_ema.report.schema import Logged, Manifest, Results, Row, Settings
 
 SAMPLER = ("sampler", "num_inference_steps", "eta", "guidance_scale", "clip_sample")
 # Keys of results.json that are no settings: they differ between two scorings that were made alike.
@@ -69,15 +69,13 @@ class Scoring:
         return self.raw is not None and len(self.rows) > 1
 
     @cached_property
-    def pairs(self) -> dict[tuple[str, str], Difference]:
-        """(a, b) -> paired difference a - b."""
-        found: dict[tuple[str, str], Difference] = {}
-        known = [(pair.a, pair.b, pair.difference) for pair in self.results.pairs]
-        for a, b, difference in [*known, *((row.weights, "raw", row.versus_raw) for row in self.rows)]:
-            if difference is not None:
-                found[a, b] = difference
-                found[b, a] = difference.reversed()
-        return found
+    def significant(self) -> dict[frozenset[str], bool]:
+        """{a, b} -> whether their paired difference is significant."""
+        found = {frozenset((pair.a, pair.b)): pair.significant for pair in self.results.pairs}
+        versus_raw = {row.weights: row.versus_raw for row in self.rows}
+        return found | {
+            frozenset((name, "raw")): gap.significant for name, gap in versus_raw.items() if gap is not None
+        }
 
     @cached_property
     def settings(self) -> dict[str, str]:

@@ -50,18 +50,6 @@ class Difference:
     high: float
     significant: bool
 
-    def reversed(self) -> Difference:
-        """b - a, given a - b."""
-        return Difference(-self.delta, self.stderr, -self.high, -self.low, self.significant)
-
-
-def _difference(delta: Number, stderr: Error, ends: Ends | None, significant: bool | None) -> Difference | None:
-    """None unless every part is known."""
-    low, high = ends or (None, None)
-    if delta is None or stderr is None or low is None or high is None or significant is None:
-        return None
-    return Difference(delta, stderr, low, high, significant)
-
 
 class Row(Shape):
     """One scored entry of `rows`, `sweep`, or a quick scoring. What was not computed is None."""
@@ -92,23 +80,20 @@ class Row(Shape):
 
     @property
     def versus_raw(self) -> Difference | None:
-        """The paired difference from raw."""
-        return _difference(self.delta_vs_raw, self.delta_stderr, self.interval, self.significant)
+        """The paired difference from raw; None unless every part is known."""
+        low, high = self.interval or (None, None)
+        delta, stderr, significant = self.delta_vs_raw, self.delta_stderr, self.significant
+        if delta is None or stderr is None or low is None or high is None or significant is None:
+            return None
+        return Difference(delta, stderr, low, high, significant)
 
 
 class Pair(Shape):
-    """The paired difference a - b."""
+    """Whether the paired difference of two rows is significant."""
 
     a: str
     b: str
-    delta: Number = None
-    stderr: Error = None
-    interval: Ends | None = None
-    significant: bool | None = None
-
-    @property
-    def difference(self) -> Difference | None:
-        return _difference(self.delta, self.stderr, self.interval, self.significant)
+    significant: bool
 
 
 class VersusKept(Shape):

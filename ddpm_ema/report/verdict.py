@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ddpm_ema.numbers import SATURATION_MARGIN, listed, with_error
-from ddpm_ema.report.comparison import BETTER, UNCLEAR, UNKNOWN, against_raw, indistinguishable, unpaired
+from ddpm_ema.report.comparison import BETTER, UNCLEAR, UNKNOWN, against_raw, indistinguishable, significant, unpaired
 from ddpm_ema.report.record import Scoring
 from ddpm_ema.report.schema import Difference, Row
 
@@ -100,9 +100,9 @@ def _average(scoring: Scoring, best: Row) -> Verdict:
 
 def _lower(scoring: Scoring, row: Row, best: Row) -> Note:
     """Why an average below the recommended one is not the recommended one."""
-    versus_raw, pair = row.versus_raw, scoring.pairs.get((row.weights, best.weights))
+    versus_raw = row.versus_raw
     known = f"{_signed(versus_raw)}, {against_raw(row)}" if versus_raw else "not paired"
-    also = f" It is significantly below {best.weights}." if pair is not None and pair.significant else ""
+    also = f" It is significantly below {best.weights}." if significant(scoring, row, best) else ""
     size = with_error(row.distance, row.stderr)
     return Note(f"{row.weights} is lower still, at {size}, but not shown to be better than raw ({known}).{also}")
 
