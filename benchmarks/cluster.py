@@ -45,7 +45,8 @@ def settings(folder: Path, steps: int) -> dict[str, Any]:
             "attention": [False, True, False, False],
             "layers_per_block": 2,
         },
-        "training": {"batch_size": BATCH, "steps": steps, "device": "cpu", "log_every": 10**6},
+        "training": {"batch_size": BATCH, "steps": steps, "log_every": 10**6},
+        "machine": {"device": "cpu"},
         "averages": AVERAGES,
         "checkpoints": {"every": 10**6},
     }
@@ -66,7 +67,7 @@ def sent() -> int:
 def work(folder: Path, steps: int) -> None:
     """What one rank measures; rank 0 writes what all of them found to `folder`/measured.json."""
     from ddpm_ema import config
-    from ddpm_ema.processes import Processes
+    from ddpm_ema.distributed import Processes
     from ddpm_ema.rundir import RunDir
     from ddpm_ema.train import loop, state, step, trainer
 

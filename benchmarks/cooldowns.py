@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ddpm_ema import config, feature_training, score, train
+from ddpm_ema import classifier_training, config, score, train
 from ddpm_ema.averaging import CosineCooldown, SqrtCooldown, Window, profile_to_dict
 from ddpm_ema.averaging.cooldown import Cooldown
 from ddpm_ema.config import TrainingSettings
@@ -47,7 +47,8 @@ def settings_of(folder: Path, steps: int, num_images: int) -> config.Config:
     """The constant run: one checkpoint for each fork, and raw and `uniform` often enough to reconstruct the averages."""
     settings = config.to_dict(config.load(ROOT / "configs" / "digits.yaml"))
     settings["output_dir"] = str(folder / "constant")
-    settings["training"] |= {"steps": steps, "warmup_steps": steps // 10, "sample_every": 0, "device": "cpu"}
+    settings["training"] |= {"steps": steps, "warmup_steps": steps // 10, "sample_every": 0}
+    settings["machine"] = {"device": "cpu"}
     kept = {name_of(profile): profile_to_dict(profile) for profile in emulated(steps)}
     settings["averages"] = {"uniform": {"kind": "uniform"}, **kept}
     settings["checkpoints"] |= {"every": steps // 10, "keep_every": steps // 10, "snapshots_every": steps // 30}
@@ -169,7 +170,7 @@ def main() -> None:
     wanted = [a for a in emulated(arguments.steps) if arguments.only is None or name_of(a) in arguments.only]
     run = settings_of(arguments.folder, arguments.steps, arguments.num_images)
     train.run(run)
-    feature_training.train_features(run)
+    classifier_training.train_features(run)
     rows = scored(run, {average: fork(run, average, arguments.folder) for average in wanted})
     environment = {"torch": torch.__version__, "python": platform.python_version()}
     made = {"steps": arguments.steps, "num_images": arguments.num_images, "training_runs": 1}

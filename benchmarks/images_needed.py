@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from ddpm_ema import cli, config, metrics
+from ddpm_ema.distributed import Processes
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import WeightResolver
-from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.blocks import Block, MemoryStore
 from ddpm_ema.score.measure import Measure
@@ -82,7 +82,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def bench(run: config.Config, output: Path) -> None:
-    processes = Processes.start(run.training.device)
+    processes = Processes.start(run.machine.device)
     extractor = open_extractor(run.evaluation, run.output_dir, processes.device)
     dataset = load_split(run, processes, reference_split(run))
     reference, _ = open_reference(run, processes, extractor, dataset)

@@ -32,7 +32,7 @@ from diffusers.training_utils import EMAModel
 from torch.nn import functional
 
 from ddpm_ema import config, model, train
-from ddpm_ema.processes import Processes
+from ddpm_ema.distributed import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step as step_module
 from ddpm_ema.train.trainer import Share
@@ -56,7 +56,8 @@ def settings(folder: Path, device: str, **training: Any) -> config.Config:
                 "attention": [False, True, False, False],
                 "layers_per_block": 2,
             },
-            "training": {"batch_size": BATCH, "steps": 10**6, "device": device, **training},
+            "training": {"batch_size": BATCH, "steps": 10**6, **training},
+            "machine": {"device": device},
             "averages": AVERAGES,
         }
     )
@@ -96,7 +97,7 @@ class Ours:
         self.positions = torch.arange(BATCH)
 
     def __call__(self) -> None:
-        indices = step_module.streams.batch_indices(
+        indices = step_module.batch_order.batch_indices(
             0, self.trainer.step, self.positions, BATCH, len(self.trainer.dataset)
         )
         share = Share(self.positions, indices, self.trainer.dataset.batch(indices))
@@ -141,7 +142,7 @@ def breakdown(ours: Ours, steps: int, device: torch.device) -> dict[str, float]:
             return timed("forward", self.wrapped)(*args, **kwargs)
 
     patches = [
-        (step_module.streams, "normal", "noise"),
+        (step_module.keyed_random, "normal", "noise"),
         (step_module, "normalise", "images to floats"),
         (step_module, "_clip", "gradient norm and clipping"),
         (torch.Tensor, "backward", "backward"),

@@ -9,10 +9,12 @@ from typing import Any
 
 from ddpm_ema import config as settings
 from ddpm_ema.errors import EXIT_DONE, UserError
+from ddpm_ema.messages import to_stderr
 
 
 def guard(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Calls `function`; an error a person can cause becomes one message on stderr and its exit code."""
+    to_stderr()
     try:
         function(*args, **kwargs)
     except UserError as error:

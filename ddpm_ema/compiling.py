@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ddpm_ema.distributed import StopFlag
 from ddpm_ema.errors import StoppedError, UserError
-from ddpm_ema.processes import StopFlag, say
+from ddpm_ema.messages import logger
 
 LINKING_SECONDS = 10.0
 """A library that was written to this recently may be another program's, whose linker is at work."""
 
 
-def prepare(setting: str, tell: Callable[[str], object] = say) -> None:
+def prepare(setting: str, tell: Callable[[str], object] = logger.info) -> None:
     """Call before the first compiled call: says that it takes long, and deletes cut-off libraries from torch's cache.
 
     Args:

@@ -184,10 +184,6 @@ class TrainingSettings(Section):
     """Compile the network with torch.compile: slower to start, faster afterwards; needs a C++ compiler on CPU."""
     channels_last: Annotated[bool, FREE] = True
     """Keep 4-d tensors in channels-last memory order, which convolutions prefer."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
-    """auto takes CUDA where there is one; cuda where there is none is an error."""
-    tf32: Annotated[bool, FREE] = True
-    """Allow TF32 in training's matrix products and convolutions on CUDA. Feature extraction never uses it."""
     split_averages: Annotated[bool | None, FREE] = None
     """Keep 1/n of the averages on each of n processes; none means yes where there are several."""
     resume: Annotated[Literal["auto", "fresh", "never"], FREE] = "auto"
@@ -196,10 +192,6 @@ class TrainingSettings(Section):
     """Let a resumed run go on with another global batch (its data stream then differs from an uninterrupted run's)."""
     allow_new_averages: Annotated[bool, FREE] = False
     """Let a resumed run add averages: they start at the raw weights of that step."""
-    world_size: Annotated[Positive | None, FREE] = None
-    """Number of processes the run must have; a launch that gives another number is refused. None means any."""
-    timeout: Annotated[PositiveFloat, FREE] = 600.0
-    """Seconds after which a process that no longer answers is given up."""
     max_skipped: Annotated[Positive, FREE] = 50
     """fp16 steps skipped in a row (overflow) after which the run counts as diverged."""
     log_every: Annotated[Positive, FREE] = 50
@@ -235,6 +227,19 @@ class TrainingSettings(Section):
     def step_variance(self, step: float) -> float:
         """How far the step after `step` moves the weights, squared, in the unit of the peak: what post-hoc averages go by."""
         return (self.learning_rate_at(step) / self.learning_rate) ** 2
+
+
+class MachineSettings(Section):
+    """Where a stage runs. None of these changes what a run is."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
+    """auto takes CUDA where there is one; cuda where there is none is an error."""
+    tf32: Annotated[bool, FREE] = True
+    """Allow TF32 in training's matrix products and convolutions on CUDA. Feature extraction never uses it."""
+    world_size: Annotated[Positive | None, FREE] = None
+    """Number of processes the run must have; a launch that gives another number is refused. None means any."""
+    timeout: Annotated[PositiveFloat, FREE] = 600.0
+    """Seconds after which a process that no longer answers is given up."""
 
 
 class CheckpointSettings(Section):
@@ -361,6 +366,8 @@ class Config(Section):
     a number of steps, a share of training.steps (5%) or images (500kimg); docs/averaging.md has every rule."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """Checkpoints."""
+    machine: MachineSettings = MachineSettings()
+    """Devices and processes."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Sampling and scoring."""
 

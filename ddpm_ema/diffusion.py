@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ddpm_ema import streams
+from ddpm_ema import keyed_random
 from ddpm_ema.config import DiffusionSettings
 
 Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -64,11 +64,11 @@ class Objective:
 
     def timesteps(self, seed: int, step: int, positions: Tensor) -> Tensor:
         """A timestep in [0, T) for every position (int64 `[n]`) of the global batch: int64 `[n]`."""
-        return streams.integers(seed, streams.Stream.TIMESTEP, step, positions, self.num_train_timesteps)
+        return keyed_random.integers(seed, keyed_random.Purpose.TIMESTEP, step, positions, self.num_train_timesteps)
 
     def drop_labels(self, labels: Tensor, no_label: int, seed: int, step: int, positions: Tensor) -> Tensor:
         """`labels` (int64 `[n]`), each replaced by `no_label` with probability `diffusion.label_dropout`."""
-        drawn = streams.uniform(seed, streams.Stream.LABEL_DROPOUT, step, positions)
+        drawn = keyed_random.uniform(seed, keyed_random.Purpose.LABEL_DROPOUT, step, positions)
         return torch.where((drawn < self.settings.label_dropout).to(labels.device), no_label, labels)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

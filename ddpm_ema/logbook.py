@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_ema.processes import Processes, say
+from ddpm_ema.distributed import Processes
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
 
 QUARTERS = 4
@@ -148,8 +149,8 @@ class Logbook:
             call()
         except Exception as error:
             self._tracking = False
-            say(
-                f"warning: a tracker failed and is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
+            logger.warning(
+                f"a tracker failed and is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
             )
 
 

@@ -9,10 +9,10 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ddpm_ema import streams
+from ddpm_ema import keyed_random
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
-from ddpm_ema.streams import Stream
+from ddpm_ema.keyed_random import Purpose
 
 # Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
 NEAR_ZERO = ("conv2", "to_out.0", "conv_out")
@@ -34,7 +34,7 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
         raise UserError("\n".join(["the network cannot be built:", *(f"  {problem}" for problem in problems)]))
     model, channels = config.model, config.data.channels
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(streams.seed_for(config.seed, Stream.INIT, 0))
+        torch.manual_seed(keyed_random.seed_for(config.seed, Purpose.INIT, 0))
         network = UNet2DModel(
             sample_size=config.data.image_size,
             in_channels=channels,
@@ -73,7 +73,7 @@ def _initialize(network: UNet2DModel, seed: int) -> None:
                     module.bias.zero_()
             case nn.Embedding():
                 rows = torch.arange(module.num_embeddings)
-                module.weight.copy_(streams.normal(seed, Stream.INIT, _key(name), rows, (module.embedding_dim,)))
+                module.weight.copy_(keyed_random.normal(seed, Purpose.INIT, _key(name), rows, (module.embedding_dim,)))
             case nn.GroupNorm():
                 module.reset_parameters()  # weights 1, biases 0
             case _:
@@ -87,7 +87,7 @@ def _key(name: str) -> int:
 
 def _symmetric_uniform(seed: int, key: int, shape: torch.Size) -> Tensor:
     """Numbers in (-1, 1), fp32 `shape`."""
-    words = streams.words(seed, Stream.INIT, key, torch.arange(shape[0]), shape[1:].numel())  # int64 [out, rest]
+    words = keyed_random.words(seed, Purpose.INIT, key, torch.arange(shape[0]), shape[1:].numel())  # int64 [out, rest]
     return ((words.double() + 0.5) * 2.0**-31 - 1).float().view(shape)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ddpm_ema import streams
+from ddpm_ema import keyed_random
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
-from ddpm_ema.streams import Stream
+from ddpm_ema.keyed_random import Purpose
 
 # diffusers' schedulers carry no types.
 DDPMScheduler: Any = diffusers.DDPMScheduler
@@ -195,14 +195,14 @@ def sample(
     if len(indices) == 0:
         return torch.zeros(0, *image_shape, dtype=torch.uint8, device=device)
     positions = indices.to(device)
-    x_t = streams.normal(seed, Stream.SAMPLE, 0, positions, tuple(image_shape))  # [n, C, H, W]
+    x_t = keyed_random.normal(seed, Purpose.SAMPLE, 0, positions, tuple(image_shape))  # [n, C, H, W]
     labels = None if labels is None else labels.to(device)
     timesteps = sampler.start()
     for index, timestep in enumerate(timesteps):
         prediction = predict(x_t, torch.full((len(positions),), timestep, device=device), labels)
         noise = None
         if sampler.uses_noise and index + 1 < len(timesteps):
-            noise = streams.normal(seed, Stream.SAMPLE, index + 1, positions, tuple(image_shape))
+            noise = keyed_random.normal(seed, Purpose.SAMPLE, index + 1, positions, tuple(image_shape))
         x_t = sampler.step(index, prediction, x_t, noise)
         if after_step is not None:
             after_step()
@@ -249,7 +249,7 @@ def guided(predict: Predict, scale: float, no_label: int) -> Predict:
 def labels_for(seed: int, indices: Tensor, known: Tensor) -> Tensor:
     """A class for each image, int64 `[n]`: that of a data set image drawn by (seed, image), so that classes come as often
     as in the data. `known` int64 `[size]` are the data set's labels."""
-    return known[streams.integers(seed, Stream.SAMPLE_LABEL, 0, indices.cpu(), len(known))]
+    return known[keyed_random.integers(seed, Purpose.SAMPLE_LABEL, 0, indices.cpu(), len(known))]
 
 
 def trailing(levels: int, steps: int) -> list[int]:

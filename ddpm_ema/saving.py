@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.config import Config, Effect, differing, digest, to_dict
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
-from ddpm_ema.processes import Processes, say
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir import Checkpoint, RunDir
 
 
@@ -86,7 +87,7 @@ def find_checkpoint(config: Config, rundir: RunDir, processes: Processes) -> Che
     """
     if config.training.resume == "fresh":
         if aside := rundir.move_aside():
-            say(f"starting afresh; what was in {rundir.path} is now in {aside}")
+            logger.info(f"starting afresh; what was in {rundir.path} is now in {aside}")
         return None
     if config.training.resume == "never" and rundir.checkpoints():
         raise UserError(
@@ -99,13 +100,13 @@ def find_checkpoint(config: Config, rundir: RunDir, processes: Processes) -> Che
             f"{rundir.path}: no checkpoint is whole:\n  {reasons}\n--training.resume fresh keeps them aside and starts over"
         )
     for reason in passed_over:
-        say(f"warning: passed over a checkpoint that is not whole: {reason}")
+        logger.warning(f"passed over a checkpoint that is not whole: {reason}")
     if checkpoint is not None:
         check_resume(config, checkpoint, processes.world_size)
     at = checkpoint.step if checkpoint else 0
     goes_on = checkpoint is None or at < config.training.steps or bool(passed_over)
     if goes_on and (aside := rundir.drop_after(at)):
-        say(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
+        logger.info(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
     return checkpoint
 
 
@@ -128,7 +129,7 @@ def check_resume(config: Config, checkpoint: Checkpoint, world_size: int) -> Non
         lines = "\n  ".join(problems)
         raise UserError(f"{where}:\n  {lines}\nUse those settings, another output_dir, or --training.resume fresh")
     if (before := checkpoint.manifest["world_size"]) != world_size:
-        say(
+        logger.info(
             f"going on with {world_size} process(es) instead of {before}: the same sample stream, sums in another order"
         )
 

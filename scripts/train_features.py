@@ -5,7 +5,7 @@ python scripts/train_features.py --config configs/digits.yaml
 
 import sys
 
-from ddpm_ema import cli, feature_training
+from ddpm_ema import classifier_training, cli
 
 if __name__ == "__main__":
-    sys.exit(cli.main(feature_training.train_features, __doc__))
+    sys.exit(cli.main(classifier_training.train_features, __doc__))

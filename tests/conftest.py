@@ -11,6 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+from ddpm_ema.messages import to_stderr  # noqa: E402
+
+to_stderr()
 
 
 @pytest.fixture

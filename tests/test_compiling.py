@@ -77,7 +77,7 @@ def test_compiling_that_fails_for_good_names_the_setting_and_other_errors_pass()
 PROGRAM = """
 import sys, torch
 from ddpm_ema import cli, compiling
-from ddpm_ema.processes import StopFlag
+from ddpm_ema.distributed import StopFlag
 network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU())
 network.compile()
 def run():

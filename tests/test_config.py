@@ -222,7 +222,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seed: !!timestamp x", "cannot be read"),
         ("seed: !!bool x", "cannot be read"),
         ("seed: [" + "abcdefgh, " * 500 + "]", r"seed: input should be a valid integer.*\.\.\."),
-        ("training: {device: " + "x" * 5000 + "}", r"training\.device: .*x\.\.\.x"),
+        ("machine: {device: " + "x" * 5000 + "}", r"machine\.device: .*x\.\.\.x"),
         ("averages: {a: {kind: " + "x" * 5000 + "}}", r"averages\.a: kind: unknown profile 'x+"),
         ("averages: {a: {kind: constant, decay: [[[[[[1]]]]]]}}", "expected a number with 0 <= decay <= 1"),
         ("x" * 900 + ": 1", "x{80}: unknown setting"),

@@ -239,7 +239,7 @@ def test_accelerate_takes_every_launch_file_and_refuses_an_unknown_key(tmp_path:
 def test_the_two_cpu_file_really_starts_two_processes(tmp_path: Path):
     script = tmp_path / "who.py"
     script.write_text(
-        "from ddpm_ema.processes import Processes\np = Processes.start('cpu')\n"
+        "from ddpm_ema.distributed import Processes\np = Processes.start('cpu')\n"
         "open(f'{__file__}.{p.rank}', 'w').write(f'{p.world_size} {p.device.type}')\np.close()\n"
     )
     command = [tool("accelerate"), "launch", "--config_file", str(ACCELERATE / "two_cpu.yaml"), str(script)]

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: ["averaging", "errors", "weight_names"],
-    1: ["config", "numbers", "streams", "rundir", "processes"],
+    0: ["averaging", "errors", "messages", "weight_names"],
+    1: ["config", "numbers", "keyed_random", "rundir", "distributed"],
     2: [
-        *["compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["optimization", "saving", "logbook", "grids", "named_weights"],
+        *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
+        *["optimization", "saving", "logbook", "image_grid", "named_weights"],
     ],
     3: [
         "train",
@@ -24,7 +24,7 @@ FLOORS = {
         "export",
         "reconstruction",
         "importing",
-        "feature_training",
+        "classifier_training",
         "cli",
         "doctor",
         "launch",

@@ -9,15 +9,15 @@ import pytest
 import torch
 from live_runs import assert_bit_equal, exact, rows, settings, state
 
-from ddpm_ema import AverageBank, BiasCorrected, ConstantDecay, PowerFunction, streams, train
+from ddpm_ema import AverageBank, BiasCorrected, ConstantDecay, PowerFunction, keyed_random, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_random_streams_give_the_same_bits_as_on_the_cpu() -> None:
     positions = torch.arange(128)
-    cpu = streams.normal(7, streams.Stream.NOISE, 11, positions, (3, 32, 32))
-    gpu = streams.normal(7, streams.Stream.NOISE, 11, positions.cuda(), (3, 32, 32))
+    cpu = keyed_random.normal(7, keyed_random.Purpose.NOISE, 11, positions, (3, 32, 32))
+    gpu = keyed_random.normal(7, keyed_random.Purpose.NOISE, 11, positions.cuda(), (3, 32, 32))
     assert torch.equal(cpu, gpu.cpu())
 
 
@@ -57,10 +57,10 @@ def test_a_resumed_run_on_cuda_is_bit_equal_with_deterministic_kernels(tmp_path:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     try:
-        whole = settings(tmp_path / "whole", training__device="cuda", training__steps=12)
+        whole = settings(tmp_path / "whole", machine__device="cuda", training__steps=12)
         train.run(whole)
-        train.run(settings(tmp_path / "run", training__device="cuda", training__steps=5))
-        run = settings(tmp_path / "run", training__device="cuda", training__steps=12)
+        train.run(settings(tmp_path / "run", machine__device="cuda", training__steps=5))
+        run = settings(tmp_path / "run", machine__device="cuda", training__steps=12)
         train.run(run)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -69,8 +69,8 @@ def test_a_resumed_run_on_cuda_is_bit_equal_with_deterministic_kernels(tmp_path:
 
 
 def test_cuda_sees_the_losses_that_the_cpu_sees(tmp_path: Path) -> None:
-    cpu = settings(tmp_path / "cpu", training__steps=10, training__tf32=False)
-    gpu = settings(tmp_path / "gpu", training__steps=10, training__tf32=False, training__device="cuda")
+    cpu = settings(tmp_path / "cpu", training__steps=10, machine__tf32=False)
+    gpu = settings(tmp_path / "gpu", training__steps=10, machine__tf32=False, machine__device="cuda")
     train.run(cpu)
     train.run(gpu)
     for mine, theirs in zip(rows(gpu), rows(cpu), strict=True):
@@ -81,7 +81,7 @@ def test_cuda_sees_the_losses_that_the_cpu_sees(tmp_path: Path) -> None:
 def test_a_compiled_run_in_low_precision_trains(tmp_path: Path, precision: str) -> None:
     run = settings(
         tmp_path / "run",
-        training__device="cuda",
+        machine__device="cuda",
         training__mixed_precision=precision,
         training__compile=True,
         training__steps=30,

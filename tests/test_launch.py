@@ -111,7 +111,7 @@ NODE = """
 import os, sys
 from ddpm_ema import cli
 from ddpm_ema.errors import UserError
-from ddpm_ema.processes import Processes
+from ddpm_ema.distributed import Processes
 def work():
     processes = Processes.start("cpu", timeout=20)
     with processes.telling_peers():

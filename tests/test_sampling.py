@@ -11,13 +11,13 @@ from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from ddpm_ema import sampling, streams
+from ddpm_ema import keyed_random, sampling
 from ddpm_ema.config import Config, DiffusionSettings, EvaluationSettings
 from ddpm_ema.diffusion import noise_scheduler
 from ddpm_ema.errors import UserError
+from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.model import build
 from ddpm_ema.sampling import Sampler, guided, labels_for, sample, to_uint8, trailing
-from ddpm_ema.streams import Stream
 
 SHAPE = (1, 8, 8)
 INDICES = torch.arange(6)
@@ -38,7 +38,7 @@ def images(predict, sampler: Sampler, indices: Tensor = INDICES, seed: int = 3, 
 
 
 def keyed(step: int, shape=SHAPE) -> Tensor:
-    return streams.normal(3, Stream.SAMPLE, step, INDICES, shape)
+    return keyed_random.normal(3, Purpose.SAMPLE, step, INDICES, shape)
 
 
 class TestEqualsDiffusers:

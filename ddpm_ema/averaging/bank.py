@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpm_ema.averaging import collect, kernels
+from ddpm_ema.averaging import gather, lerp
 from ddpm_ema.averaging.hooks import UpdateHandle, update_after_steps
 from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_name, clean_named
 from ddpm_ema.averaging.offload import HostMirror
@@ -152,10 +152,10 @@ class AverageBank:
     def _move(self, weights: Mapping[str, float]) -> None:
         moving = [name for name, weight in weights.items() if weight > 0.0]
         averages = [list(self._averages[name].values()) for name in moving]
-        kernels.lerp_(averages, list(self._averaged.values()), [weights[name] for name in moving])
+        lerp.lerp_(averages, list(self._averaged.values()), [weights[name] for name in moving])
         if self._copied:
             copies = [list(self._copies[name].values()) for name in moving]
-            kernels.lerp_(copies, list(self._copied.values()), [1.0] * len(moving))
+            lerp.lerp_(copies, list(self._copied.values()), [1.0] * len(moving))
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """One copy's parameters: what this process owns, so everything when `world_size` is 1.
@@ -252,17 +252,17 @@ class AverageBank:
         owned = self.weights(name)
         if self._world_size == 1:
             return ((n, t.detach().cpu().contiguous().clone()) for n, t in owned.items())
-        collect.require_group(self._world_size, group)
+        gather.require_group(self._world_size, group)
         shapes = {n: p.shape for n, p in self._parameters.items()}
-        return collect.gather(self.parameter_names, self._owners, owned, shapes, rank=self._rank, dst=dst, group=group)
+        return gather.gather(self.parameter_names, self._owners, owned, shapes, rank=self._rank, dst=dst, group=group)
 
     def gather_all(self, name: str, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """A whole copy on every process, fp32, each tensor a clone on its parameter's device. Collective; raises as `gather`."""
         owned = self.weights(name)
         if self._world_size == 1:
             return {n: t.detach().to(self._parameters[n].device, copy=True) for n, t in owned.items()}
-        collect.require_group(self._world_size, group)
-        return collect.gather_all(
+        gather.require_group(self._world_size, group)
+        return gather.gather_all(
             self.parameter_names, self._owners, owned, self._parameters, rank=self._rank, group=group
         )
 
@@ -278,7 +278,7 @@ class AverageBank:
         owned = [name for name in self._averaged if name in self._parameters]
         raw = [self._averaged[name] for name in owned]
         return {
-            copy: kernels.squared_distance([self._settled(copy)[n] for n in owned], raw, self._device)
+            copy: lerp.squared_distance([self._settled(copy)[n] for n in owned], raw, self._device)
             for copy in self._profiles
         }
 
@@ -287,7 +287,7 @@ class AverageBank:
         if self._mirror is not None:
             self._mirror.wait()
         raw = [source for name, source in self._averaged.items() if name in self._parameters]
-        return kernels.squared_norm(raw, self._device)
+        return lerp.squared_norm(raw, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything this process has to be stored, live tensors; `merge_states` joins those of several processes.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.processes import say
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir import atomic_save, explained, read_tensors
 
 KEPT = "What was scored before is whole"
@@ -149,7 +149,7 @@ class DiskStore(MemoryStore):
                 if images & taken or len(images) != len(indices):
                     raise ValueError("it repeats images of another block")
             except (UserError, ValueError) as error:
-                say(f"warning: {path}: {error}; its images are made again")
+                logger.warning(f"{path}: {error}; its images are made again")
                 path.unlink(missing_ok=True)
                 continue
             taken |= images

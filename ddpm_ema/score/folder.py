@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ddpm_ema.config import EvaluationSettings
-from ddpm_ema.grids import save_grid
+from ddpm_ema.image_grid import save_grid
 from ddpm_ema.metrics import Estimate
 from ddpm_ema.rundir import atomic_write, explained
 from ddpm_ema.score.blocks import KEPT, DiskStore, first_images

@@ -23,7 +23,7 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
     settings = config.evaluation
-    on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
+    on_cuda = config.machine.device != "cpu" and torch.cuda.is_available()
     if settings.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("evaluation.mixed_precision: this GPU has no bf16; use fp16 or no")
     if settings.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_ema import data, metrics, streams
+from ddpm_ema import batch_order, data, keyed_random, metrics
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import StoppedError
 from ddpm_ema.features import Extractor
+from ddpm_ema.keyed_random import Purpose
+from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
-from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.score.blocks import pixel_figures
 from ddpm_ema.score.studio import rounds
 from ddpm_ema.score.together import on_main
-from ddpm_ema.streams import Stream
 
 DEFAULT_CACHE = Path("~/.cache/ddpm_ema")
 
@@ -53,7 +54,7 @@ def open_reference(
             warnings.simplefilter("always")
             reference = make()
         for warning in caught:
-            say(f"warning: {warning.message}")
+            logger.warning(f"{warning.message}")
         if reference is None:
             return None
         found[:] = [reference]
@@ -84,7 +85,7 @@ def noise_images(image_shape: tuple[int, int, int], count: int = 256) -> Tensor:
     """uint8 `[count, C, H, W]`: every channel value uniform in 0 ... 255, the same images at every call."""
     size, made = math.prod(image_shape), []
     for positions in torch.arange(count).split(16):
-        words = streams.words(0, Stream.NOISE_IMAGES, 0, positions, -(-size // 4))  # [n, words]
+        words = keyed_random.words(0, Purpose.NOISE_IMAGES, 0, positions, -(-size // 4))  # [n, words]
         values = words[:, :, None] >> torch.tensor([0, 8, 16, 24])  # [n, words, 4]
         made.append((values & 255).to(torch.uint8).flatten(1)[:, :size])
     return torch.cat(made).reshape(count, *image_shape)
@@ -110,7 +111,7 @@ def _features(
             if stop is not None and stop.agreed(processes):
                 stop.drain(processes)
                 raise StoppedError(f"stopped by {stop.reason} while reading the reference; start again")
-            share = streams.partition(len(images), processes.rank, processes.world_size)
+            share = batch_order.partition(len(images), processes.rank, processes.world_size)
             mine = torch.tensor(images[share.start : share.stop], dtype=torch.int64)
             features, at_ends = torch.zeros(0, extractor.dim), 0.0
             if len(mine):

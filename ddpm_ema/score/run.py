@@ -9,10 +9,11 @@ import torch
 from tqdm import tqdm
 
 from ddpm_ema.config import Config, Effect, differing, to_dict
+from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
+from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
-from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.rundir import Checkpoint
 from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.reference import is_file, load_split, open_reference, reference_split
@@ -31,7 +32,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     """
     check_capabilities(config)
     candidates(config.evaluation.sweep)  # a range that cannot be is an error before anything is read
-    processes = Processes.start(config.training.device, timeout=config.training.timeout)
+    processes = Processes.start(config.machine.device, timeout=config.machine.timeout)
     with StopFlag() as stop, processes.telling_peers():
         found = checkpoints(config, processes)
         on_main(processes, lambda: _check_settings(config, found))
@@ -67,7 +68,7 @@ def _prepare(config: Config, processes: Processes, stop: StopFlag) -> tuple[Stud
         stop=stop,
     )
     if processes.is_main:
-        say(_description(config, processes, studio, origin))
+        logger.info(_description(config, processes, studio, origin))
     return studio, reference, origin
 
 
@@ -108,7 +109,7 @@ def _score(scoring: Scoring) -> dict[str, Any]:
     if results is None:
         return {}
     head = "already complete" if complete and not runs else f"done in {time.perf_counter() - start:.0f} s"
-    say(f"\n{scoring.folder.results_path}: {head}")
+    logger.info(f"\n{scoring.folder.results_path}: {head}")
     _show(results)
     return results
 
@@ -127,12 +128,12 @@ def _is_complete(scoring: Scoring, sources: list[NamedWeights]) -> bool:
 
 
 def _show(results: dict[str, Any]) -> None:
-    say(heading(results))
-    say(table(results))
+    logger.info(heading(results))
+    logger.info(table(results))
     if results.get("sweep"):
-        say(f"\n{table(results, results['sweep'])}\n{describe(results)}")
+        logger.info(f"\n{table(results, results['sweep'])}\n{describe(results)}")
     for warning in results["warnings"]:
-        say(f"warning: {warning}")
+        logger.warning(f"{warning}")
 
 
 def _description(config: Config, processes: Processes, studio: Studio, origin: dict[str, Any]) -> str:

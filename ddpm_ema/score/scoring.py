@@ -9,10 +9,11 @@ from typing import Any
 
 from ddpm_ema.averaging import profile_from_dict
 from ddpm_ema.config import Config, digest
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
+from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Estimate, Reference
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
-from ddpm_ema.processes import Processes, say
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.blocks import MemoryStore
@@ -178,7 +179,7 @@ class Scoring:
         keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
         known = {name for record in self.folder.records() if record.rows for name in record.names}
         if left := sorted(known - keys.keys()):
-            say(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
+            logger.info(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
         self.folder.write(results, keys, self.step, self.config.evaluation)
         return results
 
@@ -205,7 +206,7 @@ def _find_checkpoints(config: Config) -> list[Checkpoint | None]:
     if evaluation.steps == "last":
         newest, passed_over = rundir.newest_whole()
         for reason in passed_over:
-            say(f"warning: passed over a checkpoint that is not whole: {reason}")
+            logger.warning(f"passed over a checkpoint that is not whole: {reason}")
         if newest is None:
             raise UserError(f"{rundir.path}: no checkpoint is whole:\n  " + "\n  ".join(passed_over))
         return [newest]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_ema import diffusion, model, sampling, streams
+from ddpm_ema import batch_order, diffusion, model, sampling
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.features import Extractor
+from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import (
     NamedWeights,
     PipelineConfig,
@@ -24,7 +26,6 @@ from ddpm_ema.named_weights import (
     schedule_of,
     unet_config_of,
 )
-from ddpm_ema.processes import Processes, StopFlag, say
 from ddpm_ema.score.blocks import FIRST_IMAGES, Block, MemoryStore, pixel_figures
 from ddpm_ema.score.network import Network
 from ddpm_ema.score.together import on_main, only_on_main
@@ -114,7 +115,7 @@ class Studio:
         assert told is not None
         name, pipeline, num_members = told
         if self.prepare(pipeline) and self.processes.is_main:
-            say(self._description())
+            logger.info(self._description())
         members = []
         for place in range(num_members):
             read = only_on_main(self.processes, partial(_read_member, weights, place))
@@ -147,7 +148,7 @@ class Studio:
     def round(self, name: str, images: list[int], advance: Callable[[float], object] = lambda done: None) -> Block:
         """These images as a block, on every rank; the first ones are made by rank 0 alone, as one batch. A collective."""
         start, world = time.perf_counter(), self.processes.world_size
-        mine = images[slice(*_ends(streams.partition(len(images), self.processes.rank, world)))]
+        mine = images[slice(*_ends(batch_order.partition(len(images), self.processes.rank, world)))]
         if images[-1] < FIRST_IMAGES:
             mine = images if self.processes.is_main else []
         parts = self._gather(self._sample(name, mine, advance, len(images)))
@@ -284,5 +285,5 @@ def even_batch(num_images: int, world_size: int, most: int) -> int:
 
 def rounds(images: list[int], most: int) -> Iterator[list[int]]:
     """`images` cut into pieces of at most `most`, sizes at most one apart."""
-    for part in streams.micro_batches(range(len(images)), most) if images else []:
+    for part in batch_order.micro_batches(range(len(images)), most) if images else []:
         yield images[part.start : part.stop]

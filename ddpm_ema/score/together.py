@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any, TypeVar
 
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
-from ddpm_ema.processes import Processes
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 15.0

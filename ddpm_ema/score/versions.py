@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
-from ddpm_ema.processes import say
 from ddpm_ema.score.scoring import Scoring
 from ddpm_ema.score.together import on_main, only_on_main
 
@@ -55,7 +55,9 @@ def _go_on(scoring: Scoring) -> None:
     folder = scoring.folder
     known = folder.made_with()
     folder.keep_made_with([*known, scoring.versions])
-    say(f"{folder.path}: begun under {_differing(known[-1], scoring.versions)}; its first images came out the same")
+    logger.info(
+        f"{folder.path}: begun under {_differing(known[-1], scoring.versions)}; its first images came out the same"
+    )
 
 
 def _begin_anew(scoring: Scoring) -> None:
@@ -68,7 +70,9 @@ def _begin_anew(scoring: Scoring) -> None:
     scoring.versions = here
     aside = folder.set_aside()
     folder.keep_made_with([here])
-    say(f"{folder.path}: {note}; what there was is a scoring of its own now, {aside.name}, and this one begins anew")
+    logger.info(
+        f"{folder.path}: {note}; what there was is a scoring of its own now, {aside.name}, and this one begins anew"
+    )
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:

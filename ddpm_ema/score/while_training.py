@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ddpm_ema.averaging import profile_to_dict
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes
 from ddpm_ema.features import open_extractor
-from ddpm_ema.processes import Processes
 from ddpm_ema.score.blocks import Block, MemoryStore
 from ddpm_ema.score.measure import Measure, Score, rows
 from ddpm_ema.score.network import check_capabilities

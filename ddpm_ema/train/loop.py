@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema import compiling, streams
+from ddpm_ema import batch_order, compiling
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import StoppedError, UserError
-from ddpm_ema.processes import Processes, StopFlag, say
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.saving import find_checkpoint
 from ddpm_ema.train.preview import Preview
@@ -27,9 +28,9 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
     training = config.training
     check_capabilities(config)
     processes = Processes.start(
-        training.device,
-        timeout=training.timeout,
-        expected=training.world_size,
+        config.machine.device,
+        timeout=config.machine.timeout,
+        expected=config.machine.world_size,
         trackers=training.trackers,
         project_dir=config.output_dir,
     )
@@ -133,13 +134,13 @@ def _batches(trainer: Trainer) -> Generator[list[Share], None, None]:
     """This process's shares of every coming step, in order."""
     config, processes = trainer.config, trainer.processes
     training, size = config.training, len(trainer.dataset)
-    mine = streams.partition(training.batch_size, processes.rank, processes.world_size)
-    pieces = [torch.arange(p.start, p.stop) for p in streams.micro_batches(mine, training.micro_batch_size)]
+    mine = batch_order.partition(training.batch_size, processes.rank, processes.world_size)
+    pieces = [torch.arange(p.start, p.stop) for p in batch_order.micro_batches(mine, training.micro_batch_size)]
 
     def indices() -> Iterator[Tensor]:
         for step in range(trainer.step, training.steps):
             for positions in pieces:
-                yield streams.batch_indices(config.seed, step, positions, training.batch_size, size)
+                yield batch_order.batch_indices(config.seed, step, positions, training.batch_size, size)
 
     keys, images = indices(), trainer.dataset.stream(indices())
     try:
@@ -219,4 +220,4 @@ def _memory_advice(trainer: Trainer) -> Iterator[None]:
 
 def _say(processes: Processes, message: str) -> None:
     if processes.is_main:
-        say(message)
+        logger.info(message)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema import diffusion, model, sampling, streams
+from ddpm_ema import batch_order, diffusion, model, sampling
 from ddpm_ema.config import Config, EvaluationSettings
-from ddpm_ema.grids import save_grid
+from ddpm_ema.image_grid import save_grid
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.train.state import full_weights
 from ddpm_ema.train.step import read_checks
@@ -52,7 +52,7 @@ class Preview:
         """uint8 [n, C, H, W] on the CPU: every process samples its share."""
         config, processes = trainer.config, trainer.processes
         self.network.load_state_dict(weights)
-        mine = streams.partition(config.training.sample_images, processes.rank, processes.world_size)
+        mine = batch_order.partition(config.training.sample_images, processes.rank, processes.world_size)
         indices = torch.arange(mine.start, mine.stop)
         labels = None if self.classes is None else indices % self.classes
         images = sampling.sample(

@@ -16,7 +16,7 @@ from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 from ddpm_ema.averaging.snapshots import write_snapshot
 from ddpm_ema.config import Config, to_yaml
 from ddpm_ema.errors import UserError
-from ddpm_ema.processes import say
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir, atomic_write, explained, step_folder
 from ddpm_ema.saving import check_dataset, host_copy, manifest_of
 from ddpm_ema.train.step import read_checks
@@ -149,5 +149,5 @@ def restore(trainer: Trainer, manifest: dict[str, Any] | None) -> None:
         if processes.is_main:
             atomic_write(trainer.rundir.config_path, to_yaml(config))
         if processes.is_main:
-            say(f"going on from {trainer.rundir.path / 'checkpoints' / step_folder(step)}")
+            logger.info(f"going on from {trainer.rundir.path / 'checkpoints' / step_folder(step)}")
     trainer.logbook.start_trackers(config.training.trackers, config.model_dump(mode="json"))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ddpm_ema import diffusion, model, optimization, streams
+from ddpm_ema import diffusion, keyed_random, model, optimization
 from ddpm_ema.errors import DivergedError
-from ddpm_ema.streams import Stream
+from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.train.trainer import FinitenessCheck, Share, Trainer
 
 # How many steps late a run reads whether a step was finite, by device; 0 is before the optimizer moves. Whatever saves,
@@ -56,14 +56,16 @@ def image_losses(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
     config, objective, device = trainer.config, trainer.objective, trainer.processes.device
     seed, step, positions = config.seed, trainer.step, share.positions
     if config.model.dropout > 0:
-        torch.manual_seed(streams.seed_for(seed, Stream.DROPOUT, step, int(positions[0])))
+        torch.manual_seed(keyed_random.seed_for(seed, Purpose.DROPOUT, step, int(positions[0])))
     # Numbers that are few are drawn on the host: on CUDA each would cost a hundred launches of tiny kernels.
     x_0 = normalise(share.images.to(device, non_blocking=True))  # fp32 [n, C, H, W] in [-1, 1]
     if config.data.horizontal_flip:
-        flipped = streams.uniform(seed, Stream.FLIP, step, positions) < 0.5  # bool [n]
+        flipped = keyed_random.uniform(seed, Purpose.FLIP, step, positions) < 0.5  # bool [n]
         flipped = flipped.to(device, non_blocking=True)[:, None, None, None]
         x_0 = torch.where(flipped, x_0.flip(-1), x_0)
-    noise = streams.normal(seed, Stream.NOISE, step, positions.to(device, non_blocking=True), tuple(x_0.shape[1:]))
+    noise = keyed_random.normal(
+        seed, Purpose.NOISE, step, positions.to(device, non_blocking=True), tuple(x_0.shape[1:])
+    )
     timesteps = objective.timesteps(seed, step, positions).to(device, non_blocking=True)
     labels = None
     if (no_label := model.no_label(trainer.network)) is not None:

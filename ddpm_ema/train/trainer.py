@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ddpm_ema import data, diffusion, model, optimization, streams
+from ddpm_ema import batch_order, data, diffusion, model, optimization
 from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.logbook import Logbook, Window
-from ddpm_ema.processes import Processes, say
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.saving import Saver
 
@@ -82,7 +83,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     dataset = processes.main_first(lambda: data.load(config.data))
     _require_enough(dataset, config, processes)
     _require_same_data(dataset, processes)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.tf32
     network = model.build(config, dataset.num_classes).to(device)
     if training.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -113,7 +114,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
         saver=Saver(rundir),
     )
     if processes.is_main:
-        say(describe(trainer))
+        logger.info(describe(trainer))
     return trainer
 
 
@@ -123,13 +124,14 @@ def describe(trainer: Trainer) -> str:
     count = sum(p.numel() for p in trainer.network.parameters())
     world, batch = processes.world_size, config.training.batch_size
     dataset = trainer.dataset
+    shares = [len(batch_order.partition(batch, rank, world)) for rank in range(world)]
     precision = {"no": "fp32"}.get(config.training.mixed_precision, config.training.mixed_precision)
     split = f", each process keeps 1/{world}" if trainer.split else ""
     threads = f" ({torch.get_num_threads()} of {os.cpu_count()} cores)" if processes.device.type == "cpu" else ""
     lines = [
         f"device       {processes.device}{threads}, {precision}{', compiled' if config.training.compile else ''}",
         f"processes    {world}",
-        f"global batch {batch} images ({', '.join(str(len(streams.partition(batch, r, world))) for r in range(world))} a process)",
+        f"global batch {batch} images ({', '.join(map(str, shares))} per process)",
         f"data         {dataset}",
         f"parameters   {count:,}",
         f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
@@ -142,7 +144,7 @@ def describe(trainer: Trainer) -> str:
 def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
     training = config.training
-    on_cuda = training.device != "cpu" and torch.cuda.is_available()
+    on_cuda = config.machine.device != "cpu" and torch.cuda.is_available()
     if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.mixed_precision: this GPU has no bf16; use fp16 or no")
     if training.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:

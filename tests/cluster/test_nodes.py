@@ -59,8 +59,8 @@ def settings(output: Path, steps: int = STEPS, **more: object) -> list[str]:
     chosen = {
         "output_dir": output,
         "training.steps": steps,
-        "training.timeout": TIMEOUT,
-        "training.device": "cpu",
+        "machine.timeout": TIMEOUT,
+        "machine.device": "cpu",
         "training.log_every": 1,
         "training.sample_every": 0,
         "checkpoints.every": 20,
@@ -300,9 +300,9 @@ def test_a_run_goes_on_with_one_process_and_then_three_over_the_same_sample_stre
         else:
             run.succeed()
         logs.append(run.log(on[0]))
-    assert "global batch 64 images (32, 32 a process)" in logs[0]
-    assert "global batch 64 images (64 a process)" in logs[1]
-    assert "global batch 64 images (21, 21, 22 a process)" in logs[2]
+    assert "global batch 64 images (32, 32 per process)" in logs[0]
+    assert "global batch 64 images (64 per process)" in logs[1]
+    assert "global batch 64 images (21, 21, 22 per process)" in logs[2]
     assert "going on with 1 process(es) instead of 2: the same sample stream" in logs[1]
     assert "going on with 3 process(es) instead of 1: the same sample stream" in logs[2]
     assert_close(weights(output), weights(alone))

@@ -120,7 +120,7 @@ class TestDiffusersExample:
     def test_it_is_scored_swept_reported_and_exported(self, trained, imported: RunDir) -> None:
         tree = config.to_dict(config.load(imported.config_path))
         tree["evaluation"] = {**EVALUATION, "sweep": {"decays": "0.8:0.9:2"}}
-        tree["training"]["device"] = "cpu"
+        tree.setdefault("machine", {})["device"] = "cpu"
         tree["data"]["cache_dir"] = str(imported.path.parent / "cache")
         save_classifier(imported.path / "features.safetensors", Trained(_classifier(), 0.1), fingerprint="none", seed=0)
         (results,) = score.run(config.validate(tree))

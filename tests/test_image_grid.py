@@ -11,7 +11,7 @@ from live_runs import finish, settings
 from PIL import Image
 
 from ddpm_ema.config import EvaluationSettings
-from ddpm_ema.grids import save_grid
+from ddpm_ema.image_grid import save_grid
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train.preview import preview_settings

@@ -32,7 +32,7 @@ def train_features(config: Config) -> Path:
     if _is_done(path, fingerprint, config.seed):
         return path
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:MOST_IMAGES]
-    device = "cuda" if config.training.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if config.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
     with tqdm(desc="feature classifier", unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
 
         def progress(step: int, steps: int, loss: float) -> None:

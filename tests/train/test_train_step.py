@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ddpm_ema import score, train
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import DivergedError, UserError
 from ddpm_ema.logbook import Window
-from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step
 from ddpm_ema.train.trainer import Share, Trainer, build

@@ -13,12 +13,12 @@ import torch
 from live_runs import free_port, settings, start
 from PIL import Image
 
-from ddpm_ema.processes import _is_communication
+from ddpm_ema.distributed import _is_communication
 
 ALONE = """
 import sys
 from ddpm_ema import cli
-from ddpm_ema.processes import Processes
+from ddpm_ema.distributed import Processes
 sys.exit(cli.guard(lambda: Processes.start("cpu", timeout=3)))
 """
 
@@ -40,7 +40,7 @@ def test_a_rank_whose_peer_never_comes_says_who_where_and_what_to_do(rank: int) 
     assert done.returncode == 75, done.stderr
     assert "Traceback" not in done.stderr
     assert f"rank {rank} of 2" in done.stderr
-    assert f"did not all meet at 127.0.0.1:{port} within 3 s (training.timeout)" in done.stderr
+    assert f"did not all meet at 127.0.0.1:{port} within 3 s (machine.timeout)" in done.stderr
     assert "start all of them again" in done.stderr
 
 
@@ -48,7 +48,7 @@ def pair(script: str, *arguments: str) -> list[tuple[int, str]]:
     """Exit code and output of two ranks that run `script`, which finds `processes`."""
     port = str(free_port())
     preamble = (
-        "import sys, time\nfrom ddpm_ema import cli\nfrom ddpm_ema.processes import Processes\n"
+        "import sys, time\nfrom ddpm_ema import cli\nfrom ddpm_ema.distributed import Processes\n"
         'processes = Processes.start("cpu", timeout=3)\n'
     )
     ranks = []

@@ -22,7 +22,7 @@ from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.rundir import RunDir, read_tensors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # The paper's learning rate: what rounding does to a weight in a step is a fraction of it, since Adam divides by the gradient.
 FIFTY = {"training__steps": 50, "checkpoints__every": 50, "training__learning_rate": 2e-4}
 
@@ -354,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_anything_moves(tmp_pat
     assert launch.wait() == [3] * world_size
     message = launch.output()
     positions = torch.tensor([2 if world_size == 1 else 8 + 2])
-    from ddpm_ema.streams import batch_indices
+    from ddpm_ema.batch_order import batch_indices
 
     image = int(batch_indices(0, 5, positions, 16, 1797))
     assert f"step 6: rank {world_size - 1}: the loss of image {image} is not finite" in message
@@ -526,12 +526,12 @@ def test_what_the_machine_lacks_is_an_error_before_any_data_is_read(tmp_path: Pa
     run = settings(tmp_path / "run", training__device="cuda", data__source="folder", data__path="/nowhere")
     launch = start(run)
     assert launch.wait() == [2]
-    assert "training.device: cuda was asked for, and there is no CUDA device" in launch.output()
+    assert "machine.device: cuda was asked for, and there is no CUDA device" in launch.output()
     assert not run.output_dir.exists()
 
 
 def test_a_wrong_number_of_processes_is_refused_when_one_was_asked_for(tmp_path: Path) -> None:
-    launch = start(settings(tmp_path / "run", training__world_size=2))
+    launch = start(settings(tmp_path / "run", machine__world_size=2))
     assert launch.wait() == [2]
     assert "2 processes were asked for, the launch gives 1" in launch.output()
 
@@ -725,7 +725,7 @@ LAUNCHES = {
 def test_every_launcher_gives_two_cpu_processes_that_train_the_same_run(
     fifty_steps: config.Config, tmp_path: Path, launcher: str
 ) -> None:
-    run = settings(tmp_path / "run", **FIFTY, training__world_size=2)
+    run = settings(tmp_path / "run", **FIFTY, machine__world_size=2)
     path = tmp_path / "settings.yaml"
     path.write_text(config.to_yaml(run))
     environment = {

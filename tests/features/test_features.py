@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ddpm_ema import config, feature_training, metrics
+from ddpm_ema import classifier_training, config, metrics
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import (
@@ -151,7 +151,7 @@ def write_images(folder: Path, per_class: int, classes: int, seed: int = 0) -> N
 
 def settings(folder: Path, output: Path, **more: Any) -> config.Config:
     data = {"source": "folder", "path": str(folder), "image_size": 8, "channels": 1, "cache_dir": str(output / "cache")}
-    return config.validate({"output_dir": str(output), "data": data, "training": {"device": "cpu"}, **more})
+    return config.validate({"output_dir": str(output), "data": data, "machine": {"device": "cpu"}, **more})
 
 
 class TestTrainFeatures:
@@ -159,32 +159,32 @@ class TestTrainFeatures:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_images(tmp_path / "images", 15, 2)
-        path = feature_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
+        path = classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
         first, stamp = path.read_bytes(), path.stat().st_mtime_ns
         assert "images it never saw" in capsys.readouterr().out
-        assert feature_training.train_features(settings(tmp_path / "images", tmp_path / "run")) == path
+        assert classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run")) == path
         assert "already complete" in capsys.readouterr().out
         assert path.stat().st_mtime_ns == stamp
         os.remove(path)
-        feature_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
+        classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
         assert path.read_bytes() == first
 
     def test_other_data_or_another_seed_trains_anew_and_says_so(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_images(tmp_path / "images", 15, 2)
-        path = feature_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
+        path = classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
         first = path.read_bytes()
-        feature_training.train_features(settings(tmp_path / "images", tmp_path / "run", seed=1))
+        classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run", seed=1))
         write_images(tmp_path / "images", 15, 2, seed=5)
-        feature_training.train_features(settings(tmp_path / "images", tmp_path / "run", seed=1))
+        classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run", seed=1))
         assert capsys.readouterr().out.count("training it anew") == 2
         assert path.read_bytes() != first
 
     def test_data_without_labels_are_an_error_that_says_what_else_to_do(self, tmp_path: Path) -> None:
         write_images(tmp_path / "images", 10, 1)
         with pytest.raises(UserError, match=r"has no labels .* one folder a class, or score with"):
-            feature_training.train_features(settings(tmp_path / "images" / "class0", tmp_path / "run"))
+            classifier_training.train_features(settings(tmp_path / "images" / "class0", tmp_path / "run"))
         assert not (tmp_path / "run" / "features.safetensors").exists()
 
 

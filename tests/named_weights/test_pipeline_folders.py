@@ -19,10 +19,10 @@ from scored import again, figures, make_run, results, settings, start, weights
 
 from ddpm_ema import data, diffusion, metrics, model, sampling
 from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
-from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.network import Network
 from ddpm_ema.score.studio import Studio

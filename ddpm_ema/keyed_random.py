@@ -8,7 +8,7 @@ number of processes and a run split into micro-batches ask for the same position
 
 What is guaranteed:
 
-- `philox`, `words`, `integers`, `uniform`, `permutation`, `batch_indices`: the same bits on every device and for every
+- `philox`, `words`, `integers`, `uniform`: the same bits on every device and for every
   split of the positions.
 - `normal`: likewise the same bits. The library functions log, sin and cos may differ in the last bit from one
   instruction set or device to the next, so they are not used: the transform is built of float64 additions,
@@ -20,14 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import lru_cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 
-class Stream(IntEnum):
+class Purpose(IntEnum):
     """What a number is drawn for. A value is never used again for another purpose: it is part of the key."""
 
     ORDER = 0  # the permutation of an epoch: step = epoch, position = index in the data set
@@ -214,53 +213,3 @@ def seed_for(seed: int, stream: int, step: int, position: int = 0) -> int:
     """A 63-bit seed for a generator that is not ours (dropout masks: `torch.manual_seed`)."""
     w0, w1 = (int(word) for word in words(seed, stream, step, torch.tensor([position]), 2)[0])
     return (w0 << 31) | (w1 >> 1)
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    """The permutation itself; the last two are kept, since a batch may reach over the end of an epoch."""
-    keys = torch.empty(size, dtype=torch.int64)
-    for start in range(0, size, 1 << 20):
-        positions = torch.arange(start, min(start + (1 << 20), size))
-        w0, w1 = words(seed, Stream.ORDER, epoch, positions, 2).unbind(-1)
-        keys[start : start + len(positions)] = (w0 << 32) | w1
-    return torch.argsort(keys, stable=True)
-
-
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of epoch `epoch` (from 0) over a data set of `size` images: int64 `[size]` on the CPU."""
-    _check("size", size, 2**32)
-    return _epoch_order(seed, epoch, size).clone()
-
-
-def batch_indices(seed: int, step: int, positions: Tensor, batch_size: int, dataset_size: int) -> Tensor:
-    """Which image each position of the global batch takes: int64 `[n]` on the CPU.
-
-    Position p of step s (from 0) is item `s * batch_size + p` of the endless sequence of epochs, each a permutation of
-    the data set. A batch may reach over the end of an epoch; nothing is dropped and nothing repeated within an epoch.
-    """
-    if batch_size < 1 or dataset_size < 1:
-        raise ValueError(f"batch_size and dataset_size must be at least 1, got {batch_size} and {dataset_size}")
-    items = step * batch_size + positions.cpu()
-    epochs = items // dataset_size
-    indices = items % dataset_size
-    for epoch in sorted(set(epochs.tolist())):
-        chosen = epochs == epoch
-        indices[chosen] = _epoch_order(seed, epoch, dataset_size)[indices[chosen]]
-    return indices
-
-
-def partition(total: int, rank: int, world_size: int) -> range:
-    """The positions that process `rank` of `world_size` owns: contiguous, in order of rank, sizes at most one apart."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be at least 0 and below the world size {world_size}, got {rank}")
-    return range(total * rank // world_size, total * (rank + 1) // world_size)
-
-
-def micro_batches(positions: range, size: int | None) -> list[range]:
-    """`positions` cut into contiguous pieces of at most `size` (None: one piece), sizes at most one apart."""
-    if size is not None and size < 1:
-        raise ValueError(f"micro-batch size must be at least 1, got {size}")
-    pieces = 1 if size is None else max(1, -(-len(positions) // size))
-    cuts = [partition(len(positions), piece, pieces) for piece in range(pieces)]
-    return [positions[cut.start : cut.stop] for cut in cuts]

@@ -16,9 +16,9 @@ from scored import again, figures, make_run, results, settings, weights
 from tqdm import TqdmWarning, tqdm
 
 from ddpm_ema import data, diffusion, metrics, model, sampling, score
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
-from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score import studio
 from ddpm_ema.score.blocks import Block, DiskStore

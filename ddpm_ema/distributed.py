@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpm_ema.errors import PeerFailedError, StoppedError, UserError
+from ddpm_ema.messages import logger
 
 T = TypeVar("T")
 ROLL_CALL_SECONDS = 5.0
@@ -68,11 +68,11 @@ class Processes:
         StoppedError where the processes do not find each other within `timeout` seconds.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("training.device: cuda was asked for, and there is no CUDA device here; use auto or cpu")
+            raise UserError("machine.device: cuda was asked for, and there is no CUDA device here; use auto or cpu")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if expected is not None and launched != expected:
             raise UserError(
-                f"training.world_size: {expected} processes were asked for, the launch gives {launched}. Two CPU processes "
+                f"machine.world_size: {expected} processes were asked for, the launch gives {launched}. Two CPU processes "
                 "are `python -m ddpm_ema.launch --nproc-per-node 2 scripts/train.py ...`; "
                 "`accelerate launch --cpu --num_processes 2` gives one"
             )
@@ -151,7 +151,7 @@ class Processes:
             told = False
             while busy := [rank for rank, done in enumerate(self.gather(self._is_done(future))) if not done]:
                 if not told and self.rank == (0 if busy[0] else 1):
-                    say(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
+                    logger.info(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
                     told = True
         error = future.exception() if future is not None else None
         if error is not None and not isinstance(error, UserError):
@@ -351,7 +351,7 @@ def _never_met(launched: int, timeout: float, error: Exception) -> str:
     rank, address, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     return (
         f"rank {rank} of {launched} on {socket.gethostname()}: the processes did not all meet at {address}:{port} within "
-        f"{timeout:.0f} s (training.timeout), or one ended meanwhile: look at the output of the other ranks, check that every one of "
+        f"{timeout:.0f} s (machine.timeout), or one ended meanwhile: look at the output of the other ranks, check that every one of "
         f"them was started and can reach that address, and start all of them again ({_first_line(error)})"
     )
 
@@ -363,10 +363,3 @@ def _quietly(work: Callable[[], None]) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
-
-
-def say(message: str) -> None:
-    """A line for a person, on stderr, clear of progress bars."""
-    from tqdm import tqdm
-
-    tqdm.write(message, file=sys.stderr)

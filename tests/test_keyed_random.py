@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpm_ema import streams
-from ddpm_ema.streams import Stream
+from ddpm_ema import batch_order, keyed_random
+from ddpm_ema.keyed_random import Purpose
 
 # Random123's kat_vectors, the lines "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = [
@@ -27,24 +27,24 @@ KNOWN_ANSWERS = [
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
-    assert streams.philox(torch.tensor(counter), torch.tensor(key)).tolist() == answer
+    assert keyed_random.philox(torch.tensor(counter), torch.tensor(key)).tolist() == answer
 
 
 def test_philox_is_elementwise() -> None:
     counters = torch.randint(0, 2**32, (5, 3, 4))
     key = torch.tensor([7, 2**32 - 1])
-    together = streams.philox(counters, key)
+    together = keyed_random.philox(counters, key)
     assert together.shape == (5, 3, 4)
     for i, j in itertools.product(range(5), range(3)):
-        assert torch.equal(together[i, j], streams.philox(counters[i, j], key))
+        assert torch.equal(together[i, j], keyed_random.philox(counters[i, j], key))
 
 
 def test_words_are_philox_at_the_documented_counter_and_key() -> None:
     step = (5 << 32) + 9
-    got = streams.words(3, Stream.NOISE, step, torch.tensor([11, 2**32 - 1]), 6)
+    got = keyed_random.words(3, Purpose.NOISE, step, torch.tensor([11, 2**32 - 1]), 6)
     for row, position in zip(got, (11, 2**32 - 1), strict=True):
         blocks = [
-            streams.philox(torch.tensor([block, position, 9, 5]), torch.tensor([3, int(Stream.NOISE)]))
+            keyed_random.philox(torch.tensor([block, position, 9, 5]), torch.tensor([3, int(Purpose.NOISE)]))
             for block in range(2)
         ]
         assert torch.equal(row, torch.cat(blocks)[:6])
@@ -55,18 +55,18 @@ def test_no_two_of_seed_stream_step_position_and_block_share_numbers() -> None:
     seen = [
         tuple(block)
         for seed, stream, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 5), (0, 1, 2**32, 2**64 - 1))
-        for block in streams.words(seed, stream, step, positions, 16).reshape(-1, 4).tolist()
+        for block in keyed_random.words(seed, stream, step, positions, 16).reshape(-1, 4).tolist()
     ]
     assert len(set(seen)) == len(seen) == 3 * 3 * 4 * 8 * 4
 
 
 def test_stream_numbers_are_unique() -> None:
-    assert len({int(stream) for stream in Stream.__members__.values()}) == len(Stream.__members__)
+    assert len({int(stream) for stream in Purpose.__members__.values()}) == len(Purpose.__members__)
 
 
 def test_normals_are_box_muller_of_the_words() -> None:
-    got = streams.normal(1, Stream.NOISE, 2, torch.arange(4), (10, 10)).reshape(-1, 2).tolist()
-    pairs = streams.words(1, Stream.NOISE, 2, torch.arange(4), 100).reshape(-1, 2).tolist()
+    got = keyed_random.normal(1, Purpose.NOISE, 2, torch.arange(4), (10, 10)).reshape(-1, 2).tolist()
+    pairs = keyed_random.words(1, Purpose.NOISE, 2, torch.arange(4), 100).reshape(-1, 2).tolist()
     for (first, second), (radius_word, angle_word) in zip(got, pairs, strict=True):
         radius = math.sqrt(-2 * math.log((radius_word + 0.5) / 2**32))
         turn = math.pi if angle_word >> 31 else 0.0
@@ -77,13 +77,13 @@ def test_normals_are_box_muller_of_the_words() -> None:
 
 def test_the_transform_is_right_at_the_ends_of_its_range() -> None:
     ends = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
-    logs = streams._minus_two_log(ends.clone())
+    logs = keyed_random._minus_two_log(ends.clone())
     expected = [-2 * math.log1p((int(word) + 0.5) / 2**32 - 1) for word in ends]
     torch.testing.assert_close(logs, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
     assert (logs > 0).all()
     for radius_word, angle_word in itertools.product(ends.tolist(), repeat=2):
         out = torch.empty(1, 2)
-        streams._box_muller(torch.tensor([radius_word]), torch.tensor([angle_word]), out)
+        keyed_random._box_muller(torch.tensor([radius_word]), torch.tensor([angle_word]), out)
         assert out.isfinite().all()
         radius = math.sqrt(-2 * math.log1p((radius_word + 0.5) / 2**32 - 1))
         assert float(out.norm()) == pytest.approx(radius, rel=1e-6)
@@ -91,13 +91,13 @@ def test_the_transform_is_right_at_the_ends_of_its_range() -> None:
 
 def test_normals_have_the_same_bits_everywhere() -> None:
     """Made of correctly rounded operations only, so the digest holds on any machine, for any instruction set."""
-    values = streams.normal(2024, Stream.SAMPLE, 17, torch.arange(5), (3, 7, 11))
+    values = keyed_random.normal(2024, Purpose.SAMPLE, 17, torch.arange(5), (3, 7, 11))
     digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
     assert digest == "c262d584fae81d8ee9caa6ce7ca1995f2e53539f058b89b9af0334cb8d47adc9"
 
 
 def test_normals_are_standard_normal() -> None:
-    values = streams.normal(0, Stream.NOISE, 0, torch.arange(64), (4096,)).double()
+    values = keyed_random.normal(0, Purpose.NOISE, 0, torch.arange(64), (4096,)).double()
     n = values.numel()
     assert abs(float(values.mean())) < 4 / math.sqrt(n)
     assert abs(float(values.var()) - 1) < 4 * math.sqrt(2 / n)
@@ -107,13 +107,13 @@ def test_normals_are_standard_normal() -> None:
 
 
 def test_normals_are_uncorrelated_between_neighbours_positions_steps_and_streams() -> None:
-    base = streams.normal(0, Stream.NOISE, 5, torch.arange(32), (2048,)).double()
+    base = keyed_random.normal(0, Purpose.NOISE, 5, torch.arange(32), (2048,)).double()
     others = {
         "next element": base.roll(1, dims=1),
         "next position": base.roll(1, dims=0),
-        "next step": streams.normal(0, Stream.NOISE, 6, torch.arange(32), (2048,)).double(),
-        "other stream": streams.normal(0, Stream.SAMPLE, 5, torch.arange(32), (2048,)).double(),
-        "other seed": streams.normal(1, Stream.NOISE, 5, torch.arange(32), (2048,)).double(),
+        "next step": keyed_random.normal(0, Purpose.NOISE, 6, torch.arange(32), (2048,)).double(),
+        "other stream": keyed_random.normal(0, Purpose.SAMPLE, 5, torch.arange(32), (2048,)).double(),
+        "other seed": keyed_random.normal(1, Purpose.NOISE, 5, torch.arange(32), (2048,)).double(),
     }
     for name, other in others.items():
         assert abs(float((base * other).mean())) < 4 / math.sqrt(base.numel()), name
@@ -122,22 +122,22 @@ def test_normals_are_uncorrelated_between_neighbours_positions_steps_and_streams
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 8, 8), (3, 33, 31)])
 def test_normals_do_not_depend_on_how_positions_are_split_or_ordered(shape: tuple[int, ...]) -> None:
-    whole = streams.normal(9, Stream.NOISE, 3, torch.arange(37), shape)
+    whole = keyed_random.normal(9, Purpose.NOISE, 3, torch.arange(37), shape)
     assert whole.shape == (37, *shape)
     assert whole.dtype == torch.float32
-    parts = [streams.normal(9, Stream.NOISE, 3, part, shape) for part in torch.arange(37).split([1, 20, 16])]
+    parts = [keyed_random.normal(9, Purpose.NOISE, 3, part, shape) for part in torch.arange(37).split([1, 20, 16])]
     assert torch.equal(whole, torch.cat(parts))
     order = torch.randperm(37)
-    assert torch.equal(whole[order], streams.normal(9, Stream.NOISE, 3, order, shape))
+    assert torch.equal(whole[order], keyed_random.normal(9, Purpose.NOISE, 3, order, shape))
 
 
 def test_normals_do_not_depend_on_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = streams.normal(1, Stream.NOISE, 1, torch.arange(16), (3, 64, 64))
+        one = keyed_random.normal(1, Purpose.NOISE, 1, torch.arange(16), (3, 64, 64))
         torch.set_num_threads(2)
-        two = streams.normal(1, Stream.NOISE, 1, torch.arange(16), (3, 64, 64))
+        two = keyed_random.normal(1, Purpose.NOISE, 1, torch.arange(16), (3, 64, 64))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one, two)
@@ -147,17 +147,21 @@ def test_normals_do_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_stream_has_the_same_bits_on_the_gpu() -> None:
     positions = torch.arange(130)
-    on_gpu = streams.normal(4, Stream.NOISE, 12, positions, (3, 32, 32), device="cuda")
+    on_gpu = keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32), device="cuda")
     assert on_gpu.device.type == "cuda"
-    assert torch.equal(streams.normal(4, Stream.NOISE, 12, positions, (3, 32, 32)), on_gpu.cpu())
-    assert torch.equal(streams.words(4, 2, 12, positions, 7), streams.words(4, 2, 12, positions.cuda(), 7).cpu())
-    drawn = streams.integers(4, 2, 12, positions.cuda(), 1000).cpu()
-    assert torch.equal(streams.integers(4, 2, 12, positions, 1000), drawn)
-    assert torch.equal(streams.uniform(4, 2, 12, positions), streams.uniform(4, 2, 12, positions.cuda()).cpu())
+    assert torch.equal(keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32)), on_gpu.cpu())
+    assert torch.equal(
+        keyed_random.words(4, 2, 12, positions, 7), keyed_random.words(4, 2, 12, positions.cuda(), 7).cpu()
+    )
+    drawn = keyed_random.integers(4, 2, 12, positions.cuda(), 1000).cpu()
+    assert torch.equal(keyed_random.integers(4, 2, 12, positions, 1000), drawn)
+    assert torch.equal(
+        keyed_random.uniform(4, 2, 12, positions), keyed_random.uniform(4, 2, 12, positions.cuda()).cpu()
+    )
 
 
 def test_uniform_numbers_are_uniform_in_the_half_open_interval() -> None:
-    values = streams.uniform(0, Stream.FLIP, 0, torch.arange(100_000))
+    values = keyed_random.uniform(0, Purpose.FLIP, 0, torch.arange(100_000))
     assert values.dtype == torch.float64
     assert 0 <= float(values.min()) < float(values.max()) < 1
     assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
@@ -165,7 +169,7 @@ def test_uniform_numbers_are_uniform_in_the_half_open_interval() -> None:
 
 @pytest.mark.parametrize("bound", [1, 3, 10, 1000])
 def test_integers_are_uniform_below_the_bound(bound: int) -> None:
-    values = streams.integers(0, Stream.TIMESTEP, 0, torch.arange(100_000), bound)
+    values = keyed_random.integers(0, Purpose.TIMESTEP, 0, torch.arange(100_000), bound)
     counts = torch.bincount(values, minlength=bound)
     assert len(counts) == bound
     if bound > 1:
@@ -175,55 +179,55 @@ def test_integers_are_uniform_below_the_bound(bound: int) -> None:
 def test_integers_are_the_upper_half_of_a_64_bit_product() -> None:
     positions = torch.arange(50)
     for bound in (7, 2**31):
-        pairs = streams.words(5, Stream.TIMESTEP, 1, positions, 2).tolist()
+        pairs = keyed_random.words(5, Purpose.TIMESTEP, 1, positions, 2).tolist()
         expected = [(((high << 32) | low) * bound) >> 64 for high, low in pairs]
-        assert streams.integers(5, Stream.TIMESTEP, 1, positions, bound).tolist() == expected
+        assert keyed_random.integers(5, Purpose.TIMESTEP, 1, positions, bound).tolist() == expected
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
-    orders = [streams.permutation(0, epoch, 1000) for epoch in range(3)]
+    orders = [batch_order.permutation(0, epoch, 1000) for epoch in range(3)]
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(1000))
         assert int((order == torch.arange(1000)).sum()) < 10
     assert int((orders[0] == orders[1]).sum()) < 10
-    assert not torch.equal(orders[0], streams.permutation(1, 0, 1000))
-    assert torch.equal(orders[0], streams.permutation(0, 0, 1000))
+    assert not torch.equal(orders[0], batch_order.permutation(1, 0, 1000))
+    assert torch.equal(orders[0], batch_order.permutation(0, 0, 1000))
 
 
 def test_changing_a_returned_permutation_changes_nothing_later() -> None:
-    streams.permutation(0, 0, 10).zero_()
-    assert torch.equal(streams.permutation(0, 0, 10).sort().values, torch.arange(10))
+    batch_order.permutation(0, 0, 10).zero_()
+    assert torch.equal(batch_order.permutation(0, 0, 10).sort().values, torch.arange(10))
 
 
 @pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 4), (7, 7), (5, 16), (100, 3)])
 def test_every_image_comes_once_an_epoch_also_across_batch_borders(dataset_size: int, batch_size: int) -> None:
     steps = 3 * dataset_size
     positions = torch.arange(batch_size)
-    drawn = torch.cat([streams.batch_indices(0, s, positions, batch_size, dataset_size) for s in range(steps)])
+    drawn = torch.cat([batch_order.batch_indices(0, s, positions, batch_size, dataset_size) for s in range(steps)])
     for epoch, order in enumerate(drawn[: len(drawn) // dataset_size * dataset_size].split(dataset_size)):
-        assert torch.equal(order, streams.permutation(0, epoch, dataset_size))
+        assert torch.equal(order, batch_order.permutation(0, epoch, dataset_size))
 
 
 def test_batch_indices_do_not_depend_on_how_the_batch_is_split() -> None:
-    whole = streams.batch_indices(3, 41, torch.arange(24), 24, 50)
+    whole = batch_order.batch_indices(3, 41, torch.arange(24), 24, 50)
     for world_size in (1, 2, 5):
         parts = []
         for rank in range(world_size):
-            for piece in streams.micro_batches(streams.partition(24, rank, world_size), 3):
-                parts.append(streams.batch_indices(3, 41, torch.arange(piece.start, piece.stop), 24, 50))
+            for piece in batch_order.micro_batches(batch_order.partition(24, rank, world_size), 3):
+                parts.append(batch_order.batch_indices(3, 41, torch.arange(piece.start, piece.stop), 24, 50))
         assert torch.equal(whole, torch.cat(parts))
 
 
 @pytest.mark.parametrize(("total", "world_size"), [(0, 1), (7, 3), (128, 8), (3, 5)])
 def test_partition_is_contiguous_complete_and_balanced(total: int, world_size: int) -> None:
-    shares = [streams.partition(total, rank, world_size) for rank in range(world_size)]
+    shares = [batch_order.partition(total, rank, world_size) for rank in range(world_size)]
     assert [position for share in shares for position in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("size", [None, 1, 3, 100])
 def test_micro_batches_cover_the_share_within_the_bound(size: int | None) -> None:
-    pieces = streams.micro_batches(range(10, 20), size)
+    pieces = batch_order.micro_batches(range(10, 20), size)
     assert [position for piece in pieces for position in piece] == list(range(10, 20))
     assert max(map(len, pieces)) <= (size or 10)
     assert len(pieces) == -(-10 // (size or 10))
@@ -232,24 +236,24 @@ def test_micro_batches_cover_the_share_within_the_bound(size: int | None) -> Non
 def test_numbers_outside_the_key_are_refused() -> None:
     here = torch.arange(2)
     with pytest.raises(ValueError, match="seed must be"):
-        streams.words(2**32, 0, 0, here, 1)
+        keyed_random.words(2**32, 0, 0, here, 1)
     with pytest.raises(ValueError, match="step must be"):
-        streams.words(0, 0, -1, here, 1)
+        keyed_random.words(0, 0, -1, here, 1)
     with pytest.raises(ValueError, match="every position"):
-        streams.normal(0, 0, 0, torch.tensor([2**32]), (2,))
+        keyed_random.normal(0, 0, 0, torch.tensor([2**32]), (2,))
     with pytest.raises(ValueError, match="every position"):
-        streams.words(0, 0, 0, torch.tensor([-1]), 1)
+        keyed_random.words(0, 0, 0, torch.tensor([-1]), 1)
     with pytest.raises(ValueError, match="int64"):
-        streams.words(0, 0, 0, torch.tensor([0.0]), 1)
+        keyed_random.words(0, 0, 0, torch.tensor([0.0]), 1)
     with pytest.raises(ValueError, match="bound"):
-        streams.integers(0, 0, 0, here, 2**31 + 1)
+        keyed_random.integers(0, 0, 0, here, 2**31 + 1)
     with pytest.raises(ValueError, match="rank"):
-        streams.partition(4, 2, 2)
+        batch_order.partition(4, 2, 2)
     with pytest.raises(ValueError, match="micro-batch"):
-        streams.micro_batches(range(4), 0)
+        batch_order.micro_batches(range(4), 0)
 
 
 def test_a_seed_for_another_generator_fits_it_and_differs_by_step_and_position() -> None:
-    seeds = {streams.seed_for(0, Stream.DROPOUT, step, rank) for step in range(10) for rank in range(4)}
+    seeds = {keyed_random.seed_for(0, Purpose.DROPOUT, step, rank) for step in range(10) for rank in range(4)}
     assert len(seeds) == 40
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -13,9 +13,9 @@ from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
 from ddpm_ema import score
+from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, StoppedError, UserError
 from ddpm_ema.features import open_extractor
-from ddpm_ema.processes import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score import together
 from ddpm_ema.score.network import check_capabilities

@@ -17,7 +17,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from safetensors.torch import save_file
 
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, model, sampling, streams
+from ddpm_ema import diffusion, keyed_random, model, sampling
 from ddpm_ema import export as exporting
 from ddpm_ema.averaging import write_snapshot
 from ddpm_ema.averaging.profiles import PowerFunction
@@ -205,7 +205,9 @@ def test_the_cards_code_makes_the_scored_images_in_a_process_without_this_packag
         write_scores(run, 10, weights="raw", evaluation=evaluation)
         export(run.path, "raw", tmp_path / "out" / name)
         made[name] = sampled_as_scored(run, config, settings.EvaluationSettings(**evaluation), indices)
-    noise = torch.stack([streams.normal(0, streams.Stream.SAMPLE, step, indices, shape) for step in range(21)])
+    noise = torch.stack(
+        [keyed_random.normal(0, keyed_random.Purpose.SAMPLE, step, indices, shape) for step in range(21)]
+    )
     save_file({"noise": noise}, tmp_path / "noise.safetensors")
     folders = [str(tmp_path / "out" / name) for name in CASES]
     reader = subprocess.run([sys.executable, "-c", READER, *folders], cwd=tmp_path, capture_output=True, text=True)
@@ -411,7 +413,7 @@ def flip_a_bit(path: Path) -> None:
 def test_the_script_answers_a_mistake_with_one_message_and_exit_code_2(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "export.py"
+    script = Path(__file__).parents[2] / "scripts" / "export.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(run.path), "nonsense", "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
@@ -422,7 +424,7 @@ def test_the_script_answers_a_mistake_with_one_message_and_exit_code_2(
 def test_the_script_writes_the_folder_and_says_how_to_load_it(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, folder = Path(__file__).parents[1] / "scripts" / "export.py", tmp_path / "out"
+    script, folder = Path(__file__).parents[2] / "scripts" / "export.py", tmp_path / "out"
     monkeypatch.setattr(sys, "argv", [str(script), str(run.path), "ema_0_999@50", "--output", str(folder)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
