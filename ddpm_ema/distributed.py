@@ -169,6 +169,16 @@ class Processes:
             raise errors[0]
 
     @contextlib.contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Raises on every rank a UserError that any rank raises inside; a collective at its end."""
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        self.raise_together(error)
+
+    @contextlib.contextmanager
     def naming_lost_ranks(self, what: str) -> Iterator[None]:
         """Turns a failed collective into one message that names the rank that is gone."""
         try:

@@ -1,4 +1,4 @@
-"""One way to write a safetensors file: contiguous, readable as the umask says, on disk when the call returns."""
+"""One way to write a safetensors file: whole or not at all, contiguous, readable as the umask says, on disk when it returns."""
 
 from __future__ import annotations
 
@@ -23,22 +23,38 @@ def is_pickle(head: bytes) -> bool:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write and sync one safetensors file in place (for one that appears whole, write beside the target and rename).
+    """Write one safetensors file beside its target, sync it, and rename it: `path` is the old file or the new one.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder is made if need be.
         tensors: name -> tensor of any layout and device; channels-last ones, which safetensors refuses, are made contiguous.
         metadata: text stored in the header.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be created.
         safetensors.SafetensorError: it cannot be written, such as on a full disk.
     """
-    # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask and
-    # the folder's default ACL give; asking for the umask itself would change it for every thread.
-    with open(path, "wb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
-    os.chmod(path, mode)
-    with open(path, "rb+") as file:  # against a power cut, which no test can make
-        os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask
+        # and the folder's default ACL give; asking for the umask itself would change it for every thread.
+        with open(temporary, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        save_file(contiguous, temporary, dict(metadata or {}))
+        os.chmod(temporary, mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Put a file's content, or a folder's names, on disk, against a power cut, which no test can make."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +98,7 @@ def write_snapshot(
     dtype: torch.dtype = torch.float32,
     every: int = 1,
 ) -> Snapshot:
-    """Store an average, whole or not at all: written beside the target, flushed to disk, renamed. Equal ones give equal bytes.
+    """Store an average, whole or not at all (`files.save_tensors`). Equal ones give equal bytes.
 
     Args:
         path: the file; its folder is made if need be.
@@ -120,14 +119,8 @@ def write_snapshot(
             f"step, every: expected at least 0 completed steps and 1 between updates, got {step!r} and {every!r}"
         )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_tensors(temporary, stored, snapshot_metadata(step, profile, every))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(path, stored, snapshot_metadata(step, profile, every))
     return Snapshot(step=step, profile=profile, path=path, every=every)
 
 

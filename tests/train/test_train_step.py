@@ -16,20 +16,20 @@ from ddpm_ema import score, train
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import DivergedError, UserError
-from ddpm_ema.logbook import Window
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step
-from ddpm_ema.train.trainer import Share, Trainer, build
+from ddpm_ema.train.metrics_log import RunningMeans
+from ddpm_ema.train.trainer import MicroBatch, Trainer, build
 
 
 def trainer_of(run: Config) -> Trainer:
     return build(run, Processes.start("cpu"), RunDir(run.output_dir))
 
 
-def share_of(trainer: Trainer, first: int, last: int) -> Share:
+def micro_batch_of(trainer: Trainer, first: int, last: int) -> MicroBatch:
     """Positions `first` to `last` of a global batch that takes the images in their order."""
     indices = torch.arange(first, last)
-    return Share(indices, indices, trainer.dataset.batch(indices))
+    return MicroBatch(indices, indices, trainer.dataset.batch(indices))
 
 
 def shown(trainer: Trainer, first: int, last: int) -> tuple[Tensor, Tensor | None]:
@@ -41,7 +41,7 @@ def shown(trainer: Trainer, first: int, last: int) -> tuple[Tensor, Tensor | Non
         return x_0.flatten(1).mean(1)
 
     trainer.objective.loss = loss  # type: ignore[method-assign, assignment]
-    step.image_losses(trainer, share_of(trainer, first, last))
+    step.image_losses(trainer, micro_batch_of(trainer, first, last))
     return seen[0]
 
 
@@ -92,20 +92,20 @@ def test_tries_that_fp16_skipped_are_not_in_the_logged_loss(tmp_path: Path, monk
     trainer = trainer_of(settings(tmp_path / "run", training__mixed_precision="fp16"))
     moved, skipped = [], 0
     while trainer.step < 3:
-        if step.train_step(trainer, [share_of(trainer, 0, 16)]):
+        if step.train_step(trainer, [micro_batch_of(trainer, 0, 16)]):
             moved.append(tries[-1])
         else:
             skipped += 1
     assert skipped >= 2
-    row = trainer.window.means(trainer.processes)
+    row = trainer.means.means(trainer.processes)
     assert row["loss"] == pytest.approx(float(torch.cat(moved).double().mean()), rel=1e-12)
 
 
-def window_row(windows: list[Window]) -> dict[str, float | None]:
-    """The row that so many processes, each with its window, write together."""
-    total = torch.stack([window.sums for window in windows]).sum(0)
-    processes: Any = SimpleNamespace(world_size=len(windows), sum_=lambda _: total)
-    return windows[0].means(processes)
+def row_of(means: list[RunningMeans]) -> dict[str, float | None]:
+    """The row that so many processes, each with its means, write together."""
+    total = torch.stack([one.sums for one in means]).sum(0)
+    processes: Any = SimpleNamespace(world_size=len(means), sum_=lambda _: total)
+    return means[0].means(processes)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
@@ -113,19 +113,19 @@ def test_a_row_that_spans_a_change_in_the_number_of_processes_has_the_means_of_a
     before: int, after: int
 ) -> None:
     """Every process counts each step and its norm once, and the losses of its own images."""
-    windows = [Window(torch.device("cpu"), 100) for _ in range(before)]
-    for rank, window in enumerate(windows):
+    means = [RunningMeans(torch.device("cpu"), 100) for _ in range(before)]
+    for rank, one in enumerate(means):
         for norm in (1.0, 3.0):
-            window.add_step(torch.tensor(norm))
-            window.add_losses(torch.tensor([0.5 + rank, 0.7]), torch.tensor([10, 90]))
-    state = [window.sums.tolist() for window in windows]
-    expected = window_row(windows)
-    resumed = [Window(torch.device("cpu"), 100) for _ in range(after)]
-    for rank, window in enumerate(resumed):
+            one.add_step(torch.tensor(norm))
+            one.add_losses(torch.tensor([0.5 + rank, 0.7]), torch.tensor([10, 90]))
+    state = [one.sums.tolist() for one in means]
+    expected = row_of(means)
+    resumed = [RunningMeans(torch.device("cpu"), 100) for _ in range(after)]
+    for rank, one in enumerate(resumed):
         processes: Any = SimpleNamespace(rank=rank, world_size=after, is_main=rank == 0)
-        window.load(state, processes)
-        window.add_step(torch.tensor(5.0))
-    row = window_row(resumed)
+        one.load(state, processes)
+        one.add_step(torch.tensor(5.0))
+    row = row_of(resumed)
     assert row.pop("grad_norm") == pytest.approx((1 + 3 + 5) / 3)
     assert expected.pop("grad_norm") == pytest.approx(2)
     assert row == pytest.approx(expected)
@@ -163,8 +163,8 @@ def test_where_checks_are_read_late_as_on_cuda_nothing_unchecked_is_kept(
     """The weights are not finite from step 6 on; the checks are read two steps late, or before anything is kept."""
     image_losses = step.image_losses
 
-    def poisoned(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
-        loss, timesteps = image_losses(trainer, share)
+    def poisoned(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        loss, timesteps = image_losses(trainer, micro_batch)
         return (loss * torch.nan if trainer.step == 5 else loss), timesteps
 
     monkeypatch.setattr(step, "image_losses", poisoned)

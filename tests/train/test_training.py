@@ -153,15 +153,15 @@ def test_two_processes_of_which_one_is_killed_go_on_bit_equal(tmp_path: Path) ->
 
 def slow_saving() -> None:
     """Holds every save open for a second, before its manifest is written."""
-    import ddpm_ema.rundir as rundir
+    from ddpm_ema.rundir import checkpoint
 
-    write = rundir._write_entry
+    write = checkpoint._write_file
 
     def slowly(*args: object) -> object:
         time.sleep(0.35)
         return write(*args)  # type: ignore[arg-type]
 
-    rundir._write_entry = slowly  # type: ignore[assignment]
+    checkpoint._write_file = slowly  # type: ignore[assignment]
 
 
 def test_a_kill_in_the_middle_of_a_save_falls_back_to_the_checkpoint_before(
@@ -763,7 +763,7 @@ def test_an_unknown_tracker_is_an_error_that_lists_those_there_are(tmp_path: Pat
 @pytest.mark.parametrize("step", [7, 200, 300, 12_345])
 def test_the_weighting_that_a_manifest_carries_is_a_smooth_density_at_any_step(step: int) -> None:
     from ddpm_ema import PowerFunction, Uniform
-    from ddpm_ema.train.state import weighting_points
+    from ddpm_ema.train.checkpointing import weighting_points
 
     assert weighting_points(Uniform(), step) == pytest.approx([1.0] * 200)
     points = weighting_points(PowerFunction(std=0.1), step)

@@ -1,4 +1,4 @@
-"""What a run says of itself: sums over the steps since the last row, rows of metrics.jsonl, trackers, and a progress bar."""
+"""The metrics of a run: means over the steps since the last row, rows of metrics.jsonl, trackers, and a progress bar."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ QUARTERS = 4
 _LOSS, _COUNT, _NORM, _STEPS = slice(0, QUARTERS), slice(QUARTERS, 2 * QUARTERS), 2 * QUARTERS, 2 * QUARTERS + 1
 
 
-class Window:
+class RunningMeans:
     """Sums since the last logged row, on the device, so that no step waits for them.
 
-    Checkpoints carry them (one vector a rank), so that the row after a resume is the row that would have been.
+    Checkpoints carry them (one vector per rank), so that the first row after a resume is that of an undisturbed run.
     """
 
     def __init__(self, device: torch.device, num_train_timesteps: int) -> None:
@@ -32,7 +32,7 @@ class Window:
         self.num_train_timesteps = num_train_timesteps
 
     def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
-        """losses: fp32 [n], one an image; timesteps: int64 [n]."""
+        """losses: fp32 [n], one per image; timesteps: int64 [n]."""
         quarter = timesteps * QUARTERS // self.num_train_timesteps
         self.sums[_LOSS].index_add_(0, quarter, losses.detach().double())
         self.sums[_COUNT].index_add_(0, quarter, torch.ones_like(losses, dtype=torch.float64))
@@ -42,7 +42,7 @@ class Window:
         self.sums[_STEPS] += 1
 
     def means(self, processes: Processes) -> dict[str, float | None]:
-        """Means over the window and over all processes. A collective."""
+        """Means over the steps since the last `clear` and over all processes. A collective."""
         sums = processes.sum_(self.sums.to("cpu", copy=True))
         norm, steps = sums[_NORM] / processes.world_size, sums[_STEPS] / processes.world_size
         row: dict[str, float | None] = {"loss": (sums[_LOSS].sum() / sums[_COUNT].sum()).item()}
@@ -53,11 +53,11 @@ class Window:
         return row
 
     def clear(self) -> None:
-        """Starts a new window."""
+        """Starts anew."""
         self.sums.zero_()
 
     def state(self, processes: Processes) -> list[list[float]]:
-        """One vector a rank. A collective."""
+        """One vector per rank. A collective."""
         return processes.gather(self.sums.tolist())
 
     def load(self, state: list[list[float]], processes: Processes) -> None:
@@ -72,8 +72,8 @@ class Window:
             self.sums[_NORM:] *= processes.world_size / len(rows)
 
 
-class Logbook:
-    """Writes rows: metrics.jsonl always, trackers while they work, the bar for a person. Only rank 0 writes."""
+class MetricsLog:
+    """Writes rows to metrics.jsonl, to trackers while they work, and shows a progress bar. Only rank 0 writes."""
 
     def __init__(self, rundir: RunDir, processes: Processes, total: int, batch_size: int) -> None:
         self.rundir, self.processes, self.batch_size = rundir, processes, batch_size
