@@ -13,9 +13,9 @@ import torch
 
 from ddpm_ema import config
 from ddpm_ema.averaging import RAW, Snapshot, write_snapshot
+from ddpm_ema.averaging.files import open_safetensors
 from ddpm_ema.averaging.posthoc import fit
 from ddpm_ema.averaging.profiles import BiasCorrected, ConstantDecay, PowerFunction, Profile, Uniform, profile_to_dict
-from ddpm_ema.averaging.snapshots import open_safetensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.reconstruction import main, parse_target

@@ -1,29 +1,60 @@
-"""One way to write a safetensors file: whole or not at all, contiguous, readable as the umask says, on disk when it returns."""
+"""Files that appear whole or not at all, and the one way to write and to open safetensors ones. Loads torch only to write."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD_BYTES = 9
 """How many first bytes `is_pickle` asks for."""
 
 
-def is_pickle(head: bytes) -> bool:
-    """Whether a file that begins so is a pickle, or the zip archive of one that `torch.save` writes.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives an empty temporary beside `path`; what is written to it becomes `path` at the end, whole or not at all.
 
-    safetensors begins with its header's length in eight bytes, which may be those of a pickle, and then an opening brace.
+    An error inside leaves `path` as it was. What a kill leaves behind is named `.<name>.<process>.partial`.
+
+    Args:
+        path: the file; its folder is made if need be.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        open(temporary, "xb").close()  # "x": a link that a stranger left there is not followed
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # a read-only folder refuses this, too
+            temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on disk, against a power cut, which no test can make."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file beside its target, sync it, and rename it: `path` is the old file or the new one.
+    """Write one safetensors file, whole or not at all, readable as the umask says, on disk when the call returns.
 
     Args:
         path: the file; its folder is made if need be.
@@ -34,27 +65,38 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: it cannot be created.
         safetensors.SafetensorError: it cannot be written, such as on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
         # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask
         # and the folder's default ACL give; asking for the umask itself would change it for every thread.
-        with open(temporary, "wb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        save_file(contiguous, temporary, dict(metadata or {}))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
         os.chmod(temporary, mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
-def _sync(path: Path) -> None:
-    """Put a file's content, or a folder's names, on disk, against a power cut, which no test can make."""
-    descriptor = os.open(path, os.O_RDONLY)
+def open_safetensors(path: Path) -> safe_open:
+    """`safe_open` on the CPU, with a message that says what is wrong with the file.
+
+    Raises:
+        ValueError: it is a pickle (refused unread), truncated, or otherwise no safetensors file.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    if is_pickle(head):
+        raise ValueError(
+            f"{path}: this is a pickle, which can run code when it is read: refused. Convert it to safetensors"
+        )
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that begins so is a pickle, or the zip archive of one that `torch.save` writes.
+
+    safetensors begins with its header's length in eight bytes, which may be those of a pickle, and then an opening brace.
+    """
+    return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")

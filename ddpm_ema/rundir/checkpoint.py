@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_ema.averaging.files import save_tensors, sync
 from ddpm_ema.errors import UserError
-from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors, require_space, sync_folder
+from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors, require_space
 from ddpm_ema.rundir.layout import step_of
 
 if TYPE_CHECKING:
@@ -118,8 +119,6 @@ def write_checkpoint(
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Writes one file; returns its entry in the manifest."""
-    from ddpm_ema.averaging.files import save_tensors  # loads torch, which the report does without
-
     save_tensors(path, tensors)
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
@@ -130,5 +129,5 @@ def _move_into_place(partial: Path, target: Path) -> None:
     if target.exists():
         os.replace(target, doomed)
     os.replace(partial, target)
-    sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(doomed, ignore_errors=True)

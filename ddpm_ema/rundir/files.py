@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all, are checked when they are read, and say what to do when the disk is full.
+"""Files of a run: written whole or not at all, checked when they are read, with a message when the disk is full.
 
-Tensors are written by `averaging.files.save_tensors`, which likewise writes beside the target and renames. What a kill leaves
-behind starts with a dot and ends with `.partial` or `.deleted`; it is never read.
+Tensors are written by `averaging.files.save_tensors`.
 """
 
 from __future__ import annotations
@@ -17,36 +16,17 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from ddpm_ema.averaging.files import open_safetensors, replacing
 from ddpm_ema.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sync_folder(path: Path) -> None:
-    """Makes renames inside `path` survive a power cut. No test can show it, nor what any other fsync here is for."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes `data` to a temporary beside `path`, syncs it and renames it, so that `path` is the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # "x": a link that a stranger left there is not followed
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # a read-only folder refuses this, too
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    """Writes `data` to `path`, which is the old file or the new one at any time."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -55,8 +35,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it cannot be read, is no whole safetensors file, or is a pickle, which is refused unread.
     """
-    from ddpm_ema.averaging.snapshots import open_safetensors  # loads torch, which the report does without
-
     try:
         with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
