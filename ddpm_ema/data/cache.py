@@ -5,13 +5,14 @@
       meta.json      shape, fingerprint, unreadable images
 
 The key covers the source's stamp and the conversion, so changed files give another folder; the pixels must have the sha256 that
-meta.json names, or they are decoded again. A folder appears whole (by a
-rename of a temporary one beside it) or not at all; a lock lets one process decode while the others wait for it.
+meta.json names, or they are decoded again. A folder appears whole (a temporary one beside it is renamed) or not at all; a lock
+lets one process decode while the others wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ema.averaging.files import sync
 from ddpm_ema.data import convert
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding, Pixels, check_bad
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
+from ddpm_ema.rundir import atomic_write
 
 _HASHED_AT_ONCE = 4096  # images
 
@@ -44,7 +47,7 @@ class Cached:
 
 
 def digest_settings(conversion: Conversion) -> dict[str, Any]:
-    """What a fingerprint says of how pixels were made."""
+    """The part of a fingerprint that says how pixels were made."""
     return {"version": convert.VERSION, **asdict(conversion)}
 
 
@@ -64,11 +67,12 @@ class Fingerprint:
         return self._hash.hexdigest()
 
 
-def kept(source: Source, bad: list[tuple[int, str]]) -> Tensor:
-    """int64 indices, in the source, of the images that could be read."""
+def readable(source: Source, bad: list[tuple[int, str]]) -> tuple[Tensor, Tensor | None]:
+    """Of the images that are not `bad`: indices in the source, and labels if there are any, int64 `[n]` each."""
     keep = torch.ones(len(source), dtype=torch.bool)
     keep[[index for index, _ in bad]] = False
-    return keep.nonzero()[:, 0]
+    indices = keep.nonzero()[:, 0]
+    return indices, None if source.labels is None else source.labels[indices]
 
 
 def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir: Path) -> Cached:
@@ -91,7 +95,8 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
                     _write(folder, source, conversion, max_bad)
                     found = _read(folder, source, conversion)
     except OSError as error:
-        space = shutil.disk_usage(_existing(folder)).free
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        space = shutil.disk_usage(existing).free
         needed = len(source) * conversion.channels * conversion.size**2
         raise UserError(
             f"cannot keep decoded images in {cache_dir}: {error.strerror} ({needed:,} bytes needed, {space:,} free): "
@@ -100,10 +105,6 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
     assert found is not None
     check_bad(source, found.bad, max_bad)
     return found
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None:
@@ -125,8 +126,8 @@ def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None
     content = Fingerprint(conversion)
     for pixels in images.split(_HASHED_AT_ONCE):
         content.update(pixels.numpy())
-    labels = None if source.labels is None else source.labels[kept(source, bad)]
-    return Cached(images, bad, fingerprint) if content.hexdigest(labels) == fingerprint else None
+    whole = content.hexdigest(readable(source, bad)[1]) == fingerprint
+    return Cached(images, bad, fingerprint) if whole else None
 
 
 def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -> None:
@@ -140,28 +141,20 @@ def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -
                 file.write(pixels.data)
                 fingerprint.update(pixels)
                 count += len(pixels)
-            _sync(file)
-        labels = None if source.labels is None else source.labels[kept(source, decoding.bad)]
+        sync(temporary / "images.u8")
         meta = {
             "schema": 1,
             "name": source.name,
             "count": count,
             **digest_settings(conversion),
             "bad": decoding.bad,
-            "fingerprint": fingerprint.hexdigest(labels),
+            "fingerprint": fingerprint.hexdigest(readable(source, decoding.bad)[1]),
         }
-        with open(temporary / "meta.json", "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            _sync(file)
+        atomic_write(temporary / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -172,9 +165,7 @@ def _locked(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -28,7 +28,7 @@ UNREADABLE = (
     RuntimeError,  # AVIF
 )
 """What Pillow and the data-set libraries raise for a file that is damaged or no image at all."""
-_AT_ONCE = 64  # images a task of the pool
+_AT_ONCE = 64  # images per task of the pool
 
 
 def num_cores() -> int:
@@ -48,10 +48,15 @@ def decode(source: Source, conversion: Conversion, index: int) -> Pixels:
 
 
 def reason(error: BaseException) -> str:
-    """One line of a library's exception."""
+    """Why an image cannot be read, in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow knows"  # its own words repeat the path
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass
@@ -109,7 +114,7 @@ def _progress(total: int, what: str) -> tqdm[Any]:
 
 
 def check_bad(source: Source, bad: list[tuple[int, str]], max_bad: int) -> None:
-    """UserError that names the unreadable images, where they are more than allowed."""
+    """Raises UserError that names the unreadable images, if there are more than allowed."""
     if len(bad) > max_bad:
         lines = [f"  {source.where(index)}: {why}" for index, why in bad[:10]]
         allowed = "none is allowed" if max_bad == 0 else f"{max_bad} are allowed"

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def _close_all() -> None:
 
 def stream(
     source: Source, conversion: Conversion, index_batches: Iterable[list[int]], num_workers: int
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """uint8 `[n, C, H, W]` for each list of source indices, in order. UserError names an unreadable image.
 
     Workers start with the first batch asked for, and end with the last one, with an error, or when this is closed.

@@ -146,8 +146,7 @@ def batches_of(trainer: Trainer) -> Generator[list[MicroBatch], None, None]:
         for _ in range(trainer.step, training.steps):
             yield [MicroBatch(positions, next(keys), next(images)) for positions in pieces]
     finally:
-        if hasattr(images, "close"):  # a cached data set has no workers to end
-            images.close()
+        images.close()  # ends data workers
 
 
 def log(trainer: Trainer) -> None:

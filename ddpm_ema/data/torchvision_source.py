@@ -15,7 +15,8 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ema.data.library import IndexedSource
+from ddpm_ema.data.decode import one_line
+from ddpm_ema.data.indexed_source import IndexedSource
 from ddpm_ema.errors import UserError
 
 
@@ -116,18 +117,14 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
         try:
             return kind(**arguments, **attempt)
         except ValueError as error:  # torchvision's own check of an argument
-            raise UserError(f"data.name, data.split: {kind.__name__}: {_line(error)}") from None
+            raise UserError(f"data.name, data.split: {kind.__name__}: {one_line(error)}") from None
         except (OSError, RuntimeError, ImportError) as error:  # not there; no network; a reading library is missing
             failures.append(error)
     how = "downloading it failed" if len(attempts) > 1 else "it has no download"
     raise UserError(
-        f"torchvision's {kind.__name__} is not under {root} and {how} ({_line(failures[-1])}): copy the set there from a "
+        f"torchvision's {kind.__name__} is not under {root} and {how} ({one_line(failures[-1])}): copy the set there from a "
         "machine that has it (data.path names the folder), or connect this one"
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_images(name: str, data: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_ema.data.library import IndexedSource
+from ddpm_ema.data.decode import one_line
+from ddpm_ema.data.indexed_source import IndexedSource
 from ddpm_ema.errors import UserError
 
 
@@ -73,8 +74,7 @@ def _load(datasets: Any, name: str, split: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # the library and the network beneath it raise what they like
-        line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"Hub data set {name!r}, split {split!r}, could not be loaded ({line}): check its name and the network, or "
-            "set data.name to a folder that holds it"
+            f"Hub data set {name!r}, split {split!r}, could not be loaded ({one_line(error)[:300]}): check its name and the "
+            "network, or set data.name to a folder that holds it"
         ) from None

@@ -109,10 +109,7 @@ class _Walk:
     skipped: list[str] = field(default_factory=list)
     num_ignored: int = 0
 
-    def files(self) -> Iterator[_File]:
-        yield from self._folder("", ())
-
-    def _folder(self, relative: str, above: tuple[tuple[int, int], ...]) -> Iterator[_File]:
+    def files(self, relative: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[_File]:
         """`above` holds (device, inode) of the folders on the way here: a link back to one of them is a loop."""
         folder = self.root / relative
         try:
@@ -128,7 +125,7 @@ class _Walk:
             if entry.name.startswith("."):
                 self.num_ignored += 1
             elif _is_folder(entry):
-                yield from self._folder(inside, (*above, (here.st_dev, here.st_ino)))
+                yield from self.files(inside, (*above, (here.st_dev, here.st_ino)))
             else:
                 yield from self._file(entry, inside)
 
