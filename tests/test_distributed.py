@@ -13,7 +13,7 @@ import torch
 from live_runs import free_port, settings, start
 from PIL import Image
 
-from ddpm_ema.distributed import _is_communication
+from ddpm_ema.lost_ranks import is_communication
 
 ALONE = """
 import sys
@@ -81,10 +81,10 @@ def break_rank_1() -> None:
 
     step = loop.train_step
 
-    def breaks(trainer, shares):  # type: ignore[no-untyped-def]
+    def breaks(trainer, micro_batches):
         if trainer.processes.rank == 1 and trainer.step == 2:
             raise torch.OutOfMemoryError("no memory left")
-        return step(trainer, shares)
+        return step(trainer, micro_batches)
 
     loop.train_step = breaks
 
@@ -126,4 +126,4 @@ def test_ranks_that_read_different_images_are_refused_with_sizes_and_hosts(tmp_p
     ],
 )
 def test_only_what_networks_say_counts_as_a_lost_rank(text: str, lost: bool) -> None:
-    assert _is_communication(RuntimeError(text)) is lost
+    assert is_communication(RuntimeError(text)) is lost

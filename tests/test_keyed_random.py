@@ -1,4 +1,4 @@
-"""The random streams: the published generator, honest distributions, and nothing that depends on how work is split."""
+"""Keyed random numbers: the published generator, right distributions, and no dependence on how work is split."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def test_words_are_philox_at_the_documented_counter_and_key() -> None:
         assert torch.equal(row, torch.cat(blocks)[:6])
 
 
-def test_no_two_of_seed_stream_step_position_and_block_share_numbers() -> None:
+def test_no_two_of_seed_purpose_step_position_and_block_share_numbers() -> None:
     positions = torch.arange(8)
     seen = [
         tuple(block)
-        for seed, stream, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 5), (0, 1, 2**32, 2**64 - 1))
-        for block in keyed_random.words(seed, stream, step, positions, 16).reshape(-1, 4).tolist()
+        for seed, purpose, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 5), (0, 1, 2**32, 2**64 - 1))
+        for block in keyed_random.words(seed, purpose, step, positions, 16).reshape(-1, 4).tolist()
     ]
     assert len(set(seen)) == len(seen) == 3 * 3 * 4 * 8 * 4
 
 
-def test_stream_numbers_are_unique() -> None:
-    assert len({int(stream) for stream in Purpose.__members__.values()}) == len(Purpose.__members__)
+def test_no_two_purposes_share_a_number() -> None:
+    assert len(set(map(int, Purpose.__members__.values()))) == len(Purpose.__members__)
 
 
 def test_normals_are_box_muller_of_the_words() -> None:
@@ -106,13 +106,13 @@ def test_normals_are_standard_normal() -> None:
     assert stats.kstest(values.flatten().numpy(), "norm").pvalue > 1e-3
 
 
-def test_normals_are_uncorrelated_between_neighbours_positions_steps_and_streams() -> None:
+def test_normals_are_uncorrelated_between_neighbours_positions_steps_and_purposes() -> None:
     base = keyed_random.normal(0, Purpose.NOISE, 5, torch.arange(32), (2048,)).double()
     others = {
         "next element": base.roll(1, dims=1),
         "next position": base.roll(1, dims=0),
         "next step": keyed_random.normal(0, Purpose.NOISE, 6, torch.arange(32), (2048,)).double(),
-        "other stream": keyed_random.normal(0, Purpose.SAMPLE, 5, torch.arange(32), (2048,)).double(),
+        "other purpose": keyed_random.normal(0, Purpose.SAMPLE, 5, torch.arange(32), (2048,)).double(),
         "other seed": keyed_random.normal(1, Purpose.NOISE, 5, torch.arange(32), (2048,)).double(),
     }
     for name, other in others.items():
@@ -145,19 +145,20 @@ def test_normals_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_stream_has_the_same_bits_on_the_gpu() -> None:
-    positions = torch.arange(130)
-    on_gpu = keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32), device="cuda")
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda positions: keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32)),
+        lambda positions: keyed_random.words(4, 2, 12, positions, 7),
+        lambda positions: keyed_random.integers(4, 2, 12, positions, 1000),
+        lambda positions: keyed_random.uniform(4, 2, 12, positions),
+    ],
+    ids=["normal", "words", "integers", "uniform"],
+)
+def test_numbers_have_the_same_bits_on_the_gpu(draw) -> None:
+    on_gpu = draw(torch.arange(130).cuda())
     assert on_gpu.device.type == "cuda"
-    assert torch.equal(keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32)), on_gpu.cpu())
-    assert torch.equal(
-        keyed_random.words(4, 2, 12, positions, 7), keyed_random.words(4, 2, 12, positions.cuda(), 7).cpu()
-    )
-    drawn = keyed_random.integers(4, 2, 12, positions.cuda(), 1000).cpu()
-    assert torch.equal(keyed_random.integers(4, 2, 12, positions, 1000), drawn)
-    assert torch.equal(
-        keyed_random.uniform(4, 2, 12, positions), keyed_random.uniform(4, 2, 12, positions.cuda()).cpu()
-    )
+    assert torch.equal(draw(torch.arange(130)), on_gpu.cpu())
 
 
 def test_uniform_numbers_are_uniform_in_the_half_open_interval() -> None:
