@@ -80,8 +80,6 @@ def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> No
             metrics_log.tick()
             _at_intervals(trainer, preview, evaluator)
         stop.drain(processes)
-        if trainer.saved_step != trainer.step:
-            save(trainer)
         finish_saving(trainer)
     finally:
         batches.close()
