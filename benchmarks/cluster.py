@@ -83,13 +83,13 @@ def work(folder: Path, steps: int) -> None:
 
     def measure(action: Callable[[], object], times: int = 1) -> dict[str, float]:
         """Median seconds of an action, and bytes that it sent over all ranks together, each time."""
-        processes.barrier("measuring")
+        processes.gather(None)
         before, seconds = sent(), []
         for _ in range(times):
             start = time.perf_counter()
             action()
             seconds.append(time.perf_counter() - start)
-        processes.barrier("measuring")
+        processes.gather(None)
         return {"seconds": statistics.median(seconds), "bytes": (sent() - before) / times}
 
     step.train_step(run, next(batches))  # the first allocates, and DDP orders its buckets anew

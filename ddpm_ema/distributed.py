@@ -130,17 +130,11 @@ class Processes:
                 dist.all_reduce(tensor, group=self.control)
         return tensor
 
-    def barrier(self, what: str) -> None:
-        """Waits for every rank."""
-        if self.control is not None:
-            with self.naming_lost_ranks(what):
-                dist.barrier(group=self.control)
-
     def main_first(self, work: Callable[[], T], what: str = "reading the images") -> T:
         """Runs `work` on rank 0, then on the others, so that they find what it left (a cache). A collective.
 
-        It may take hours: ranks that work go on answering; those that wait log for whom, and `what` it does. A UserError on any
-        rank is raised on all of them.
+        It may take hours: ranks that work keep answering; those that wait log which rank they wait for, and `what` it does. A
+        UserError on any rank is raised on all of them.
         """
         if self.control is None:
             return work()
@@ -259,9 +253,9 @@ class StopFlag:
         return self.reason is not None
 
     def agreed(self, processes: Processes) -> bool:
-        """Whether any rank was asked to stop, the same answer on every rank. A collective, called once a step.
+        """Whether any rank was asked to stop, the same answer on every rank. A collective, called once per step.
 
-        The answer is one call old: it travels while the step computes, and no step waits for it.
+        The answer is that of the call before: it travels while the step computes, and no step waits for it.
         """
         if processes.control is None:
             return self.requested
@@ -272,7 +266,7 @@ class StopFlag:
         return answer
 
     def drain(self, processes: Processes) -> bool:
-        """Takes in the answer that is on its way, if there is one."""
+        """Waits for the answer that is on its way, if there is one."""
         if self._pending is None:
             return False
         work, flag = self._pending
@@ -303,10 +297,10 @@ def _accelerator(device: str, timeout: float, trackers: Sequence[str], project_d
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """gloo knows few dtypes; a broadcast moves bytes."""
+    """A view as uint8: gloo knows few dtypes, and a broadcast moves bytes."""
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _has_launcher() -> bool:
-    """Whether a launcher started this process, so that the launcher's end is this run's end, too (a shell's is not)."""
+    """Whether a launcher started this process, so that the run ends with it (it does not end with a shell)."""
     return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))

@@ -8,7 +8,7 @@ number of processes and a run split into micro-batches ask for the same position
 
 What is guaranteed:
 
-- `philox`, `words`, `integers`, `uniform`: the same bits on every device and for every split of the positions.
+- `words`, `integers`, `uniform`: the same bits on every device and for every split of the positions.
 - `normal`: likewise the same bits. The library functions log, sin and cos may differ in the last bit from one
   instruction set or device to the next, so they are not used: the transform is built of float64 additions,
   multiplications, divisions and square roots alone, which IEEE 754 fixes, and is rounded to float32 once at the end.
@@ -53,7 +53,7 @@ def _check(name: str, value: int, limit: int) -> None:
 
 
 def _rounds(counter: Sequence[_Word], key: tuple[_Word, _Word]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds over four broadcastable words (int64 tensors or ints, each a uint32 value).
+    """Philox4x32-10 of four broadcastable words (int64 tensors or ints, each a uint32 value): four int64 tensors.
 
     The int64 product wraps modulo 2**64, so its two halves are exact once masked. Only words that are multiplied
     next need their upper half cleared, hence one mask per product and round. Words that do not vary along a dimension
@@ -76,12 +76,6 @@ def _mix(product: _Word, word: _Word, key: _Word) -> _Word:
     mixed ^= key
     mixed &= _MASK
     return mixed
-
-
-def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10: int64 `counter` `[..., 4]` and int64 `key` `[2]`, each of uint32 values, to int64 `[..., 4]`."""
-    k0, k1 = (int(word) for word in key)
-    return torch.stack(_rounds(counter.unbind(-1), (k0, k1)), dim=-1)
 
 
 def _blocks(seed: int, purpose: int, step: int, positions: Tensor, num_blocks: int) -> tuple[Tensor, ...]:

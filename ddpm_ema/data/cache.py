@@ -39,7 +39,7 @@ _HASHED_AT_ONCE = 4096  # images
 
 @dataclass(frozen=True)
 class Cached:
-    """Decoded images and what is known of them."""
+    """Decoded images, (index, reason) of the unreadable ones, and the sha256 of all."""
 
     images: Tensor  # uint8 [N, C, size, size]
     bad: list[tuple[int, str]]
@@ -76,9 +76,10 @@ def readable(source: Source, bad: list[tuple[int, str]]) -> tuple[Tensor, Tensor
 
 
 def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir: Path) -> Cached:
-    """The images of `source`, mapped from a file that is made where it is not there yet.
+    """The images of `source`, mapped from a file, which is written first if it does not exist.
 
-    Raises UserError for too many unreadable images, a folder that cannot be written, or a full disk.
+    Raises:
+        UserError: too many images are unreadable, the folder cannot be written, or the disk is full.
     """
     stamp = [json.dumps(digest_settings(conversion), sort_keys=True), *source.stamp()]
     key = hashlib.sha256("\n".join(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -108,7 +109,7 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
 
 
 def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None:
-    """What the folder holds; None where it is not there, not whole, or its pixels are not those that were decoded."""
+    """The content of the folder; None if it is missing, not whole, or its pixels are not those that were decoded."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         count, fingerprint = int(meta["count"]), str(meta["fingerprint"])
@@ -159,7 +160,7 @@ def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, where the file system has them; the rename keeps the folder whole without it too.
+    """Holds an advisory lock, if the file system has them; without one the rename still keeps the folder whole.
 
     A link is not followed: in a folder that others may write to, it could name any file.
     """

@@ -30,7 +30,7 @@ Storage = Literal["device", "memory", "mmap", "stream"]
 
 
 class ImageDataset:
-    """Images by index: uint8 `[n, C, H, W]`, always in the order of the source, never flipped.
+    """Images by index: uint8 `[n, C, H, W]`, in the order of the source, never flipped.
 
     `fingerprint` is the sha256 of the decoded pixels, the labels and the conversion, the same for every storage but
     "stream", whose images are never all read: there it covers names and sizes instead of pixels.
@@ -42,7 +42,7 @@ class ImageDataset:
         self.fingerprint = cached.fingerprint
         self.num_ignored = source.num_ignored
         self.skipped = [*source.skipped, *(f"{source.where(index)}: {why}" for index, why in cached.bad)]
-        """Files that were passed over, one line each with the reason: broken links, loops, unreadable images."""
+        """One line, with the reason, per file that was skipped: broken links, loops, unreadable images."""
         self.num_classes = source.num_classes
         self._source, self._images, self._movable = source, cached.images, movable
         self._kept, self.labels = readable(source, cached.bad)
@@ -71,10 +71,7 @@ class ImageDataset:
             yield self.batch(indices)
 
     def to(self, device: torch.device | str) -> ImageDataset:
-        """Put the cache on `device`, in place, where storage is "device", or "auto" and small enough; returns self.
-
-        Any other storage stays where it is, so this may be called for all of them.
-        """
+        """Moves the images to `device` if storage is "device", or "auto" and they fit; others stay. Returns self."""
         if self._movable:
             self._images = self._images.to(device)
             self.storage = "memory" if self._images.device.type == "cpu" else "device"
@@ -92,7 +89,7 @@ class ImageDataset:
 
 
 class StreamedDataset(ImageDataset):
-    """Images that are decoded each time they are asked for."""
+    """Images that are decoded each time they are read."""
 
     def __init__(
         self, source: Source, conversion: Conversion, bad: list[tuple[int, str]], fingerprint: str, num_workers: int

@@ -1,4 +1,4 @@
-"""Every image of a source, decoded once, in order, by as many threads as there are cores."""
+"""Decodes every image of a source once, in order, with one thread per core."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def num_cores() -> int:
 
 
 def decode(source: Source, conversion: Conversion, index: int) -> Pixels:
-    """One image, uint8 `[C, size, size]`; UserError names it where it cannot be read."""
+    """One image, uint8 `[C, size, size]`. Raises UserError that names it if it cannot be read."""
     try:
         return conversion(source.read(index))
     except UNREADABLE as error:
@@ -63,7 +63,7 @@ def one_line(error: BaseException) -> str:
 class Decoding:
     """One pass over a source. Iterating yields uint8 `[n, C, size, size]` in order, without the unreadable images.
 
-    Those are in `bad` as (index, reason), in order; more than `max_bad` of them is a UserError that names them.
+    Those are in `bad` as (index, reason), in order. Raises UserError that names them if they are more than `max_bad`.
     """
 
     source: Source
@@ -108,7 +108,7 @@ class Decoding:
 
 
 def _progress(total: int, what: str) -> tqdm[Any]:
-    """A bar for whoever waits; in a log file, a line now and then."""
+    """A progress bar; in a log file, a line every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, desc=what, unit="image", delay=1.0, mininterval=interval, leave=False)
 

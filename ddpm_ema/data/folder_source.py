@@ -30,7 +30,7 @@ class _File:
 class FolderSource:
     """Every image under `root`, links followed, sorted by relative path as bytes.
 
-    The first level of folders gives the labels (sorted as bytes, from 0), unless an image lies outside of them.
+    The first level of folders gives the labels (sorted as bytes, from 0); an image outside of them leaves all without labels.
     """
 
     root: Path
@@ -68,9 +68,10 @@ class FolderSource:
 
 
 def open_folder(path: Path, split: str) -> FolderSource:
-    """The images under `path`, or under `path/split` where the folder's first level is nothing but splits.
+    """Opens the images under `path`, or under `path/split` if the folder's first level holds only splits.
 
-    Raises UserError where there is no such folder, it cannot be read, or holds no image.
+    Raises:
+        UserError: there is no such folder or split, it cannot be read, or it holds no image.
     """
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
@@ -103,7 +104,7 @@ def _split_folder(path: Path, split: str) -> str:
 
 @dataclass
 class _Walk:
-    """One walk over a folder: yields its images, collects what it passes over."""
+    """One walk over a folder: yields its images, collects what it skips."""
 
     root: Path
     skipped: list[str] = field(default_factory=list)

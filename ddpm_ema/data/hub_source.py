@@ -16,10 +16,14 @@ from ddpm_ema.errors import UserError
 
 
 def open_hub(name: str, split: str) -> IndexedSource:
-    """`owner/set`, `owner/set:subset`, or a local folder that `datasets` reads.
+    """Opens a Hub data set: its first column of images, and its first ClassLabel column as labels.
 
-    The first column of images is taken, and the first ClassLabel column as labels. Raises UserError without the extra,
-    the set, the split or an image column.
+    Args:
+        name: `owner/set`, `owner/set:subset`, or a local folder that `datasets` reads.
+        split: one of its splits.
+
+    Raises:
+        UserError: the extra `hub` is not installed, or the set, the split or an image column is missing.
     """
     try:
         import datasets
@@ -47,7 +51,7 @@ def open_hub(name: str, split: str) -> IndexedSource:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Opens the encoded bytes, or the file, that a row holds."""
+    """Opens the encoded bytes of a row, or the file that it names."""
 
     data: Any
     column: str

@@ -1,4 +1,4 @@
-"""torchvision's image sets by name. A module of its own because importing torchvision takes seconds."""
+"""torchvision's image sets by name. Importing this imports torchvision, which takes seconds."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ from ddpm_ema.errors import UserError
 
 
 def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
-    """A torchvision image set under `root`, downloaded if it is not there.
+    """Opens a torchvision image set under `root`; downloads it if it is missing.
 
-    `name` is the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`.
-    Raises UserError for an unknown name, argument or split, or where the set is not there and cannot be downloaded.
+    Args:
+        name: the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`.
+        split: `train`, `test`, or a split that the class knows.
+        root: the folder of the downloaded files.
+
+    Raises:
+        UserError: an unknown name, argument or split, or a set that is missing and cannot be downloaded.
     """
     kind, arguments = _parse(name)
     parameters = _parameters(kind)
@@ -43,7 +48,7 @@ def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
 
 @dataclass(frozen=True)
 class _Image:
-    """The image of an (image, target, ...) item; a class, so that data workers can be sent it."""
+    """Gives the image of an (image, target, ...) item. A class, because data workers get it pickled."""
 
     data: Any
 
@@ -70,7 +75,7 @@ def _value(text: str) -> Any:
 
 
 def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters, and its bases' where it hands on further keywords."""
+    """Parameters of the constructor, and of its bases' where it passes keywords on."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -88,7 +93,7 @@ def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
 def _split_argument(
     name: str, parameters: dict[str, inspect.Parameter], given: dict[str, Any], split: str
 ) -> dict[str, Any]:
-    """The keyword that says train or test to this class: `train=`, Omniglot's `background=`, or `split=`."""
+    """The keyword that selects the split in this class: `train=`, Omniglot's `background=`, or `split=`."""
     for key in ("train", "background"):
         if key in parameters and key not in given:
             if split not in ("train", "test"):
@@ -135,7 +140,7 @@ def _check_images(name: str, data: Any) -> None:
 
 
 def _labels(data: Any) -> tuple[Tensor | None, int | None]:
-    """The class of every image where the targets are classes; read off an attribute if one really holds them."""
+    """The class of every image if the targets are classes; taken from an attribute if one holds the same targets."""
     size = len(data)
     if not isinstance(data[0][1], (int, np.integer)) or isinstance(data[0][1], bool):
         return None, None

@@ -1,4 +1,4 @@
-"""Writes that go on while training does."""
+"""A thread that writes while training continues."""
 
 from __future__ import annotations
 

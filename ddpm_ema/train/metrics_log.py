@@ -52,7 +52,7 @@ class RunningMeans:
         return row
 
     def clear(self) -> None:
-        """Starts anew."""
+        """Sets the sums to zero."""
         self.sums.zero_()
 
     def state(self, processes: Processes) -> list[list[float]]:
