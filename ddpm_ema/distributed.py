@@ -109,15 +109,9 @@ class Processes:
         """Rank 0's CPU tensors by name on every rank, one at a time: only rank 0 needs to see the files they came from."""
         if self.control is None:
             return tensors or {}
-        shapes = self.broadcast(
-            {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()} if self.is_main else None
-        )
-        assert shapes is not None
-        received: dict[str, Tensor] = {}
-        for name, (shape, dtype) in shapes.items():
-            tensor = (
-                tensors[name].contiguous() if tensors is not None and self.is_main else torch.empty(shape, dtype=dtype)
-            )
+        own, received = tensors or {}, {}
+        for name, (shape, dtype) in self.broadcast({name: (t.shape, t.dtype) for name, t in own.items()}).items():
+            tensor = own[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
             with self.naming_lost_ranks(f"broadcasting {name}"):
                 dist.broadcast(_as_bytes(tensor), src=0, group=self.control)
             received[name] = tensor
@@ -151,30 +145,24 @@ class Processes:
                 if not told and self.rank == (0 if busy[0] else 1):
                     logger.info(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
                     told = True
-        error = future.exception() if future is not None else None
-        if error is not None and not isinstance(error, UserError):
-            raise error
-        self.raise_together(error)
+        with self.sharing_errors():
+            if future is not None:
+                future.result()
         return future
 
     def _is_done(self, future: Future[Any] | None) -> bool:
         return future is None or bool(wait([future], timeout=min(HEARTBEAT_SECONDS, self.timeout / 3)).done)
 
-    def raise_together(self, error: UserError | None) -> None:
-        """Raises on every rank the first error that any rank passes. A collective."""
-        errors = [e for e in self.gather(error) if e is not None]
-        if errors:
-            raise errors[0]
-
     @contextlib.contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """Raises on every rank a UserError that any rank raises inside; a collective at its end."""
+        """Raises on every rank the first UserError that any rank raises inside; a collective at its end."""
         error = None
         try:
             yield
         except UserError as caught:
             error = caught
-        self.raise_together(error)
+        if errors := [e for e in self.gather(error) if e is not None]:
+            raise errors[0]
 
     @contextlib.contextmanager
     def naming_lost_ranks(self, what: str) -> Iterator[None]:
