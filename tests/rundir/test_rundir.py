@@ -184,6 +184,15 @@ def test_temporaries_lie_beside_their_target(tmp_path: Path, monkeypatch: pytest
     assert all(source.parent == target.parent for source, target in moves)
 
 
+def test_a_link_that_lies_where_the_temporary_belongs_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("thesis")
+    (tmp_path / f".x.{os.getpid()}.partial").symlink_to(victim)
+    atomic_write(tmp_path / "x", "new")
+    assert victim.read_text() == "thesis"
+    assert (tmp_path / "x").read_text() == "new"
+
+
 KILLED_WHILE_SAVING = """
 import sys, torch
 from ddpm_ema.rundir import RunDir
