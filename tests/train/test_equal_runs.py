@@ -12,7 +12,7 @@ import pytest
 import torch
 from live_runs import FIFTY, assert_bit_equal, finish, free_port, rows, settings, start, state, wait_for_row
 
-from ddpm_ema import config
+from ddpm_ema import config, train
 from ddpm_ema.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def assert_same_run(run: config.Config, other: config.Config) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "micro_batch_size", "split"),
-    [(1, 4, None), (2, None, None), (2, 3, False), (3, None, True)],
+    [(1, 4, None), (2, None, None), (2, 3, False), pytest.param(3, None, True, marks=pytest.mark.slow)],
     ids=[
         "micro-batches of a quarter",
         "two processes",
@@ -66,7 +66,7 @@ def test_processes_and_micro_batches_do_not_change_the_run(
 
 def test_another_seed_is_another_run(fifty_steps: config.Config, tmp_path: Path) -> None:
     run = settings(tmp_path / "run", seed=1, training__steps=2)
-    finish(run)
+    train.run(run)
     assert rows(run)[0]["loss"] != pytest.approx(rows(fifty_steps)[0]["loss"], rel=1e-3)
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_samples_and_snapshots_trains_bit_equal_to_one_that_does_not(
     uninterrupted: config.Config, tmp_path: Path
 ) -> None:
     run = settings(tmp_path / "run", training__steps=40, training__sample_every=15, checkpoints__snapshots_every=10)
-    finish(run)
+    train.run(run)
     assert_bit_equal(state(run), state(uninterrupted))
     assert (run.output_dir / "samples" / "step-00000030.png").exists()
     assert [p.parent.name for p in RunDir(run.output_dir).snapshots()["power_0_10"]] == [

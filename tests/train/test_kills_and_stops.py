@@ -109,18 +109,6 @@ def test_a_kill_in_the_middle_of_a_save_falls_back_to_the_checkpoint_before(
     assert_bit_equal(state(run), state(uninterrupted))
 
 
-def test_the_window_of_a_logged_mean_survives_a_stop_between_two_rows(tmp_path: Path) -> None:
-    whole = settings(tmp_path / "whole", training__steps=20, training__log_every=10)
-    finish(whole)
-    run = settings(tmp_path / "run", training__steps=20, training__log_every=10, checkpoints__every=7)
-    launch = start(run)
-    wait_until(lambda: bool(RunDir(run.output_dir).checkpoints()))
-    launch.signal(signal.SIGKILL)
-    launch.wait()
-    finish(run)
-    assert exact(run) == exact(whole)
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sigterm_to_one_rank_saves_the_same_step_everywhere_and_ends_with_75(
     uninterrupted: config.Config, tmp_path: Path, world_size: int

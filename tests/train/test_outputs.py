@@ -9,7 +9,7 @@ import pytest
 import torch
 from live_runs import assert_bit_equal, finish, rows, settings, state
 
-from ddpm_ema import PowerFunction, StochasticWeightAverage, Uniform, config, model
+from ddpm_ema import PowerFunction, StochasticWeightAverage, Uniform, config, model, train
 from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.rundir import RunDir, read_tensors
@@ -30,14 +30,15 @@ def test_rows_say_what_a_person_needs_to_know(uninterrupted: config.Config) -> N
 
 
 def test_a_run_says_before_its_first_step_what_its_averages_will_be_worth_and_resolves_their_lengths(
-    tmp_path: Path,
+    tmp_path: Path, capsys
 ) -> None:
     averages = {
         "ema_0_9999": {"kind": "constant", "decay": 0.9999},
         "last_half": {"kind": "window", "length": "50%", "end": "100%"},
     }
     run = settings(tmp_path / "run", training__steps=6, checkpoints__every=1, averages=averages)
-    table = finish(run).output().split("initial weights\n")[1].splitlines()
+    train.run(run)
+    table = capsys.readouterr().err.split("initial weights\n")[1].splitlines()
     assert table[0].split() == ["ema_0_9999", "10,000", "6", "0.0%", "99.9%"]
     assert table[1].split() == ["last_half", "-", "3", "83.3%", "0.0%"]
     assert table[2].startswith("warning: ema_0_9999 will still hold 100% of the initial weights after 6 steps: use")
@@ -55,7 +56,7 @@ def initial_weights(run: config.Config) -> dict[str, torch.Tensor]:
 def test_the_averages_are_those_of_the_raw_weights_at_every_step(tmp_path: Path) -> None:
     """Saved at every step, the raw weights give the averages anew in float64, by the profile alone."""
     run = settings(tmp_path / "run", training__steps=9, checkpoints__every=1, checkpoints__keep=100)
-    finish(run)
+    train.run(run)
     checkpoints = RunDir(run.output_dir).checkpoints()
     assert [c.step for c in checkpoints] == list(range(1, 10))
     for name, profile in run.averages.items():
@@ -94,27 +95,17 @@ def test_snapshots_are_of_what_was_named_and_of_the_initial_weights_once(tmp_pat
     assert by_default.snapshot_names == ("wide", "p")
 
 
-def overflowing_twice() -> None:
-    """Starts the fp16 scaler so high that the first backward passes overflow."""
-    scaler = torch.amp.GradScaler
-
-    def high(device: str, enabled: bool) -> torch.amp.GradScaler:
-        return scaler(device, init_scale=2.0**40, enabled=enabled, backoff_factor=2.0**-10)
-
-    torch.amp.GradScaler = high
-
-
-def test_a_step_that_fp16_skipped_moves_no_average_and_is_counted(tmp_path: Path) -> None:
+def test_a_step_that_fp16_skipped_moves_no_average_and_is_counted(tmp_path: Path, overflowing_twice: None) -> None:
     """As many optimizer steps as completed ones: Adam's own count, the averages' step and the rows agree."""
     run = settings(tmp_path / "run", training__mixed_precision="fp16", training__steps=8)
-    finish(run, before=overflowing_twice)
+    train.run(run)
     skipped = [row["skipped_steps"] for row in rows(run)]
     assert skipped[-1] >= 2
     assert [row["step"] for row in rows(run)] == list(range(1, 9))
     tensors = state(run)
     assert {float(t) for key, t in tensors.items() if ":step/" in key} == {8.0}
     plain = settings(tmp_path / "plain", training__steps=8)
-    finish(plain)
+    train.run(plain)
     for key, tensor in state(plain).items():  # the same stream: a skipped step is tried again with the same images
         if key.startswith("raw"):
             assert torch.allclose(tensor, tensors[key], atol=2e-2), key
