@@ -69,27 +69,27 @@ def work(folder: Path, steps: int) -> None:
     from ddpm_ema import config
     from ddpm_ema.distributed import Processes
     from ddpm_ema.rundir import RunDir
-    from ddpm_ema.train import loop, state, step, trainer
+    from ddpm_ema.train import checkpointing, loop, resume, step, trainer
 
     processes = Processes.start("cpu")
     run = trainer.build(config.validate(settings(folder / "run", 10**6)), processes, RunDir(folder / "run"))
-    state.restore(run, None)
+    resume.restore(run, None)
     gradients: list[int] = []
     parameters = list(run.network.parameters())
     run.optimizer.register_step_pre_hook(
         lambda *_: gradients.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
     )
-    batches = loop._batches(run)
+    batches = loop.batches_of(run)
 
     def measure(action: Callable[[], object], times: int = 1) -> dict[str, float]:
         """Median seconds of an action, and bytes that it sent over all ranks together, each time."""
-        processes.barrier("measuring")
+        processes.gather(None)
         before, seconds = sent(), []
         for _ in range(times):
             start = time.perf_counter()
             action()
             seconds.append(time.perf_counter() - start)
-        processes.barrier("measuring")
+        processes.gather(None)
         return {"seconds": statistics.median(seconds), "bytes": (sent() - before) / times}
 
     step.train_step(run, next(batches))  # the first allocates, and DDP orders its buckets anew
@@ -105,9 +105,9 @@ def work(folder: Path, steps: int) -> None:
         flat = torch.zeros(sum(p.numel() for p in parameters))
         found["all_reduce"] = measure(lambda: dist.all_reduce(flat), steps)
     run.saved_step = -1
-    found["save"] = measure(lambda: (state.save(run), state.finish_saving(run)))
+    found["save"] = measure(lambda: (checkpointing.save(run), checkpointing.finish_saving(run)))
     manifest = processes.broadcast(run.rundir.checkpoints()[-1].manifest if processes.is_main else None)
-    found["restore"] = measure(lambda: state.restore(run, manifest))
+    found["restore"] = measure(lambda: resume.restore(run, manifest))
     found["memory"] = {
         "weights": sum(p.nbytes for p in parameters),
         "gradients": gradients[-1],
@@ -118,7 +118,7 @@ def work(folder: Path, steps: int) -> None:
     everyone = processes.gather(found)
     if processes.is_main:
         (folder / "measured.json").write_text(json.dumps(everyone))
-    run.saver.close()
+    run.writer.close()
     processes.close()
 
 

@@ -35,7 +35,7 @@ from ddpm_ema import config, model, train
 from ddpm_ema.distributed import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step as step_module
-from ddpm_ema.train.trainer import Share
+from ddpm_ema.train.trainer import MicroBatch
 
 BATCH, SIZE = 16, 32
 AVERAGES = {
@@ -93,15 +93,15 @@ class Ours:
 
     def __init__(self, run: config.Config, processes: Processes) -> None:
         self.trainer = train.build(run, processes, RunDir(run.output_dir))
-        self.trainer.logbook.close()
+        self.trainer.metrics_log.close()
         self.positions = torch.arange(BATCH)
 
     def __call__(self) -> None:
         indices = step_module.batch_order.batch_indices(
             0, self.trainer.step, self.positions, BATCH, len(self.trainer.dataset)
         )
-        share = Share(self.positions, indices, self.trainer.dataset.batch(indices))
-        train.train_step(self.trainer, [share])
+        micro_batch = MicroBatch(self.positions, indices, self.trainer.dataset.batch(indices))
+        train.train_step(self.trainer, [micro_batch])
         step_module.read_checks(self.trainer, lag=0)
 
 
@@ -135,11 +135,11 @@ def breakdown(ours: Ours, steps: int, device: torch.device) -> dict[str, float]:
         return wrapper
 
     class Timed:
-        def __init__(self, wrapped: Any) -> None:
-            self.wrapped = wrapped
+        def __init__(self, network: Any) -> None:
+            self.network = network
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return timed("forward", self.wrapped)(*args, **kwargs)
+            return timed("forward", self.network)(*args, **kwargs)
 
     patches = [
         (step_module.keyed_random, "normal", "noise"),
@@ -151,14 +151,14 @@ def breakdown(ours: Ours, steps: int, device: torch.device) -> dict[str, float]:
         (trainer.dataset, "batch", "images"),
     ]
     saved = [(target, name, getattr(target, name)) for target, name, _ in patches]
-    wrapped = trainer.wrapped
-    trainer.wrapped = Timed(wrapped)  # type: ignore[assignment]
+    ddp_network = trainer.ddp_network
+    trainer.ddp_network = Timed(ddp_network)  # type: ignore[assignment]
     try:
         for target, name, label in patches:
             setattr(target, name, timed(label, getattr(target, name)))
         total = seconds(ours, steps, device)
     finally:
-        trainer.wrapped = wrapped
+        trainer.ddp_network = ddp_network
         for target, name, original in saved:
             setattr(target, name, original)
     parts = {name: 1000 * value / steps for name, value in spent.items()}

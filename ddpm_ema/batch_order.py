@@ -12,20 +12,13 @@ from ddpm_ema.keyed_random import Purpose, words
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    """The permutation itself; the last two are kept, since a batch may reach over the end of an epoch."""
+    """The permutation of an epoch, int64 `[size]`. The last two are kept, since a batch may reach over the end of an epoch."""
     keys = torch.empty(size, dtype=torch.int64)
     for start in range(0, size, 1 << 20):
         positions = torch.arange(start, min(start + (1 << 20), size))
         w0, w1 = words(seed, Purpose.ORDER, epoch, positions, 2).unbind(-1)
         keys[start : start + len(positions)] = (w0 << 32) | w1
     return torch.argsort(keys, stable=True)
-
-
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of epoch `epoch` (from 0) over a data set of `size` images: int64 `[size]` on the CPU."""
-    if not 0 <= size < 2**32:
-        raise ValueError(f"size must be at least 0 and below 2^32, got {size}")
-    return _epoch_order(seed, epoch, size).clone()
 
 
 def batch_indices(seed: int, step: int, positions: Tensor, batch_size: int, dataset_size: int) -> Tensor:

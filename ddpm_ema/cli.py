@@ -18,7 +18,7 @@ def guard(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     try:
         function(*args, **kwargs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{error.prefix}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     return EXIT_DONE
 

@@ -1,4 +1,4 @@
-"""The processes of one run: ranks and device through accelerate, a control plane between ranks, signals, a launcher that is gone.
+"""The processes of one run: ranks and device through accelerate, a control plane between ranks, and when to stop.
 
 Gradients travel over DDP's own group (NCCL on CUDA). Everything else, agreement to stop, small objects, tensors to save or load,
 travels between CPUs over a gloo group of its own, so that it neither waits for a device nor dies with NCCL's watchdog.
@@ -7,13 +7,9 @@ travels between CPUs over a gloo group of its own, so that it neither waits for 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import signal
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -25,26 +21,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm_ema.errors import PeerFailedError, StoppedError, UserError
+from ddpm_ema import lost_ranks
+from ddpm_ema.errors import LostRankError, PeerFailedError, StoppedError, UserError
 from ddpm_ema.messages import logger
 
 T = TypeVar("T")
-ROLL_CALL_SECONDS = 5.0
 HEARTBEAT_SECONDS = 15.0
-FAILED = "ddpm_ema/failed"  # key in the rendezvous store
 
 
 class Processes:
     """This process among its peers. Works alone, without torch.distributed, when there is one.
 
-    Attributes: `rank`, `world_size`, `local_rank`, `device`, `is_main`, and accelerate's `accelerator` (DDP and trackers).
+    Attributes: `rank`, `world_size`, `device`, `is_main`, and accelerate's `accelerator` (DDP and trackers).
     """
 
     def __init__(self, accelerator: Any, timeout: float) -> None:
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
-        self.local_rank: int = accelerator.local_process_index
         self.device: torch.device = accelerator.device
         self.is_main = self.rank == 0
         self.timeout = timeout
@@ -64,8 +58,18 @@ class Processes:
         trackers: Sequence[str] = (),
         project_dir: Path | None = None,
     ) -> Processes:
-        """Joins the launch this process is part of. Raises UserError for a device or a number of processes that is not there,
-        StoppedError where the processes do not find each other within `timeout` seconds.
+        """Joins the launch that this process is part of.
+
+        Args:
+            device: `auto`, `cpu` or `cuda`.
+            timeout: seconds after which a rank that does not answer is lost.
+            expected: how many processes there must be; None takes any number.
+            trackers: accelerate's names of them.
+            project_dir: where trackers write files.
+
+        Raises:
+            UserError: there is no such device, or another number of processes.
+            LostRankError: the processes do not find each other within `timeout` seconds.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("machine.device: cuda was asked for, and there is no CUDA device here; use auto or cpu")
@@ -79,9 +83,9 @@ class Processes:
         try:
             return cls(_accelerator(device, timeout, trackers, project_dir), timeout)
         except (RuntimeError, dist.DistError) as error:
-            if launched == 1 or not _is_communication(error):
+            if launched == 1 or not lost_ranks.is_communication(error):
                 raise
-            raise StoppedError(_never_met(launched, timeout, error)) from None
+            raise LostRankError(lost_ranks.never_met(launched, timeout, error)) from None
 
     def gather(self, value: T) -> list[T]:
         """A small picklable value from every rank, in rank order, on every rank."""
@@ -105,15 +109,9 @@ class Processes:
         """Rank 0's CPU tensors by name on every rank, one at a time: only rank 0 needs to see the files they came from."""
         if self.control is None:
             return tensors or {}
-        shapes = self.broadcast(
-            {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()} if self.is_main else None
-        )
-        assert shapes is not None
-        received: dict[str, Tensor] = {}
-        for name, (shape, dtype) in shapes.items():
-            tensor = (
-                tensors[name].contiguous() if tensors is not None and self.is_main else torch.empty(shape, dtype=dtype)
-            )
+        own, received = tensors or {}, {}
+        for name, (shape, dtype) in self.broadcast({name: (t.shape, t.dtype) for name, t in own.items()}).items():
+            tensor = own[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
             with self.naming_lost_ranks(f"broadcasting {name}"):
                 dist.broadcast(_as_bytes(tensor), src=0, group=self.control)
             received[name] = tensor
@@ -126,17 +124,11 @@ class Processes:
                 dist.all_reduce(tensor, group=self.control)
         return tensor
 
-    def barrier(self, what: str) -> None:
-        """Waits for every rank."""
-        if self.control is not None:
-            with self.naming_lost_ranks(what):
-                dist.barrier(group=self.control)
-
     def main_first(self, work: Callable[[], T], what: str = "reading the images") -> T:
-        """Runs `work` on rank 0, and on the others once it is done there, so that they find what it left (a cache).
+        """Runs `work` on rank 0, then on the others, so that they find what it left (a cache). A collective.
 
-        It may take hours: ranks that work go on answering, and those that wait say for whom, and `what` it does.
-        A UserError on any rank is raised on all of them.
+        It may take hours: ranks that work keep answering; those that wait log which rank they wait for, and `what` it does. A
+        UserError on any rank is raised on all of them.
         """
         if self.control is None:
             return work()
@@ -153,19 +145,23 @@ class Processes:
                 if not told and self.rank == (0 if busy[0] else 1):
                     logger.info(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
                     told = True
-        error = future.exception() if future is not None else None
-        if error is not None and not isinstance(error, UserError):
-            raise error
-        self.raise_together(error)
+        with self.sharing_errors():
+            if future is not None:
+                future.result()
         return future
 
     def _is_done(self, future: Future[Any] | None) -> bool:
         return future is None or bool(wait([future], timeout=min(HEARTBEAT_SECONDS, self.timeout / 3)).done)
 
-    def raise_together(self, error: UserError | None) -> None:
-        """Raises on every rank the first error that any rank brings; a collective."""
-        errors = [e for e in self.gather(error) if e is not None]
-        if errors:
+    @contextlib.contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Raises on every rank the first UserError that any rank raises inside; a collective at its end."""
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        if errors := [e for e in self.gather(error) if e is not None]:
             raise errors[0]
 
     @contextlib.contextmanager
@@ -174,31 +170,34 @@ class Processes:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            if self.control is None or not _is_communication(error):
+            if self.control is None or not lost_ranks.is_communication(error):
                 raise
-            if (failed := _failed_peer()) is not None:
+            if (failed := lost_ranks.failed_peer()) is not None:
                 raise PeerFailedError(
                     f"rank {self.rank} on {socket.gethostname()} ends, because rank {failed['rank']} on {failed['host']} ended "
                     f"while {what}: {failed['error']}",
                     failed["exit_code"],
                 ) from None
-            lost = _roll_call(self.rank, self.world_size)
-            raise StoppedError(
+            lost = lost_ranks.roll_call(self.rank, self.world_size)
+            raise LostRankError(
                 f"rank {self.rank} on {socket.gethostname()}: {lost} while {what}. This process ends; start all of them again "
-                f"and the run goes on from its last checkpoint ({_first_line(error)})"
+                f"and the run goes on from its last checkpoint ({lost_ranks.first_line(error)})"
             ) from None
 
     @contextlib.contextmanager
     def telling_peers(self) -> Iterator[None]:
-        """Leaves word of an error that ends this rank, so that its peers end with its exit code, not as if it was lost."""
+        """Stores an error that ends this rank, so that its peers end with its exit code, not as if it was lost."""
         try:
             yield
         except Exception as error:
             if self.control is not None and not isinstance(error, StoppedError | PeerFailedError):
                 code = error.exit_code if isinstance(error, UserError) else 1
-                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
-                word = {"rank": self.rank, "host": socket.gethostname(), "exit_code": code, "error": text}
-                _quietly(lambda: dist.distributed_c10d._get_default_store().set(FAILED, json.dumps(word)))
+                text = (
+                    str(error)
+                    if isinstance(error, UserError)
+                    else f"{type(error).__name__}: {lost_ranks.first_line(error)}"
+                )
+                lost_ranks.leave_word(self.rank, text, code)
             raise
 
     def close(self) -> None:
@@ -209,7 +208,7 @@ class Processes:
 
 
 class StopFlag:
-    """Whether this run should save and end: SIGTERM, SIGINT, or a launcher that is gone. A context manager.
+    """Whether this run should save and end: on SIGTERM, SIGINT, or when its launcher is gone. A context manager.
 
     A signal only sets a flag, so it cannot interrupt a save, and a second one changes nothing.
     """
@@ -242,9 +241,9 @@ class StopFlag:
         return self.reason is not None
 
     def agreed(self, processes: Processes) -> bool:
-        """Whether any rank was asked to stop, the same answer on every rank. A collective, called once a step.
+        """Whether any rank was asked to stop, the same answer on every rank. A collective, called once per step.
 
-        The answer is one call old: it travels while the step computes, and no step waits for it.
+        The answer is that of the call before: it travels while the step computes, and no step waits for it.
         """
         if processes.control is None:
             return self.requested
@@ -255,7 +254,7 @@ class StopFlag:
         return answer
 
     def drain(self, processes: Processes) -> bool:
-        """Takes in the answer that is on its way, if there is one."""
+        """Waits for the answer that is on its way, if there is one."""
         if self._pending is None:
             return False
         work, flag = self._pending
@@ -286,80 +285,10 @@ def _accelerator(device: str, timeout: float, trackers: Sequence[str], project_d
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """gloo knows few dtypes; a broadcast moves bytes."""
+    """A view as uint8: gloo knows few dtypes, and a broadcast moves bytes."""
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _has_launcher() -> bool:
-    """Whether a launcher started this process, so that the launcher's end is this run's end, too (a shell's is not)."""
+    """Whether a launcher started this process, so that the run ends with it (it does not end with a shell)."""
     return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-
-
-_COMMUNICATION = re.compile(r"\b(gloo|nccl)\b|connection (closed|reset|refused)|socket timeout|timed out waiting", re.I)
-
-
-def _is_communication(error: Exception) -> bool:
-    """Whether ranks lost each other. An error that quotes source code, as compilers' do, may hold any word."""
-    if isinstance(error, dist.DistError):
-        return True
-    compiling = any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__)  # its import takes seconds
-    return not compiling and _COMMUNICATION.search(_first_line(error)) is not None
-
-
-def _failed_peer() -> dict[str, Any] | None:
-    """What a rank that ended with an error of its own left in the rendezvous store, which may be gone as well."""
-    found: list[dict[str, Any]] = []
-
-    def look() -> None:
-        store = dist.distributed_c10d._get_default_store()
-        if store.check([FAILED]):
-            found.append(json.loads(store.get(FAILED)))
-
-    thread = threading.Thread(target=_quietly, args=(look,), daemon=True)
-    thread.start()
-    thread.join(ROLL_CALL_SECONDS)
-    return found[0] if found else None
-
-
-def _roll_call(rank: int, world_size: int) -> str:
-    """Which ranks still answer, asked through the rendezvous store, whose host may itself be what is gone."""
-    missing: list[int] = []
-
-    def call() -> None:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"ddpm_ema/present/{rank}", "1")
-        deadline = time.monotonic() + ROLL_CALL_SECONDS
-        while time.monotonic() < deadline:
-            gone = [r for r in range(world_size) if not store.check([f"ddpm_ema/present/{r}"])]
-            if not gone:
-                break
-            time.sleep(0.2)
-        missing.extend([-1, *gone])
-
-    thread = threading.Thread(target=_quietly, args=(call,), daemon=True)
-    thread.start()
-    thread.join(2 * ROLL_CALL_SECONDS)  # a store behind a dead link answers nothing, not even an error
-    if not missing:
-        return "rank 0, which keeps the rendezvous, does not answer"
-    ranks = missing[1:]
-    if not ranks:
-        return "the connection between ranks broke, though all still answer"
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} no longer answer{'' if len(ranks) > 1 else 's'}"
-
-
-def _never_met(launched: int, timeout: float, error: Exception) -> str:
-    rank, address, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-    return (
-        f"rank {rank} of {launched} on {socket.gethostname()}: the processes did not all meet at {address}:{port} within "
-        f"{timeout:.0f} s (machine.timeout), or one ended meanwhile: look at the output of the other ranks, check that every one of "
-        f"them was started and can reach that address, and start all of them again ({_first_line(error)})"
-    )
-
-
-def _quietly(work: Callable[[], None]) -> None:
-    with contextlib.suppress(Exception):
-        work()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

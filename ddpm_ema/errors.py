@@ -1,4 +1,4 @@
-"""What a person can cause, and the exit code it ends with. One message: what, where, what to do."""
+"""Errors that a user can cause, with their exit codes. One message: what, where, what to do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class UserError(Exception):
     """Bad input or settings, an unusable file or folder, a peer that is gone: ends with exit code 2 and no traceback."""
 
     exit_code = EXIT_BAD_INPUT
+    prefix = "error: "  # of the message on stderr
 
 
 class DivergedError(UserError):
@@ -29,6 +30,13 @@ class PeerFailedError(UserError):
 
 
 class StoppedError(UserError):
-    """A signal (or a launcher that is gone) ended the work after it was saved: exit code 75, start me again."""
+    """A signal (or a launcher that is gone) ended the work after it was saved: exit code 75, start it again. No error."""
 
     exit_code = EXIT_STOPPED
+    prefix = ""
+
+
+class LostRankError(StoppedError):
+    """Ranks lost each other: likewise a reason to start again."""
+
+    prefix = UserError.prefix

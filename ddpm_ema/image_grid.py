@@ -1,4 +1,4 @@
-"""Rows of images with labels, as one picture."""
+"""Draws labelled rows of images as one picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: Evalu
         rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere.
         step: of training, for the title.
         settings: what the images were sampled with, for the title.
-        note: stands behind the sampler.
+        note: text behind the sampler.
     """
     title = f"step {step}, {sampler_label(settings.model_dump())}{note}, the same noise in every row"
     sample = next(iter(rows.values()))

@@ -1,15 +1,14 @@
 """Random numbers as a function of (seed, purpose, step, position), with no generator and no state.
 
 Every random number of a run is one word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), whose key is `(seed, stream)` and whose counter is `(block, position, step low, step high)`. The map from
-(seed, stream, step, position, block) to (key, counter) is injective, and Philox is a bijection of the counter under
+1, 2, 3"), whose key is `(seed, purpose)` and whose counter is `(block, position, step low, step high)`. The map from
+(seed, purpose, step, position, block) to (key, counter) is injective, and Philox is a bijection of the counter under
 each key, so no two numbers of a run ever share a block. Nothing here remembers anything: a resumed run, a run on any
 number of processes and a run split into micro-batches ask for the same positions and get the same numbers.
 
 What is guaranteed:
 
-- `philox`, `words`, `integers`, `uniform`: the same bits on every device and for every
-  split of the positions.
+- `words`, `integers`, `uniform`: the same bits on every device and for every split of the positions.
 - `normal`: likewise the same bits. The library functions log, sin and cos may differ in the last bit from one
   instruction set or device to the next, so they are not used: the transform is built of float64 additions,
   multiplications, divisions and square roots alone, which IEEE 754 fixes, and is rounded to float32 once at the end.
@@ -37,10 +36,6 @@ class Purpose(IntEnum):
     SAMPLE = 5  # sampling: step = sampling step (0 is the starting noise), position = image index
     DROPOUT = 6  # seeds of the dropout masks: position = the first of the micro-batch in the global batch
     SAMPLE_LABEL = 7  # labels asked for when sampling: position = image index
-    PREVIEW = 8  # sample grids while training
-    FEATURES = 9  # training of the feature classifier
-    SUBSET = 10  # choice of subsets when scoring (KID, groups of a jackknife)
-    EXTRA = 11  # for callers' own use
     INIT = 12  # seed of the network's first weights
     NOISE_IMAGES = 13  # images of pure noise that scoring tries its feature extractor on: position = image
 
@@ -58,10 +53,10 @@ def _check(name: str, value: int, limit: int) -> None:
 
 
 def _rounds(counter: Sequence[_Word], key: tuple[_Word, _Word]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds over four broadcastable words (int64 tensors or ints, each a uint32 value).
+    """Philox4x32-10 of four broadcastable words (int64 tensors or ints, each a uint32 value): four int64 tensors.
 
     The int64 product wraps modulo 2**64, so its two halves are exact once masked. Only words that are multiplied
-    next need their upper half cleared, hence one mask a product and round. Words that do not vary along a dimension
+    next need their upper half cleared, hence one mask per product and round. Words that do not vary along a dimension
     stay small until the rounds mix them.
     """
     c0, c1, c2, c3 = counter
@@ -83,19 +78,13 @@ def _mix(product: _Word, word: _Word, key: _Word) -> _Word:
     return mixed
 
 
-def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10: int64 `counter` `[..., 4]` and int64 `key` `[2]`, each of uint32 values, to int64 `[..., 4]`."""
-    k0, k1 = (int(word) for word in key)
-    return torch.stack(_rounds(counter.unbind(-1), (k0, k1)), dim=-1)
-
-
-def _blocks(seed: int, stream: int, step: int, positions: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
-    """The four words of `num_blocks` blocks for every position: four int64 tensors `[n, num_blocks]`."""
+def _blocks(seed: int, purpose: int, step: int, positions: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
+    """The four words of `num_blocks` blocks per position: four int64 tensors `[n, num_blocks]`."""
     _check("seed", seed, 2**32)
     _check("step", step, 2**64)
     block = torch.arange(num_blocks, device=positions.device)[None, :]  # [1, num_blocks]
     counter = (block, positions[:, None], step & _MASK, step >> 32)
-    return _rounds(counter, (seed, int(stream)))
+    return _rounds(counter, (seed, int(purpose)))
 
 
 def _check_positions(positions: Tensor) -> None:
@@ -107,14 +96,14 @@ def _check_positions(positions: Tensor) -> None:
             _check("every position", int(extreme), 2**32)
 
 
-def words(seed: int, stream: int, step: int, positions: Tensor, num_words: int) -> Tensor:
-    """`num_words` uint32 words for every position, as int64 `[n, num_words]` on the positions' device.
+def words(seed: int, purpose: int, step: int, positions: Tensor, num_words: int) -> Tensor:
+    """`num_words` uint32 words per position, as int64 `[n, num_words]` on the positions' device.
 
     `positions` is int64 `[n]`, each in [0, 2**32); `seed` below 2**32, `step` below 2**64 (ValueError otherwise).
     """
     _check_positions(positions)
     num_blocks = -(-num_words // 4)
-    blocks = torch.stack(_blocks(seed, stream, step, positions, num_blocks), dim=-1)
+    blocks = torch.stack(_blocks(seed, purpose, step, positions, num_blocks), dim=-1)
     return blocks.reshape(len(positions), 4 * num_blocks)[:, :num_words]
 
 
@@ -122,15 +111,13 @@ _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # float64 bits of sqrt(1/2)
 _BLOCKS_AT_ONCE = 1 << 14  # temporaries of 128 KiB each stay in a core's cache
 
 
-def normal(
-    seed: int, stream: int, step: int, positions: Tensor, shape: Sequence[int], device: torch.device | str | None = None
-) -> Tensor:
-    """Standard normal numbers, float32 `[n, *shape]`, on `device` (default: that of `positions`, int64 `[n]`).
+def normal(seed: int, purpose: int, step: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, float32 `[n, *shape]`, on the device of `positions` (int64 `[n]`).
 
     Box and Muller 1958 in float64, rounded once. Magnitudes reach sqrt(-2 ln 2^-33) = 6.76. Row i depends on
-    (seed, stream, step, positions[i], shape) alone, bit for bit on every device.
+    (seed, purpose, step, positions[i], shape) alone, bit for bit on every device.
     """
-    device = positions.device if device is None else torch.device(device)
+    device = positions.device
     where = torch.device("cpu") if device.type == "mps" else device  # Metal has no float64
     size = math.prod(shape)
     num_blocks = -(-size // 4)
@@ -139,7 +126,7 @@ def normal(
     out = torch.empty(len(positions), num_blocks, 4, dtype=torch.float32, device=where)
     rows = max(1, _BLOCKS_AT_ONCE // max(1, num_blocks)) if where.type == "cpu" else max(1, len(positions))
     for start in range(0, len(positions), rows):
-        w0, w1, w2, w3 = _blocks(seed, stream, step, positions[start : start + rows], num_blocks)
+        w0, w1, w2, w3 = _blocks(seed, purpose, step, positions[start : start + rows], num_blocks)
         for pair, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
             _box_muller(radius_word, angle_word, out[start : start + rows, :, 2 * pair : 2 * pair + 2])
     return out.reshape(len(positions), 4 * num_blocks)[:, :size].reshape(len(positions), *shape).to(device)
@@ -192,24 +179,24 @@ def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return value.add_(coefficients[0])
 
 
-def uniform(seed: int, stream: int, step: int, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for every position, float64 `[n]`, a multiple of 2^-53."""
-    w0, w1 = words(seed, stream, step, positions, 2).unbind(-1)
+def uniform(seed: int, purpose: int, step: int, positions: Tensor) -> Tensor:
+    """One number in [0, 1) per position, float64 `[n]`, a multiple of 2^-53."""
+    w0, w1 = words(seed, purpose, step, positions, 2).unbind(-1)
     return ((w0 << 21) | (w1 >> 11)).to(torch.float64).mul_(2.0**-53)
 
 
-def integers(seed: int, stream: int, step: int, positions: Tensor, bound: int) -> Tensor:
-    """One integer in [0, bound) for every position, int64 `[n]`; 1 <= bound <= 2**31 (ValueError otherwise).
+def integers(seed: int, purpose: int, step: int, positions: Tensor, bound: int) -> Tensor:
+    """One integer in [0, bound) per position, int64 `[n]`; 1 <= bound <= 2**31 (ValueError otherwise).
 
     The upper half of a 64-bit random number times `bound`: no value's probability is off by more than 2^-64.
     """
     if not 1 <= bound <= 2**31:
         raise ValueError(f"bound must be between 1 and 2**31, got {bound}")
-    w0, w1 = words(seed, stream, step, positions, 2).unbind(-1)
+    w0, w1 = words(seed, purpose, step, positions, 2).unbind(-1)
     return (w0 * bound + ((w1 * bound) >> 32)) >> 32
 
 
-def seed_for(seed: int, stream: int, step: int, position: int = 0) -> int:
+def seed_for(seed: int, purpose: int, step: int, position: int = 0) -> int:
     """A 63-bit seed for a generator that is not ours (dropout masks: `torch.manual_seed`)."""
-    w0, w1 = (int(word) for word in words(seed, stream, step, torch.tensor([position]), 2)[0])
+    w0, w1 = (int(word) for word in words(seed, purpose, step, torch.tensor([position]), 2)[0])
     return (w0 << 31) | (w1 >> 1)

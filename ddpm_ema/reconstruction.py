@@ -10,13 +10,14 @@ from typing import Any
 
 from ddpm_ema import config as settings
 from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.plan import plans
 from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform
 from ddpm_ema.averaging.snapshots import snapshot_metadata
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of, parse_target
 from ddpm_ema.numbers import MISSING, listed
-from ddpm_ema.rundir import RunDir, atomic_save, step_folder
+from ddpm_ema.rundir import RunDir, step_folder
 
 
 def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -30,7 +31,7 @@ def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, di
     assert weights.step is not None
     metadata = snapshot_metadata(weights.step, target, reconstruction=summary)
     try:
-        atomic_save(path, weights.members[0](), metadata)
+        save_tensors(path, weights.members[0](), metadata)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
     return path, summary

@@ -46,6 +46,10 @@ TINY: dict[str, Any] = {
 }
 
 
+# The paper's learning rate: what rounding does to a weight in a step is a fraction of it, since Adam divides by the gradient.
+FIFTY = {"training__steps": 50, "checkpoints__every": 50, "training__learning_rate": 2e-4}
+
+
 def settings(output_dir: Path, **changes: Any) -> config.Config:
     """The tiny configuration, with changes by dotted key (`training__steps=20`; a dict replaces a whole mapping)."""
     tree = json.loads(json.dumps(TINY))
@@ -144,10 +148,21 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def rows(run: config.Config | Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl."""
-    folder = run if isinstance(run, Path) else run.output_dir
-    path = RunDir(folder).metrics_path
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Whole rows of metrics.jsonl, which may still be written."""
+    path = RunDir(run if isinstance(run, Path) else run.output_dir).metrics_path
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def wait_for_row(run: config.Config, step: int, seconds: float = 60.0) -> None:
+    wait_until(lambda: any(row["step"] >= step for row in rows(run)), seconds)
+
+
+def kill_at(launch: Launch, run: config.Config, step: int, delay: float = 0.0) -> None:
+    """SIGKILL to every rank once `step` was logged, or the run ended."""
+    wait_until(lambda: any(row["step"] >= step for row in rows(run)) or not launch.processes[0].is_alive())
+    time.sleep(delay)
+    launch.signal(signal.SIGKILL)
+    launch.wait()
 
 
 EXACT = ("step", "loss", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "grad_norm", "learning_rate", "skipped_steps")

@@ -11,7 +11,7 @@ import yaml
 from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, cli, config
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import Checkpoint
-from ddpm_ema.saving import check_resume
+from ddpm_ema.train.resume import check_resume
 
 ROOT = Path(__file__).resolve().parents[1]
 

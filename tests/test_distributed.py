@@ -13,7 +13,7 @@ import torch
 from live_runs import free_port, settings, start
 from PIL import Image
 
-from ddpm_ema.distributed import _is_communication
+from ddpm_ema.lost_ranks import is_communication
 
 ALONE = """
 import sys
@@ -23,54 +23,41 @@ sys.exit(cli.guard(lambda: Processes.start("cpu", timeout=3)))
 """
 
 
+def start_rank(rank: int, port: int, script: str) -> subprocess.Popen[str]:
+    """One of two ranks, as a launcher would start it."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | place | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, text=True, **streams)
+
+
 @pytest.mark.parametrize("rank", [0, 1], ids=["which keeps the rendezvous", "which asks for it"])
 def test_a_rank_whose_peer_never_comes_says_who_where_and_what_to_do(rank: int) -> None:
-    port = str(free_port())
-    place = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    environment = os.environ | place | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 75, done.stderr
-    assert "Traceback" not in done.stderr
-    assert f"rank {rank} of 2" in done.stderr
-    assert f"did not all meet at 127.0.0.1:{port} within 3 s (machine.timeout)" in done.stderr
-    assert "start all of them again" in done.stderr
-
-
-def pair(script: str, *arguments: str) -> list[tuple[int, str]]:
-    """Exit code and output of two ranks that run `script`, which finds `processes`."""
-    port = str(free_port())
-    preamble = (
-        "import sys, time\nfrom ddpm_ema import cli\nfrom ddpm_ema.distributed import Processes\n"
-        'processes = Processes.start("cpu", timeout=3)\n'
-    )
-    ranks = []
-    for rank in "01":
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | place | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", preamble + script, *arguments]
-        ranks.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
-        )
-    return [(process.wait(), output) for process in ranks for output, _ in [process.communicate(timeout=120)]]
+    port = free_port()
+    process = start_rank(rank, port, ALONE)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    assert f"error: rank {rank} of 2" in output
+    assert f"did not all meet at 127.0.0.1:{port} within 3 s (machine.timeout)" in output
+    assert "start all of them again" in output
 
 
 def test_ranks_wait_for_longer_than_the_timeout_where_one_works_and_say_for_whom_and_what() -> None:
     script = """
+import sys, time
+from ddpm_ema import cli
+from ddpm_ema.distributed import Processes
+processes = Processes.start("cpu", timeout=3)
 def work():
     time.sleep(7 if processes.is_main else 0)
     return processes.rank
 sys.exit(cli.guard(lambda: print("got", processes.main_first(work, "decoding images"))))
 """
-    (code, first), (other_code, other) = pair(script)
-    assert (code, other_code) == (0, 0), first + other
+    port = free_port()
+    ranks = [start_rank(rank, port, script) for rank in (0, 1)]
+    first, other = (rank.communicate(timeout=120)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], first + other
     assert "got 0" in first
     assert "got 1" in other
     assert other.count("rank 1 waits for rank 0: decoding images") == 1
@@ -81,10 +68,10 @@ def break_rank_1() -> None:
 
     step = loop.train_step
 
-    def breaks(trainer, shares):  # type: ignore[no-untyped-def]
+    def breaks(trainer, micro_batches):
         if trainer.processes.rank == 1 and trainer.step == 2:
             raise torch.OutOfMemoryError("no memory left")
-        return step(trainer, shares)
+        return step(trainer, micro_batches)
 
     loop.train_step = breaks
 
@@ -126,4 +113,4 @@ def test_ranks_that_read_different_images_are_refused_with_sizes_and_hosts(tmp_p
     ],
 )
 def test_only_what_networks_say_counts_as_a_lost_rank(text: str, lost: bool) -> None:
-    assert _is_communication(RuntimeError(text)) is lost
+    assert is_communication(RuntimeError(text)) is lost

@@ -1,4 +1,4 @@
-"""The random streams: the published generator, honest distributions, and nothing that depends on how work is split."""
+"""Keyed random numbers: the published generator, right distributions, and no dependence on how work is split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpm_ema import batch_order, keyed_random
+from ddpm_ema import keyed_random
 from ddpm_ema.keyed_random import Purpose
 
 # Random123's kat_vectors, the lines "philox4x32 10": counter, key, result.
@@ -25,18 +25,23 @@ KNOWN_ANSWERS = [
 ]
 
 
+def philox(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """int64 `[..., 4]` and `[2]`, each of uint32 values, to int64 `[..., 4]`."""
+    return torch.stack(keyed_random._rounds(counter.unbind(-1), tuple(key.tolist())), dim=-1)
+
+
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
-    assert keyed_random.philox(torch.tensor(counter), torch.tensor(key)).tolist() == answer
+    assert philox(torch.tensor(counter), torch.tensor(key)).tolist() == answer
 
 
 def test_philox_is_elementwise() -> None:
     counters = torch.randint(0, 2**32, (5, 3, 4))
     key = torch.tensor([7, 2**32 - 1])
-    together = keyed_random.philox(counters, key)
+    together = philox(counters, key)
     assert together.shape == (5, 3, 4)
     for i, j in itertools.product(range(5), range(3)):
-        assert torch.equal(together[i, j], keyed_random.philox(counters[i, j], key))
+        assert torch.equal(together[i, j], philox(counters[i, j], key))
 
 
 def test_words_are_philox_at_the_documented_counter_and_key() -> None:
@@ -44,24 +49,23 @@ def test_words_are_philox_at_the_documented_counter_and_key() -> None:
     got = keyed_random.words(3, Purpose.NOISE, step, torch.tensor([11, 2**32 - 1]), 6)
     for row, position in zip(got, (11, 2**32 - 1), strict=True):
         blocks = [
-            keyed_random.philox(torch.tensor([block, position, 9, 5]), torch.tensor([3, int(Purpose.NOISE)]))
-            for block in range(2)
+            philox(torch.tensor([block, position, 9, 5]), torch.tensor([3, int(Purpose.NOISE)])) for block in range(2)
         ]
         assert torch.equal(row, torch.cat(blocks)[:6])
 
 
-def test_no_two_of_seed_stream_step_position_and_block_share_numbers() -> None:
+def test_no_two_of_seed_purpose_step_position_and_block_share_numbers() -> None:
     positions = torch.arange(8)
     seen = [
         tuple(block)
-        for seed, stream, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 5), (0, 1, 2**32, 2**64 - 1))
-        for block in keyed_random.words(seed, stream, step, positions, 16).reshape(-1, 4).tolist()
+        for seed, purpose, step in itertools.product((0, 1, 2**32 - 1), (0, 1, 5), (0, 1, 2**32, 2**64 - 1))
+        for block in keyed_random.words(seed, purpose, step, positions, 16).reshape(-1, 4).tolist()
     ]
     assert len(set(seen)) == len(seen) == 3 * 3 * 4 * 8 * 4
 
 
-def test_stream_numbers_are_unique() -> None:
-    assert len({int(stream) for stream in Purpose.__members__.values()}) == len(Purpose.__members__)
+def test_no_two_purposes_share_a_number() -> None:
+    assert len(set(map(int, Purpose.__members__.values()))) == len(Purpose.__members__)
 
 
 def test_normals_are_box_muller_of_the_words() -> None:
@@ -106,13 +110,13 @@ def test_normals_are_standard_normal() -> None:
     assert stats.kstest(values.flatten().numpy(), "norm").pvalue > 1e-3
 
 
-def test_normals_are_uncorrelated_between_neighbours_positions_steps_and_streams() -> None:
+def test_normals_are_uncorrelated_between_neighbours_positions_steps_and_purposes() -> None:
     base = keyed_random.normal(0, Purpose.NOISE, 5, torch.arange(32), (2048,)).double()
     others = {
         "next element": base.roll(1, dims=1),
         "next position": base.roll(1, dims=0),
         "next step": keyed_random.normal(0, Purpose.NOISE, 6, torch.arange(32), (2048,)).double(),
-        "other stream": keyed_random.normal(0, Purpose.SAMPLE, 5, torch.arange(32), (2048,)).double(),
+        "other purpose": keyed_random.normal(0, Purpose.SAMPLE, 5, torch.arange(32), (2048,)).double(),
         "other seed": keyed_random.normal(1, Purpose.NOISE, 5, torch.arange(32), (2048,)).double(),
     }
     for name, other in others.items():
@@ -145,19 +149,20 @@ def test_normals_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_stream_has_the_same_bits_on_the_gpu() -> None:
-    positions = torch.arange(130)
-    on_gpu = keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32), device="cuda")
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda positions: keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32)),
+        lambda positions: keyed_random.words(4, 2, 12, positions, 7),
+        lambda positions: keyed_random.integers(4, 2, 12, positions, 1000),
+        lambda positions: keyed_random.uniform(4, 2, 12, positions),
+    ],
+    ids=["normal", "words", "integers", "uniform"],
+)
+def test_numbers_have_the_same_bits_on_the_gpu(draw) -> None:
+    on_gpu = draw(torch.arange(130).cuda())
     assert on_gpu.device.type == "cuda"
-    assert torch.equal(keyed_random.normal(4, Purpose.NOISE, 12, positions, (3, 32, 32)), on_gpu.cpu())
-    assert torch.equal(
-        keyed_random.words(4, 2, 12, positions, 7), keyed_random.words(4, 2, 12, positions.cuda(), 7).cpu()
-    )
-    drawn = keyed_random.integers(4, 2, 12, positions.cuda(), 1000).cpu()
-    assert torch.equal(keyed_random.integers(4, 2, 12, positions, 1000), drawn)
-    assert torch.equal(
-        keyed_random.uniform(4, 2, 12, positions), keyed_random.uniform(4, 2, 12, positions.cuda()).cpu()
-    )
+    assert torch.equal(draw(torch.arange(130)), on_gpu.cpu())
 
 
 def test_uniform_numbers_are_uniform_in_the_half_open_interval() -> None:
@@ -184,55 +189,6 @@ def test_integers_are_the_upper_half_of_a_64_bit_product() -> None:
         assert keyed_random.integers(5, Purpose.TIMESTEP, 1, positions, bound).tolist() == expected
 
 
-def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
-    orders = [batch_order.permutation(0, epoch, 1000) for epoch in range(3)]
-    for order in orders:
-        assert torch.equal(order.sort().values, torch.arange(1000))
-        assert int((order == torch.arange(1000)).sum()) < 10
-    assert int((orders[0] == orders[1]).sum()) < 10
-    assert not torch.equal(orders[0], batch_order.permutation(1, 0, 1000))
-    assert torch.equal(orders[0], batch_order.permutation(0, 0, 1000))
-
-
-def test_changing_a_returned_permutation_changes_nothing_later() -> None:
-    batch_order.permutation(0, 0, 10).zero_()
-    assert torch.equal(batch_order.permutation(0, 0, 10).sort().values, torch.arange(10))
-
-
-@pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 4), (7, 7), (5, 16), (100, 3)])
-def test_every_image_comes_once_an_epoch_also_across_batch_borders(dataset_size: int, batch_size: int) -> None:
-    steps = 3 * dataset_size
-    positions = torch.arange(batch_size)
-    drawn = torch.cat([batch_order.batch_indices(0, s, positions, batch_size, dataset_size) for s in range(steps)])
-    for epoch, order in enumerate(drawn[: len(drawn) // dataset_size * dataset_size].split(dataset_size)):
-        assert torch.equal(order, batch_order.permutation(0, epoch, dataset_size))
-
-
-def test_batch_indices_do_not_depend_on_how_the_batch_is_split() -> None:
-    whole = batch_order.batch_indices(3, 41, torch.arange(24), 24, 50)
-    for world_size in (1, 2, 5):
-        parts = []
-        for rank in range(world_size):
-            for piece in batch_order.micro_batches(batch_order.partition(24, rank, world_size), 3):
-                parts.append(batch_order.batch_indices(3, 41, torch.arange(piece.start, piece.stop), 24, 50))
-        assert torch.equal(whole, torch.cat(parts))
-
-
-@pytest.mark.parametrize(("total", "world_size"), [(0, 1), (7, 3), (128, 8), (3, 5)])
-def test_partition_is_contiguous_complete_and_balanced(total: int, world_size: int) -> None:
-    shares = [batch_order.partition(total, rank, world_size) for rank in range(world_size)]
-    assert [position for share in shares for position in share] == list(range(total))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@pytest.mark.parametrize("size", [None, 1, 3, 100])
-def test_micro_batches_cover_the_share_within_the_bound(size: int | None) -> None:
-    pieces = batch_order.micro_batches(range(10, 20), size)
-    assert [position for piece in pieces for position in piece] == list(range(10, 20))
-    assert max(map(len, pieces)) <= (size or 10)
-    assert len(pieces) == -(-10 // (size or 10))
-
-
 def test_numbers_outside_the_key_are_refused() -> None:
     here = torch.arange(2)
     with pytest.raises(ValueError, match="seed must be"):
@@ -247,10 +203,6 @@ def test_numbers_outside_the_key_are_refused() -> None:
         keyed_random.words(0, 0, 0, torch.tensor([0.0]), 1)
     with pytest.raises(ValueError, match="bound"):
         keyed_random.integers(0, 0, 0, here, 2**31 + 1)
-    with pytest.raises(ValueError, match="rank"):
-        batch_order.partition(4, 2, 2)
-    with pytest.raises(ValueError, match="micro-batch"):
-        batch_order.micro_batches(range(4), 0)
 
 
 def test_a_seed_for_another_generator_fits_it_and_differs_by_step_and_position() -> None:

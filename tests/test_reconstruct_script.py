@@ -13,12 +13,13 @@ import torch
 
 from ddpm_ema import config
 from ddpm_ema.averaging import RAW, Snapshot, write_snapshot
+from ddpm_ema.averaging.files import open_safetensors
 from ddpm_ema.averaging.posthoc import fit
 from ddpm_ema.averaging.profiles import BiasCorrected, ConstantDecay, PowerFunction, Profile, Uniform, profile_to_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.reconstruction import main, parse_target
-from ddpm_ema.rundir import RunDir, read_tensors, tensor_metadata
+from ddpm_ema.rundir import RunDir, read_tensors
 
 STEPS = 200
 KEPT = {"power_0_05": PowerFunction(std=0.05), "power_0_10": PowerFunction(std=0.10)}
@@ -55,7 +56,8 @@ def test_the_file_written_is_the_average_that_was_asked_for(run: RunDir, text: s
     expected = one_hot(profile, STEPS)["w"]
     error = torch.linalg.norm(read_tensors(path)["w"] - expected) / torch.linalg.norm(expected)
     assert error < 0.05
-    reported = json.loads(tensor_metadata(path)["snapshot"])["reconstruction"]["profile_error"]
+    with open_safetensors(path) as file:
+        reported = json.loads(file.metadata()["snapshot"])["reconstruction"]["profile_error"]
     assert error == pytest.approx(reported, rel=0.05, abs=1e-5)
 
 

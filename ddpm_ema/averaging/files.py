@@ -1,17 +1,97 @@
-"""One way to write a safetensors file: contiguous, readable as the umask says, on disk when the call returns."""
+"""Files that appear whole or not at all, and the one way to write and to open safetensors ones. Loads torch only to write."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD_BYTES = 9
 """How many first bytes `is_pickle` asks for."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives an empty temporary beside `path`; what is written to it becomes `path` at the end, whole or not at all.
+
+    An error inside leaves `path` as it was. What a kill leaves behind is named `.<name>.<process>.partial`.
+
+    Args:
+        path: the file; its folder is made if need be.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        open(temporary, "xb").close()  # "x": a link that a stranger left there is not followed
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # a read-only folder refuses this, too
+            temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on disk, against a power cut, which no test can make."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file, whole or not at all, readable as the umask says, on disk when the call returns.
+
+    Args:
+        path: the file; its folder is made if need be.
+        tensors: name -> tensor of any layout and device; channels-last ones, which safetensors refuses, are made contiguous.
+        metadata: text stored in the header.
+
+    Raises:
+        OSError: it cannot be created.
+        safetensors.SafetensorError: it cannot be written, such as on a full disk.
+    """
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask
+        # and the folder's default ACL give; asking for the umask itself would change it for every thread.
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+        os.chmod(temporary, mode)
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """`safe_open` on the CPU, with a message that says what is wrong with the file.
+
+    Raises:
+        ValueError: it is a pickle (refused unread), truncated, or otherwise no safetensors file.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    if is_pickle(head):
+        raise ValueError(
+            f"{path}: this is a pickle, which can run code when it is read: refused. Convert it to safetensors"
+        )
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
 
 def is_pickle(head: bytes) -> bool:
@@ -20,25 +100,3 @@ def is_pickle(head: bytes) -> bool:
     safetensors begins with its header's length in eight bytes, which may be those of a pickle, and then an opening brace.
     """
     return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write and sync one safetensors file in place (for one that appears whole, write beside the target and rename).
-
-    Args:
-        path: the file; its folder must exist.
-        tensors: name -> tensor of any layout and device; channels-last ones, which safetensors refuses, are made contiguous.
-        metadata: text stored in the header.
-
-    Raises:
-        OSError: it cannot be opened.
-        safetensors.SafetensorError: it cannot be written, such as on a full disk.
-    """
-    # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask and
-    # the folder's default ACL give; asking for the umask itself would change it for every thread.
-    with open(path, "wb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
-    os.chmod(path, mode)
-    with open(path, "rb+") as file:  # against a power cut, which no test can make
-        os.fsync(file.fileno())

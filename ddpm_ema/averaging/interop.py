@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
-from ddpm_ema.averaging.files import save_tensors
+from ddpm_ema.averaging.files import open_safetensors, save_tensors
 from ddpm_ema.averaging.naming import check_tensors, clean_named
 from ddpm_ema.averaging.profiles import ConstantDecay, Delayed, Profile, Uniform, Warmup
-from ddpm_ema.averaging.snapshots import open_safetensors
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = _WEIGHTS + ".index.json"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddpm_ema.averaging.files import HEAD_BYTES, is_pickle, save_tensors
+from ddpm_ema.averaging.files import open_safetensors, save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 
 ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -99,7 +97,7 @@ def write_snapshot(
     dtype: torch.dtype = torch.float32,
     every: int = 1,
 ) -> Snapshot:
-    """Store an average, whole or not at all: written beside the target, flushed to disk, renamed. Equal ones give equal bytes.
+    """Store an average, whole or not at all (`files.save_tensors`). Equal ones give equal bytes.
 
     Args:
         path: the file; its folder is made if need be.
@@ -120,31 +118,6 @@ def write_snapshot(
             f"step, every: expected at least 0 completed steps and 1 between updates, got {step!r} and {every!r}"
         )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_tensors(temporary, stored, snapshot_metadata(step, profile, every))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(path, stored, snapshot_metadata(step, profile, every))
     return Snapshot(step=step, profile=profile, path=path, every=every)
-
-
-def open_safetensors(path: Path) -> safe_open:
-    """`safe_open` on the CPU, with a message that says what is wrong with the file.
-
-    Raises:
-        ValueError: it is a pickle (refused unread), truncated, or otherwise no safetensors file.
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-    if is_pickle(head):
-        raise ValueError(
-            f"{path}: this is a pickle, which can run code when it is read: refused. Convert it to safetensors"
-        )
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error

@@ -5,13 +5,14 @@
       meta.json      shape, fingerprint, unreadable images
 
 The key covers the source's stamp and the conversion, so changed files give another folder; the pixels must have the sha256 that
-meta.json names, or they are decoded again. A folder appears whole (by a
-rename of a temporary one beside it) or not at all; a lock lets one process decode while the others wait for it.
+meta.json names, or they are decoded again. A folder appears whole (a temporary one beside it is renamed) or not at all; a lock
+lets one process decode while the others wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,18 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ema.averaging.files import sync
 from ddpm_ema.data import convert
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding, Pixels, check_bad
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
+from ddpm_ema.rundir import atomic_write
 
 _HASHED_AT_ONCE = 4096  # images
 
 
 @dataclass(frozen=True)
 class Cached:
-    """Decoded images and what is known of them."""
+    """Decoded images, (index, reason) of the unreadable ones, and the sha256 of all."""
 
     images: Tensor  # uint8 [N, C, size, size]
     bad: list[tuple[int, str]]
@@ -44,7 +47,7 @@ class Cached:
 
 
 def digest_settings(conversion: Conversion) -> dict[str, Any]:
-    """What a fingerprint says of how pixels were made."""
+    """The part of a fingerprint that says how pixels were made."""
     return {"version": convert.VERSION, **asdict(conversion)}
 
 
@@ -64,17 +67,19 @@ class Fingerprint:
         return self._hash.hexdigest()
 
 
-def kept(source: Source, bad: list[tuple[int, str]]) -> Tensor:
-    """int64 indices, in the source, of the images that could be read."""
+def readable(source: Source, bad: list[tuple[int, str]]) -> tuple[Tensor, Tensor | None]:
+    """Of the images that are not `bad`: indices in the source, and labels if there are any, int64 `[n]` each."""
     keep = torch.ones(len(source), dtype=torch.bool)
     keep[[index for index, _ in bad]] = False
-    return keep.nonzero()[:, 0]
+    indices = keep.nonzero()[:, 0]
+    return indices, None if source.labels is None else source.labels[indices]
 
 
 def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir: Path) -> Cached:
-    """The images of `source`, mapped from a file that is made where it is not there yet.
+    """The images of `source`, mapped from a file, which is written first if it does not exist.
 
-    Raises UserError for too many unreadable images, a folder that cannot be written, or a full disk.
+    Raises:
+        UserError: too many images are unreadable, the folder cannot be written, or the disk is full.
     """
     stamp = [json.dumps(digest_settings(conversion), sort_keys=True), *source.stamp()]
     key = hashlib.sha256("\n".join(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -91,7 +96,8 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
                     _write(folder, source, conversion, max_bad)
                     found = _read(folder, source, conversion)
     except OSError as error:
-        space = shutil.disk_usage(_existing(folder)).free
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        space = shutil.disk_usage(existing).free
         needed = len(source) * conversion.channels * conversion.size**2
         raise UserError(
             f"cannot keep decoded images in {cache_dir}: {error.strerror} ({needed:,} bytes needed, {space:,} free): "
@@ -102,12 +108,8 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
     return found
 
 
-def _existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
 def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None:
-    """What the folder holds; None where it is not there, not whole, or its pixels are not those that were decoded."""
+    """The content of the folder; None if it is missing, not whole, or its pixels are not those that were decoded."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         count, fingerprint = int(meta["count"]), str(meta["fingerprint"])
@@ -125,8 +127,8 @@ def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None
     content = Fingerprint(conversion)
     for pixels in images.split(_HASHED_AT_ONCE):
         content.update(pixels.numpy())
-    labels = None if source.labels is None else source.labels[kept(source, bad)]
-    return Cached(images, bad, fingerprint) if content.hexdigest(labels) == fingerprint else None
+    whole = content.hexdigest(readable(source, bad)[1]) == fingerprint
+    return Cached(images, bad, fingerprint) if whole else None
 
 
 def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -> None:
@@ -140,41 +142,31 @@ def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -
                 file.write(pixels.data)
                 fingerprint.update(pixels)
                 count += len(pixels)
-            _sync(file)
-        labels = None if source.labels is None else source.labels[kept(source, decoding.bad)]
+        sync(temporary / "images.u8")
         meta = {
             "schema": 1,
             "name": source.name,
             "count": count,
             **digest_settings(conversion),
             "bad": decoding.bad,
-            "fingerprint": fingerprint.hexdigest(labels),
+            "fingerprint": fingerprint.hexdigest(readable(source, decoding.bad)[1]),
         }
-        with open(temporary / "meta.json", "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            _sync(file)
+        atomic_write(temporary / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, where the file system has them; the rename keeps the folder whole without it too.
+    """Holds an advisory lock, if the file system has them; without one the rename still keeps the folder whole.
 
     A link is not followed: in a folder that others may write to, it could name any file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,11 +1,12 @@
-"""What the rest of the program holds: images by index, whichever way they are kept."""
+"""A set of images by index, whichever way they are kept, and how it is opened."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from ddpm_ema.config import DataSettings
 from ddpm_ema.data import workers
-from ddpm_ema.data.cache import Cached, Fingerprint, digest_settings, kept, open_cached
+from ddpm_ema.data.cache import Cached, Fingerprint, digest_settings, open_cached, readable
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding, decode
-from ddpm_ema.data.folder import open_folder
-from ddpm_ema.data.library import open_digits
+from ddpm_ema.data.folder_source import open_folder
+from ddpm_ema.data.indexed_source import open_digits
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
@@ -29,7 +30,7 @@ Storage = Literal["device", "memory", "mmap", "stream"]
 
 
 class ImageDataset:
-    """Images by index: uint8 `[n, C, H, W]`, always in the order of the source, never flipped.
+    """Images by index: uint8 `[n, C, H, W]`, in the order of the source, never flipped.
 
     `fingerprint` is the sha256 of the decoded pixels, the labels and the conversion, the same for every storage but
     "stream", whose images are never all read: there it covers names and sizes instead of pixels.
@@ -41,11 +42,10 @@ class ImageDataset:
         self.fingerprint = cached.fingerprint
         self.num_ignored = source.num_ignored
         self.skipped = [*source.skipped, *(f"{source.where(index)}: {why}" for index, why in cached.bad)]
-        """Files that were passed over, one line each with the reason: broken links, loops, unreadable images."""
+        """One line, with the reason, per file that was skipped: broken links, loops, unreadable images."""
         self.num_classes = source.num_classes
         self._source, self._images, self._movable = source, cached.images, movable
-        self._kept = kept(source, cached.bad)
-        self.labels: Tensor | None = None if source.labels is None else source.labels[self._kept]
+        self._kept, self.labels = readable(source, cached.bad)
         """int64 `[N]` on the CPU, or None where the images have none."""
 
     def __len__(self) -> int:
@@ -65,15 +65,13 @@ class ImageDataset:
         """The images at `indices` (int64 `[n]`), uint8 `[n, C, H, W]`, on the device the cache is on."""
         return self._images.index_select(0, indices.to(self._images.device))
 
-    def stream(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    def stream(self, index_batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         """`batch` of each of `index_batches`, in that order; images that are not cached are decoded ahead of need."""
-        return map(self.batch, index_batches)
+        for indices in index_batches:
+            yield self.batch(indices)
 
     def to(self, device: torch.device | str) -> ImageDataset:
-        """Put the cache on `device`, in place, where storage is "device", or "auto" and small enough; returns self.
-
-        Any other storage stays where it is, so this may be called for all of them.
-        """
+        """Moves the images to `device` if storage is "device", or "auto" and they fit; others stay. Returns self."""
         if self._movable:
             self._images = self._images.to(device)
             self.storage = "memory" if self._images.device.type == "cpu" else "device"
@@ -91,7 +89,7 @@ class ImageDataset:
 
 
 class StreamedDataset(ImageDataset):
-    """Images that are decoded each time they are asked for."""
+    """Images that are decoded each time they are read."""
 
     def __init__(
         self, source: Source, conversion: Conversion, bad: list[tuple[int, str]], fingerprint: str, num_workers: int
@@ -108,20 +106,26 @@ class StreamedDataset(ImageDataset):
             pixels[row] = decode(self._source, self._conversion, index)
         return torch.from_numpy(pixels)
 
-    def stream(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    def stream(self, index_batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         """As `ImageDataset.stream`, decoded by `data.num_workers` processes ahead of need."""
         chosen = (self._kept[indices.cpu()].tolist() for indices in index_batches)
         return workers.stream(self._source, self._conversion, chosen, self._num_workers)
 
 
-def load(settings: DataSettings, *, cache_dir: Path | None = None, split: str | None = None) -> ImageDataset:
-    """The images that the settings name, as the settings want them kept.
+def load(settings: DataSettings, *, split: str | None = None) -> ImageDataset:
+    """Opens the images that the settings name.
 
-    `cache_dir` and `split` take the place of the settings' own. With several processes on a machine call it on one of
-    them first: it downloads and decodes what the others then find (for storage "mmap" a lock sees to that anyway).
-    Raises UserError for whatever is wrong with the images or where they lie.
+    With several processes on a machine call it on one of them first: it downloads and decodes what the others then find (for
+    storage "mmap" a lock ensures that anyway).
+
+    Args:
+        settings: which images, their size, and how they are kept.
+        split: in place of `settings.split`.
+
+    Raises:
+        UserError: the images are missing, unreadable or too few, or cannot be kept.
     """
-    cache_dir = cache_dir or settings.cache_dir or Path.home() / ".cache" / "ddpm_ema"
+    cache_dir = settings.cache_dir or Path.home() / ".cache" / "ddpm_ema"
     source = _open(settings, split or settings.split, cache_dir)
     conversion = Conversion(settings.image_size, settings.channels, settings.background)
     storage = _storage(settings, len(source))
@@ -150,10 +154,10 @@ def _open(settings: DataSettings, split: str, cache_dir: Path) -> Source:
         raise UserError(f"data.name: a {settings.source} source needs the name of a data set")
     # Imported where they are needed: either library takes seconds to import.
     if settings.source == "torchvision":
-        from ddpm_ema.data.vision import open_torchvision
+        from ddpm_ema.data.torchvision_source import open_torchvision
 
         return open_torchvision(settings.name, split, settings.path or cache_dir / "torchvision")
-    from ddpm_ema.data.hub import open_hub
+    from ddpm_ema.data.hub_source import open_hub
 
     return open_hub(settings.name, split)
 
@@ -172,18 +176,14 @@ def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:
         images[count : count + len(pixels)] = torch.from_numpy(pixels)
         fingerprint.update(pixels)
         count += len(pixels)
-    labels = None if source.labels is None else source.labels[kept(source, decoding.bad)]
-    return Cached(images[:count], decoding.bad, fingerprint.hexdigest(labels))
+    return Cached(images[:count], decoding.bad, fingerprint.hexdigest(readable(source, decoding.bad)[1]))
 
 
 def _streamed(source: Source, conversion: Conversion, settings: DataSettings) -> StreamedDataset:
-    """Where some images may be skipped, all are read once to know which; else none is before it is needed."""
-    bad: list[tuple[int, str]] = []
+    """Reads all images once if some may be skipped, to know which; otherwise none before it is needed."""
+    decoding = Decoding(source, conversion, settings.max_bad_images)
     if settings.max_bad_images:
-        decoding = Decoding(source, conversion, settings.max_bad_images)
-        for _ in decoding:
-            pass
-        bad = decoding.bad
+        deque(decoding, maxlen=0)
     lines = [json.dumps(digest_settings(conversion), sort_keys=True), "names and sizes", *source.listing()]
     fingerprint = hashlib.sha256(b"\n".join(os.fsencode(line) for line in lines)).hexdigest()
-    return StreamedDataset(source, conversion, bad, fingerprint, settings.num_workers)
+    return StreamedDataset(source, conversion, decoding.bad, fingerprint, settings.num_workers)

@@ -1,4 +1,4 @@
-"""Every image of a source, decoded once, in order, by as many threads as there are cores."""
+"""Decodes every image of a source once, in order, with one thread per core."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNREADABLE = (
     RuntimeError,  # AVIF
 )
 """What Pillow and the data-set libraries raise for a file that is damaged or no image at all."""
-_AT_ONCE = 64  # images a task of the pool
+_AT_ONCE = 64  # images per task of the pool
 
 
 def num_cores() -> int:
@@ -37,7 +37,7 @@ def num_cores() -> int:
 
 
 def decode(source: Source, conversion: Conversion, index: int) -> Pixels:
-    """One image, uint8 `[C, size, size]`; UserError names it where it cannot be read."""
+    """One image, uint8 `[C, size, size]`. Raises UserError that names it if it cannot be read."""
     try:
         return conversion(source.read(index))
     except UNREADABLE as error:
@@ -48,17 +48,22 @@ def decode(source: Source, conversion: Conversion, index: int) -> Pixels:
 
 
 def reason(error: BaseException) -> str:
-    """One line of a library's exception."""
+    """Why an image cannot be read, in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow knows"  # its own words repeat the path
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass
 class Decoding:
     """One pass over a source. Iterating yields uint8 `[n, C, size, size]` in order, without the unreadable images.
 
-    Those are in `bad` as (index, reason), in order; more than `max_bad` of them is a UserError that names them.
+    Those are in `bad` as (index, reason), in order. Raises UserError that names them if they are more than `max_bad`.
     """
 
     source: Source
@@ -103,13 +108,13 @@ class Decoding:
 
 
 def _progress(total: int, what: str) -> tqdm[Any]:
-    """A bar for whoever waits; in a log file, a line now and then."""
+    """A progress bar; in a log file, a line every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, desc=what, unit="image", delay=1.0, mininterval=interval, leave=False)
 
 
 def check_bad(source: Source, bad: list[tuple[int, str]], max_bad: int) -> None:
-    """UserError that names the unreadable images, where they are more than allowed."""
+    """Raises UserError that names the unreadable images, if there are more than allowed."""
     if len(bad) > max_bad:
         lines = [f"  {source.where(index)}: {why}" for index, why in bad[:10]]
         allowed = "none is allowed" if max_bad == 0 else f"{max_bad} are allowed"

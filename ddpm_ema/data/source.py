@@ -1,4 +1,4 @@
-"""What every place that images come from offers to the rest of the package."""
+"""The protocol of a data source: images by index, labels, and what identifies them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class Source(Protocol):
-    """Images by index, still in their own sizes and modes."""
+    """Images by index, in their original sizes and modes."""
 
     name: str
     labels: Tensor | None
     """int64 `[N]`, or None where the images have none."""
     num_classes: int | None
     skipped: list[str]
-    """What was passed over when looking for images, one line each with the reason."""
+    """One line, with the reason, per file that was skipped when the source was opened."""
     num_ignored: int
-    """Files that are not images by their names, and hidden files."""
+    """Number of hidden files and of files whose names are not those of images."""
 
     def __len__(self) -> int: ...
 
@@ -26,13 +26,13 @@ class Source(Protocol):
         ...
 
     def where(self, index: int) -> str:
-        """A path, or another name a person finds the image by."""
+        """A path, or another name by which a person finds the image."""
         ...
 
     def listing(self) -> list[str]:
-        """Lines that are the same wherever the same images lie: the fingerprint of images that are never all read."""
+        """Lines that are equal for equal images in any place: the fingerprint of images that are never all read."""
         ...
 
     def stamp(self) -> list[str]:
-        """Lines that change when the images on this machine may have: names a cache file."""
+        """Lines that change when the images on this machine may have changed: the key of a cache file."""
         ...

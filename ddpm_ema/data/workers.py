@@ -1,4 +1,4 @@
-"""Images decoded by worker processes ahead of need, which leave signals to the process that trains."""
+"""Worker processes that decode the next images, and leave signals to the process that trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,7 @@ from ddpm_ema.errors import UserError
 
 @dataclass
 class _Decoder(Dataset[Tensor]):
-    """Decodes a whole batch of indices at once. A user's error is a value here: a raised one would come with the
-    worker's traceback."""
+    """Decodes a batch of indices. Returns a UserError instead of raising it, which would add the worker's traceback."""
 
     source: Source
     conversion: Conversion
@@ -57,9 +56,9 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let this worker end once the process that started it is gone, killed or not.
+    """Ends this worker when the process that started it is gone.
 
-    PyTorch's own watch takes the parent to be whoever it is when the worker looks first, which may be too late.
+    PyTorch's own watch looks up its parent when the worker first runs, which may be too late.
     """
     parent = multiprocessing.parent_process()
 
@@ -73,10 +72,10 @@ def _end_with_parent(worker: int) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes started inside never see SIGTERM or SIGINT, which a scheduler or a terminal sends to all at once.
+    """Blocks SIGTERM and SIGINT in processes started inside: schedulers and terminals send these to the whole group.
 
-    A mask is inherited from the first instruction on, where a handler set by the worker would come too late. Workers
-    end when they are told to, or when they find their parent gone.
+    A mask is inherited from the first instruction on; a handler set by the worker would come too late. Workers end when their
+    loader is closed, or when their parent is gone.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
@@ -89,7 +88,7 @@ def _signals_held() -> Iterator[None]:
 
 
 class _Running:
-    """A DataLoader at work. Its workers must be told to end: they ignore the signal that ends processes at exit."""
+    """A DataLoader with its workers, which must be closed: they ignore the signal that ends processes at exit."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         before = set(multiprocessing.active_children())
@@ -99,7 +98,7 @@ class _Running:
         _running.add(self)
 
     def close(self) -> None:
-        """End the workers, by force where they do not answer."""
+        """Ends the workers, by force if they do not answer."""
         if self._processes:
             self.batches._shutdown_workers()  # type: ignore[attr-defined]  # what its __del__ calls, whenever that is
         for process in self._processes:
@@ -113,17 +112,27 @@ _running: weakref.WeakSet[_Running] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Before multiprocessing, at exit, waits for workers that an exception's traceback has kept from being closed."""
+    """Closes at exit what an exception's traceback kept open, before multiprocessing waits for its workers."""
     for running in list(_running):
         running.close()
 
 
 def stream(
     source: Source, conversion: Conversion, index_batches: Iterable[list[int]], num_workers: int
-) -> Iterator[Tensor]:
-    """uint8 `[n, C, H, W]` for each list of source indices, in order. UserError names an unreadable image.
+) -> Generator[Tensor, None, None]:
+    """Decodes batches in the background.
 
-    Workers start with the first batch asked for, and end with the last one, with an error, or when this is closed.
+    Args:
+        source: where the images come from.
+        conversion: what they are turned into.
+        index_batches: lists of source indices; may be endless.
+        num_workers: processes; 0 decodes in this one.
+
+    Yields:
+        uint8 `[n, C, H, W]` per list, in order. Workers run from the first batch to the last, an error, or `close`.
+
+    Raises:
+        UserError: names an unreadable image.
     """
     loader: DataLoader[Any] = DataLoader(
         _Decoder(source, conversion),

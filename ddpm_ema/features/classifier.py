@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
-from ddpm_ema.rundir import atomic_save
 
 FORMAT = "ddpm_ema feature classifier 1"
 THUMBNAIL = 8
@@ -214,7 +214,7 @@ def save_classifier(path: Path, trained: Trained, *, fingerprint: str, seed: int
         "accuracy": trained.accuracy,
     }
     # One entry: safetensors writes several in an order that changes, and the file's sha256 names these features.
-    atomic_save(path, trained.network.state_dict(), {"ddpm_ema": json.dumps(metadata, sort_keys=True)})
+    save_tensors(path, trained.network.state_dict(), {"ddpm_ema": json.dumps(metadata, sort_keys=True)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

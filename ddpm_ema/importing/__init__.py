@@ -27,7 +27,7 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.importing.network import Tree, check_network, diffusion_settings, read_unet, with_unet
 from ddpm_ema.importing.sources import Found, diffusers_checkpoints, series
 from ddpm_ema.named_weights import PipelineFolder, parse_target
-from ddpm_ema.rundir import RunDir, atomic_write, explained
+from ddpm_ema.rundir import RunDir, as_user_error, atomic_write
 
 __all__ = ["import_run", "main"]
 
@@ -81,7 +81,7 @@ def _write_snapshots(run: RunDir, found: Sequence[Found]) -> list[Snapshot]:
             raise UserError(str(error)) from None
         dtypes = {tensor.dtype for tensor in tensors.values()}
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
-        with explained(path, sum(t.numel() * dtype.itemsize for t in tensors.values()), "Nothing was imported"):
+        with as_user_error(path, sum(t.numel() * dtype.itemsize for t in tensors.values()), "Nothing was imported"):
             written.append(write_snapshot(path, tensors, one.step, one.profile, dtype))
     return written
 

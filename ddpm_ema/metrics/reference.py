@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import check_statistics
 from ddpm_ema.metrics.moments import Statistics, statistics_of
 from ddpm_ema.metrics.scores import NEIGHBOURS, neighbour_radii, precision_recall
-from ddpm_ema.rundir import atomic_save
 
 SCHEMA = 2
 
@@ -143,7 +143,7 @@ def keep(reference: Reference, cache_dir: Path | None) -> Reference:
         "sha256": _digest(tensors),
     }
     try:
-        atomic_save(path, tensors, metadata)
+        save_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
         warnings.warn(
             f"reference statistics are not cached and will be computed again next time: {path.parent}: "

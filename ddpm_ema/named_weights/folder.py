@@ -19,7 +19,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ddpm_ema.averaging.snapshots import open_safetensors
+from ddpm_ema.averaging.files import open_safetensors
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import file_sha256

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
-from ddpm_ema.rundir import atomic_save, explained, read_tensors
+from ddpm_ema.rundir import as_user_error, read_tensors
 
 KEPT = "What was scored before is whole"
 FIRST_IMAGES = 16
@@ -159,8 +160,8 @@ class DiskStore(MemoryStore):
         first, last = int(block.indices[0]), int(block.indices[-1])
         path = self.folder / f"block-{first:09d}-{last:09d}-{len(block)}.safetensors"
         tensors = block.to_tensors()
-        with explained(path, sum(tensor.nbytes for tensor in tensors.values()), KEPT):
-            atomic_save(path, tensors)
+        with as_user_error(path, sum(tensor.nbytes for tensor in tensors.values()), KEPT):
+            save_tensors(path, tensors)
         self._indices[path] = block.indices
 
     def done(self) -> set[int]:

@@ -21,7 +21,7 @@ import torch
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.image_grid import save_grid
 from ddpm_ema.metrics import Estimate
-from ddpm_ema.rundir import atomic_write, explained
+from ddpm_ema.rundir import as_user_error, atomic_write
 from ddpm_ema.score.blocks import KEPT, DiskStore, first_images
 from ddpm_ema.score.measure import Score
 
@@ -111,7 +111,7 @@ class ScoreFolder:
         rows = {name: first_images(self.folder(key), evaluation.grid_images) for name, key in keys.items()}
         shown = {name: kept for name, kept in rows.items() if kept is not None}
         if shown:
-            with explained(self.grid_path, sum(kept.nbytes for kept in shown.values()), KEPT):
+            with as_user_error(self.grid_path, sum(kept.nbytes for kept in shown.values()), KEPT):
                 save_grid(self.grid_path, shown, step, evaluation)
         self._write(self.results_path, json.dumps(results, indent=1, allow_nan=False))
 
@@ -131,14 +131,14 @@ class ScoreFolder:
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}-{number}")).exists():
             number += 1
-        with explained(aside, 0, KEPT):
+        with as_user_error(aside, 0, KEPT):
             aside.mkdir()
             for path in [path for path in self.path.iterdir() if path.name != ".lock"]:
                 os.replace(path, aside / path.name)
         return aside
 
     def _write(self, path: Path, text: str) -> None:
-        with explained(path, len(text), KEPT):
+        with as_user_error(path, len(text), KEPT):
             atomic_write(path, text)
 
 

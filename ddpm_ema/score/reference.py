@@ -34,7 +34,7 @@ def is_file(config: Config) -> bool:
 
 def load_split(config: Config, processes: Processes, split: str) -> Any:
     """The data set, on every rank; the others find what rank 0 left in the cache."""
-    return processes.main_first(lambda: data.load(config.data, cache_dir=config.data.cache_dir, split=split))
+    return processes.main_first(lambda: data.load(config.data, split=split))
 
 
 def reference_split(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""A run from where its folder stands to its end, or to the step at which it is asked to stop."""
+"""A run from its last checkpoint to its end, or to the step at which it is asked to stop."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.saving import find_checkpoint
+from ddpm_ema.train.checkpointing import finish_saving, full_weights, save, save_snapshots
 from ddpm_ema.train.preview import Preview
-from ddpm_ema.train.state import finish_saving, full_weights, restore, save, save_snapshots
+from ddpm_ema.train.resume import manifest_to_resume, restore
 from ddpm_ema.train.step import check_lag, last_checkpoint, note_skipped_step, read_checks, train_step
-from ddpm_ema.train.trainer import Evaluator, MakeEvaluator, Share, Trainer, build, check_capabilities
+from ddpm_ema.train.trainer import Evaluator, MakeEvaluator, MicroBatch, Trainer, build, check_capabilities
 
 
 def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
-    """Trains to `training.steps`, from where `output_dir` stands. Raises UserError, DivergedError or StoppedError."""
+    """Trains to `training.steps`, from the last checkpoint of `output_dir`.
+
+    Args:
+        config: the settings.
+        evaluate: builds what scores while training (`evaluation.every`); None scores nothing.
+
+    Raises:
+        UserError: bad settings or input, an unusable folder, or a lost rank.
+        DivergedError: a loss or gradient that is not finite.
+        StoppedError: a signal ended the run after a save.
+    """
     training = config.training
     check_capabilities(config)
     processes = Processes.start(
@@ -36,52 +46,50 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
     )
     rundir = RunDir(config.output_dir)
     with StopFlag() as stop, processes.telling_peers(), _locked(rundir, processes):
-        checkpoint = _where_to_go_on(config, rundir, processes)
-        if checkpoint is not None and checkpoint["step"] >= training.steps:
-            _say(processes, f"{rundir.path}: already complete at step {checkpoint['step']}; nothing to do")
+        manifest = manifest_to_resume(config, rundir, processes)
+        if manifest is not None and manifest["step"] >= training.steps:
+            _say(processes, f"{rundir.path}: already complete at step {manifest['step']}; nothing to do")
         else:
             trainer = build(config, processes, rundir)
             with processes.naming_lost_ranks("training"), _memory_advice(trainer):
-                restore(trainer, checkpoint)
+                restore(trainer, manifest)
                 loop(trainer, stop, evaluate)
     processes.close()
 
 
 def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> None:
     """Steps until `training.steps`, or until any rank is asked to stop."""
-    config, processes, logbook = trainer.config, trainer.processes, trainer.logbook
+    config, processes, metrics_log = trainer.config, trainer.processes, trainer.metrics_log
     evaluator = None
     if evaluate is not None and config.evaluation.every:
         evaluator = evaluate(config, processes, trainer.dataset)
     preview = Preview(trainer) if config.training.sample_every else None
-    batches = _batches(trainer)
+    batches = batches_of(trainer)
     if config.training.compile:
         compiling.prepare("training.compile", lambda line: _say(processes, line))
-    logbook.start(trainer.step)
+    metrics_log.start(trainer.step)
     try:
         while trainer.step < config.training.steps:
             _end_if_asked(trainer, stop)
-            with logbook.timed("data_wait"):
-                shares = next(batches)
+            with metrics_log.timed("data_wait"):
+                micro_batches = next(batches)
             with compiling.explained("training.compile", stop):
-                while not train_step(trainer, shares):
+                while not train_step(trainer, micro_batches):
                     note_skipped_step(trainer)
             read_checks(trainer, lag=check_lag(trainer))
-            logbook.tick()
+            metrics_log.tick()
             _at_intervals(trainer, preview, evaluator)
         stop.drain(processes)
-        if trainer.saved_step != trainer.step:
-            save(trainer)
         finish_saving(trainer)
     finally:
         batches.close()
-        logbook.close()
-        trainer.saver.close()
+        metrics_log.close()
+        trainer.writer.close()
     _say(processes, f"{trainer.rundir.path}: complete at step {trainer.step}")
 
 
 def _at_intervals(trainer: Trainer, preview: Preview | None, evaluator: Evaluator | None) -> None:
-    """What is due after the step just completed."""
+    """Logs, saves, samples and scores what is due after the step just completed."""
     config, step = trainer.config, trainer.step
     last = step == config.training.steps
     if step % config.training.log_every == 0 or last:
@@ -89,12 +97,12 @@ def _at_intervals(trainer: Trainer, preview: Preview | None, evaluator: Evaluato
     if _due(step, config.checkpoints.snapshots_every) or (last and config.checkpoints.snapshots_every):
         save_snapshots(trainer)
     if preview is not None and _due(step, config.training.sample_every):
-        with trainer.logbook.paused():
+        with trainer.metrics_log.paused():
             preview.save(trainer)
     if evaluator is not None and _due(step, config.evaluation.every):
         read_checks(trainer, lag=0)
-        with trainer.logbook.paused():
-            trainer.logbook.write_scores(step, evaluator(step, lambda name: full_weights(trainer, name)))
+        with trainer.metrics_log.paused():
+            trainer.metrics_log.write_scores(step, evaluator(step, lambda name: full_weights(trainer, name)))
     if _due(step, config.checkpoints.every) or last:
         save(trainer)
 
@@ -105,12 +113,11 @@ def _due(step: int, every: int) -> bool:
 
 def _end_if_asked(trainer: Trainer, stop: StopFlag) -> None:
     """Saves and raises StoppedError when the ranks agree that one of them was asked to stop."""
-    if trainer.saver.failed and stop.reason is None:
+    if trainer.writer.failed and stop.reason is None:
         stop.reason = "a checkpoint could not be written"
     if not stop.agreed(trainer.processes):
         return
     stop.drain(trainer.processes)
-    trainer.processes.raise_together(_failed_write(trainer))
     if trainer.step > trainer.saved_step:
         save(trainer)
     finish_saving(trainer)
@@ -120,18 +127,8 @@ def _end_if_asked(trainer: Trainer, stop: StopFlag) -> None:
     )
 
 
-def _failed_write(trainer: Trainer) -> UserError | None:
-    if not trainer.saver.failed:
-        return None
-    try:
-        trainer.saver.wait()
-    except UserError as error:
-        return error
-    return None
-
-
-def _batches(trainer: Trainer) -> Generator[list[Share], None, None]:
-    """This process's shares of every coming step, in order."""
+def batches_of(trainer: Trainer) -> Generator[list[MicroBatch], None, None]:
+    """This process's micro-batches of every coming step, in order."""
     config, processes = trainer.config, trainer.processes
     training, size = config.training, len(trainer.dataset)
     mine = batch_order.partition(training.batch_size, processes.rank, processes.world_size)
@@ -145,25 +142,24 @@ def _batches(trainer: Trainer) -> Generator[list[Share], None, None]:
     keys, images = indices(), trainer.dataset.stream(indices())
     try:
         for _ in range(trainer.step, training.steps):
-            yield [Share(positions, next(keys), next(images)) for positions in pieces]
+            yield [MicroBatch(positions, next(keys), next(images)) for positions in pieces]
     finally:
-        if hasattr(images, "close"):  # a cached data set has no workers to end
-            images.close()
+        images.close()  # ends data workers
 
 
 def log(trainer: Trainer) -> None:
-    """One row: means since the last row, and how far each copy is from raw (relative L2). A collective.
+    """One row: means since the last row, and the relative L2 distance of each average from raw. A collective.
 
-    A row at the last step that lies between two rows is marked `partial`: its steps stay in the window that a checkpoint
-    carries, and a longer run that goes on from there drops the row and counts them in the next one.
+    A row at a last step between two rows is marked `partial`: its steps stay in the sums that a checkpoint carries, and a
+    longer run that goes on from there drops the row and counts them in the next one.
     """
     read_checks(trainer, lag=0)
     processes, step = trainer.processes, trainer.step
-    row: dict[str, Any] = dict(trainer.window.means(processes))
+    row: dict[str, Any] = dict(trainer.means.means(processes))
     if step % trainer.config.training.log_every:
         row["partial"] = True
     else:
-        trainer.window.clear()
+        trainer.means.clear()
     row["learning_rate"] = trainer.config.training.learning_rate_at(step - 1)
     row["skipped_steps"] = trainer.skipped_steps
     squares = trainer.bank.squared_distances()
@@ -173,34 +169,17 @@ def log(trainer: Trainer) -> None:
     for (name, profile), square in zip(trainer.bank.profiles.items(), sums[:-1], strict=True):
         row[f"decay/{name}"] = profile.decay(step)
         row[f"distance/{name}"] = math.sqrt(square.item() / sums[-1].item())
-    trainer.logbook.write(step, row)
+    trainer.metrics_log.write(step, row)
 
 
 @contextlib.contextmanager
 def _locked(rundir: RunDir, processes: Processes) -> Iterator[None]:
-    """Rank 0 holds the run directory; its refusal is everyone's."""
+    """Rank 0 holds the run directory; where it is refused, every rank raises the error."""
     with contextlib.ExitStack() as stack:
-        error = None
-        if processes.is_main:
-            try:
+        with processes.sharing_errors():
+            if processes.is_main:
                 stack.enter_context(rundir.lock())
-            except UserError as caught:
-                error = caught
-        processes.raise_together(error)
         yield
-
-
-def _where_to_go_on(config: Config, rundir: RunDir, processes: Processes) -> dict[str, Any] | None:
-    """The manifest of the checkpoint to go on from, on every rank."""
-    found, error = None, None
-    if processes.is_main:
-        try:
-            checkpoint = find_checkpoint(config, rundir, processes)
-            found = checkpoint.manifest if checkpoint else None
-        except UserError as caught:
-            error = caught
-    processes.raise_together(error)
-    return processes.broadcast(found)
 
 
 @contextlib.contextmanager

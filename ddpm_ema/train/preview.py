@@ -11,7 +11,7 @@ from ddpm_ema import batch_order, diffusion, model, sampling
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.image_grid import save_grid
 from ddpm_ema.numbers import sampler_label
-from ddpm_ema.train.state import full_weights
+from ddpm_ema.train.checkpointing import full_weights
 from ddpm_ema.train.step import read_checks
 from ddpm_ema.train.trainer import Trainer
 

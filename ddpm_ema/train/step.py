@@ -11,54 +11,57 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ddpm_ema import diffusion, keyed_random, model, optimization
+from ddpm_ema import diffusion, keyed_random, model
 from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
-from ddpm_ema.train.trainer import FinitenessCheck, Share, Trainer
+from ddpm_ema.train.optimizer import set_learning_rate
+from ddpm_ema.train.trainer import FinitenessCheck, MicroBatch, Trainer
 
 # How many steps late a run reads whether a step was finite, by device; 0 is before the optimizer moves. Whatever saves,
 # samples, scores or logs reads all checks first.
 CHECK_LAG = {"cpu": 0, "cuda": 2}
 
 
-def train_step(trainer: Trainer, shares: list[Share]) -> bool:
-    """One optimizer step over this process's shares of the global batch. False where fp16 overflowed and nothing moved.
+def train_step(trainer: Trainer, micro_batches: list[MicroBatch]) -> bool:
+    """One optimizer step over this process's micro-batches. False where fp16 overflowed and nothing moved.
 
     The loss is the mean over the global batch, whatever the number of processes and micro-batches: each process adds
     up its images' losses divided by the global batch size, and DDP's mean over processes is undone by their number.
     """
     training, optimizer = trainer.config.training, trainer.optimizer
-    optimization.set_learning_rate(optimizer, training.learning_rate_at(trainer.step))
+    set_learning_rate(optimizer, training.learning_rate_at(trainer.step))
     scale = trainer.processes.world_size / training.batch_size
     losses, timesteps = [], []
-    for number, share in enumerate(shares, start=1):
-        with contextlib.nullcontext() if number == len(shares) else _no_sync(trainer.wrapped):
-            loss, drawn = image_losses(trainer, share)
+    for micro_batch in micro_batches:
+        with _gradient_sync(trainer.ddp_network, last=micro_batch is micro_batches[-1]):
+            loss, drawn = image_losses(trainer, micro_batch)
             trainer.scaler.scale(loss.sum() * scale).backward()
         losses.append(loss.detach())
         timesteps.append(drawn)
     trainer.scaler.unscale_(optimizer)
     grad_norm = _clip(trainer)
-    trainer.unread.append(FinitenessCheck(trainer.step, grad_norm, list(zip(shares, losses, strict=True))))
+    trainer.pending_checks.append(
+        FinitenessCheck(trainer.step, grad_norm, list(zip(micro_batches, losses, strict=True)))
+    )
     moved = _step_optimizer(trainer)
     optimizer.zero_grad(set_to_none=True)
     if moved:
         trainer.step += 1
         trainer.skipped_in_a_row = 0
         trainer.bank.update(trainer.step)
-        trainer.window.add_losses(torch.cat(losses), torch.cat(timesteps))
-        trainer.window.add_step(grad_norm)
+        trainer.means.add_losses(torch.cat(losses), torch.cat(timesteps))
+        trainer.means.add_step(grad_norm)
     return moved
 
 
-def image_losses(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
+def image_losses(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """(loss of every image, fp32 [n]; timesteps, int64 [n]) of one micro-batch, by the keys (seed, step, position)."""
     config, objective, device = trainer.config, trainer.objective, trainer.processes.device
-    seed, step, positions = config.seed, trainer.step, share.positions
+    seed, step, positions = config.seed, trainer.step, micro_batch.positions
     if config.model.dropout > 0:
         torch.manual_seed(keyed_random.seed_for(seed, Purpose.DROPOUT, step, int(positions[0])))
     # Numbers that are few are drawn on the host: on CUDA each would cost a hundred launches of tiny kernels.
-    x_0 = normalise(share.images.to(device, non_blocking=True))  # fp32 [n, C, H, W] in [-1, 1]
+    x_0 = normalise(micro_batch.images.to(device, non_blocking=True))  # fp32 [n, C, H, W] in [-1, 1]
     if config.data.horizontal_flip:
         flipped = keyed_random.uniform(seed, Purpose.FLIP, step, positions) < 0.5  # bool [n]
         flipped = flipped.to(device, non_blocking=True)[:, None, None, None]
@@ -69,7 +72,7 @@ def image_losses(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
     timesteps = objective.timesteps(seed, step, positions).to(device, non_blocking=True)
     labels = None
     if (no_label := model.no_label(trainer.network)) is not None:
-        labels = objective.drop_labels(trainer.dataset.labels[share.indices], no_label, seed, step, positions)
+        labels = objective.drop_labels(trainer.dataset.labels[micro_batch.indices], no_label, seed, step, positions)
         labels = labels.to(device, non_blocking=True)
     return objective.loss(_predictor(trainer), x_0, noise, timesteps, labels), timesteps
 
@@ -88,14 +91,17 @@ def _predictor(trainer: Trainer) -> diffusion.Predict:
     def predict(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             x_t = x_t.contiguous(memory_format=order)
-            prediction: Tensor = trainer.wrapped(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+            prediction: Tensor = trainer.ddp_network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
             return prediction
 
     return predict
 
 
-def _no_sync(wrapped: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
+def _gradient_sync(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Lets DDP add gradients up over the processes after the last micro-batch only."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        return network.no_sync()
+    return contextlib.nullcontext()
 
 
 def _clip(trainer: Trainer) -> Tensor:
@@ -120,7 +126,7 @@ def _step_optimizer(trainer: Trainer) -> bool:
     scaler.update()
     moved = scaler.get_scale() >= before
     if not moved:
-        trainer.unread.pop()
+        trainer.pending_checks.pop()
     return moved
 
 
@@ -142,15 +148,15 @@ def check_lag(trainer: Trainer) -> int:
 
 def read_checks(trainer: Trainer, lag: int) -> None:
     """Raises DivergedError on every rank where a step older than `lag` steps had a loss or gradient that is not finite."""
-    while len(trainer.unread) > lag:
-        check = trainer.unread.popleft()
+    while len(trainer.pending_checks) > lag:
+        check = trainer.pending_checks.popleft()
         if not math.isfinite(check.grad_norm.item()):
             raise DivergedError(_why_diverged(trainer, check))
 
 
 def _why_diverged(trainer: Trainer, check: FinitenessCheck) -> str:
     mine = [
-        (trainer.processes.rank, share.indices[~torch.isfinite(loss).cpu()].tolist()) for share, loss in check.losses
+        (trainer.processes.rank, batch.indices[~torch.isfinite(loss).cpu()].tolist()) for batch, loss in check.losses
     ]
     found = [(rank, images) for part in trainer.processes.gather(mine) for rank, images in part if images]
     where = "; ".join(f"rank {rank}: the loss of image {', '.join(map(str, images[:8]))}" for rank, images in found)

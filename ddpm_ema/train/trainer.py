@@ -1,4 +1,4 @@
-"""What one process of a run works with, put together: network, data, objective, optimizer, averages."""
+"""What one process of a run works with: network, data, objective, optimizer, averages; and how it is built."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ddpm_ema import batch_order, data, diffusion, model, optimization
+from ddpm_ema import batch_order, data, diffusion, model
 from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
-from ddpm_ema.logbook import Logbook, Window
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.saving import Saver
+from ddpm_ema.train.background import BackgroundWriter
+from ddpm_ema.train.metrics_log import MetricsLog, RunningMeans
+from ddpm_ema.train.optimizer import build_optimizer
 
 Weights: TypeAlias = Callable[[str], dict[str, Tensor]]
 """`weights(name)`: full fp32 weights by parameter name, on every rank. A collective."""
@@ -31,8 +32,8 @@ MakeEvaluator: TypeAlias = Callable[[Config, Processes, Any], Evaluator]
 
 
 @dataclass
-class Share:
-    """One micro-batch: which part of the global batch, and its images."""
+class MicroBatch:
+    """Images of one process that go through the network at once."""
 
     positions: Tensor  # int64 [n], in the global batch
     indices: Tensor  # int64 [n], in the data set
@@ -41,11 +42,11 @@ class Share:
 
 @dataclass
 class FinitenessCheck:
-    """What must be known of a step before anything of it is kept."""
+    """Losses and gradient norm of one step, checked for NaN and infinity before the step is saved or logged."""
 
     step: int
     grad_norm: Tensor
-    losses: list[tuple[Share, Tensor]]
+    losses: list[tuple[MicroBatch, Tensor]]  # fp32 [n], one per image
 
 
 @dataclass
@@ -58,19 +59,19 @@ class Trainer:
     dataset: Any
     objective: diffusion.Objective
     network: nn.Module  # the U-Net, whose parameters have the names that files use
-    wrapped: nn.Module  # the same, inside DDP when there are several processes
+    ddp_network: nn.Module  # the same, inside DDP when there are several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     bank: AverageBank
-    split: bool  # whether each process keeps its share of the averages alone
-    window: Window
-    logbook: Logbook
-    saver: Saver
+    split: bool  # whether each process keeps only its part of the averages
+    means: RunningMeans
+    metrics_log: MetricsLog
+    writer: BackgroundWriter
     step: int = 0
     saved_step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    unread: collections.deque[FinitenessCheck] = field(default_factory=collections.deque)
+    pending_checks: collections.deque[FinitenessCheck] = field(default_factory=collections.deque)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -104,14 +105,14 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
         dataset=dataset.to(device),
         objective=diffusion.Objective(config.diffusion).to(device),
         network=network,
-        wrapped=processes.accelerator.prepare_model(network),
-        optimizer=optimization.build_optimizer(network.parameters(), training),
+        ddp_network=processes.accelerator.prepare_model(network),
+        optimizer=build_optimizer(network.parameters(), training),
         scaler=torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16"),
         bank=bank,
         split=split,
-        window=Window(device, config.diffusion.num_train_timesteps),
-        logbook=Logbook(rundir, processes, training.steps, training.batch_size),
-        saver=Saver(rundir),
+        means=RunningMeans(device, config.diffusion.num_train_timesteps),
+        metrics_log=MetricsLog(rundir, processes, training.steps, training.batch_size),
+        writer=BackgroundWriter(),
     )
     if processes.is_main:
         logger.info(describe(trainer))

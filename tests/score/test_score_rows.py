@@ -16,12 +16,13 @@ from scored import again, make_run, results, start, weights
 
 from ddpm_ema import config, data, metrics, sampling
 from ddpm_ema.averaging import PowerFunction, write_snapshot
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import WeightResolver
-from ddpm_ema.rundir import RunDir, atomic_save, read_tensors
+from ddpm_ema.rundir import RunDir, read_tensors
 from ddpm_ema.score.blocks import Block, pixel_figures
 from ddpm_ema.score.measure import Measure
 from ddpm_ema.score.reference import noise_images
@@ -110,7 +111,7 @@ class TestVersions:
             tensors = read_tensors(first)
             tensors["images"][3, 0, 0, 0] ^= other_images
             tensors["features"][3, 0] += other_features
-            atomic_save(first, tensors)
+            save_tensors(first, tensors)
 
     def test_where_the_first_16_images_come_out_the_same_a_scoring_goes_on_and_records_it(
         self, tmp_path: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]

@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from live_runs import exact, rows, settings
+from live_runs import assert_bit_equal, exact, rows, settings, state
 from torch import Tensor
 
 from ddpm_ema import score, train
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import DivergedError, UserError
-from ddpm_ema.logbook import Window
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step
-from ddpm_ema.train.trainer import Share, Trainer, build
+from ddpm_ema.train.metrics_log import RunningMeans
+from ddpm_ema.train.trainer import MicroBatch, Trainer, build
 
 
 def trainer_of(run: Config) -> Trainer:
     return build(run, Processes.start("cpu"), RunDir(run.output_dir))
 
 
-def share_of(trainer: Trainer, first: int, last: int) -> Share:
+def micro_batch_of(trainer: Trainer, first: int, last: int) -> MicroBatch:
     """Positions `first` to `last` of a global batch that takes the images in their order."""
     indices = torch.arange(first, last)
-    return Share(indices, indices, trainer.dataset.batch(indices))
+    return MicroBatch(indices, indices, trainer.dataset.batch(indices))
 
 
 def shown(trainer: Trainer, first: int, last: int) -> tuple[Tensor, Tensor | None]:
@@ -40,8 +40,8 @@ def shown(trainer: Trainer, first: int, last: int) -> tuple[Tensor, Tensor | Non
         seen.append((x_0, labels))
         return x_0.flatten(1).mean(1)
 
-    trainer.objective.loss = loss  # type: ignore[method-assign, assignment]
-    step.image_losses(trainer, share_of(trainer, first, last))
+    trainer.objective.loss = loss
+    step.image_losses(trainer, micro_batch_of(trainer, first, last))
     return seen[0]
 
 
@@ -68,7 +68,6 @@ def test_a_class_conditional_network_is_shown_the_labels_but_those_that_are_drop
     changes: dict[str, Any] = {"model__class_conditional": True, "diffusion__label_dropout": 0.3}
     trainer = trainer_of(settings(tmp_path / "run", **changes))
     _, labels = shown(trainer, 0, 400)
-    assert labels is not None
     dropped = labels == 10
     assert torch.equal(labels[~dropped], trainer.dataset.labels[:400][~dropped])
     assert float(dropped.double().mean()) == pytest.approx(0.3, abs=5 * math.sqrt(0.3 * 0.7 / 400))
@@ -76,10 +75,9 @@ def test_a_class_conditional_network_is_shown_the_labels_but_those_that_are_drop
     assert not torch.equal(shown(trainer, 0, 400)[1] == 10, dropped)
 
 
-def test_tries_that_fp16_skipped_are_not_in_the_logged_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scaler = torch.amp.GradScaler
-    high = {"init_scale": 2.0**40, "backoff_factor": 2.0**-10}  # so that the first tries overflow
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, **high))
+def test_tries_that_fp16_skipped_are_not_in_the_logged_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overflowing_twice: None
+) -> None:
     tries: list[Tensor] = []
     image_losses = step.image_losses
 
@@ -92,20 +90,20 @@ def test_tries_that_fp16_skipped_are_not_in_the_logged_loss(tmp_path: Path, monk
     trainer = trainer_of(settings(tmp_path / "run", training__mixed_precision="fp16"))
     moved, skipped = [], 0
     while trainer.step < 3:
-        if step.train_step(trainer, [share_of(trainer, 0, 16)]):
+        if step.train_step(trainer, [micro_batch_of(trainer, 0, 16)]):
             moved.append(tries[-1])
         else:
             skipped += 1
     assert skipped >= 2
-    row = trainer.window.means(trainer.processes)
+    row = trainer.means.means(trainer.processes)
     assert row["loss"] == pytest.approx(float(torch.cat(moved).double().mean()), rel=1e-12)
 
 
-def window_row(windows: list[Window]) -> dict[str, float | None]:
-    """The row that so many processes, each with its window, write together."""
-    total = torch.stack([window.sums for window in windows]).sum(0)
-    processes: Any = SimpleNamespace(world_size=len(windows), sum_=lambda _: total)
-    return windows[0].means(processes)
+def row_of(means: list[RunningMeans]) -> dict[str, float | None]:
+    """The row that so many processes, each with its means, write together."""
+    total = torch.stack([one.sums for one in means]).sum(0)
+    processes: Any = SimpleNamespace(world_size=len(means), sum_=lambda _: total)
+    return means[0].means(processes)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
@@ -113,25 +111,25 @@ def test_a_row_that_spans_a_change_in_the_number_of_processes_has_the_means_of_a
     before: int, after: int
 ) -> None:
     """Every process counts each step and its norm once, and the losses of its own images."""
-    windows = [Window(torch.device("cpu"), 100) for _ in range(before)]
-    for rank, window in enumerate(windows):
+    means = [RunningMeans(torch.device("cpu"), 100) for _ in range(before)]
+    for rank, one in enumerate(means):
         for norm in (1.0, 3.0):
-            window.add_step(torch.tensor(norm))
-            window.add_losses(torch.tensor([0.5 + rank, 0.7]), torch.tensor([10, 90]))
-    state = [window.sums.tolist() for window in windows]
-    expected = window_row(windows)
-    resumed = [Window(torch.device("cpu"), 100) for _ in range(after)]
-    for rank, window in enumerate(resumed):
+            one.add_step(torch.tensor(norm))
+            one.add_losses(torch.tensor([0.5 + rank, 0.7]), torch.tensor([10, 90]))
+    state = [one.sums.tolist() for one in means]
+    expected = row_of(means)
+    resumed = [RunningMeans(torch.device("cpu"), 100) for _ in range(after)]
+    for rank, one in enumerate(resumed):
         processes: Any = SimpleNamespace(rank=rank, world_size=after, is_main=rank == 0)
-        window.load(state, processes)
-        window.add_step(torch.tensor(5.0))
-    row = window_row(resumed)
+        one.load(state, processes)
+        one.add_step(torch.tensor(5.0))
+    row = row_of(resumed)
     assert row.pop("grad_norm") == pytest.approx((1 + 3 + 5) / 3)
     assert expected.pop("grad_norm") == pytest.approx(2)
     assert row == pytest.approx(expected)
 
 
-def test_a_run_that_was_extended_has_the_rows_of_one_that_was_long_from_the_start(tmp_path: Path) -> None:
+def test_a_run_that_was_extended_is_bit_equal_to_one_that_was_long_from_the_start(tmp_path: Path) -> None:
     """The row at a last step between two rows is of steps that the next row counts too; going on takes it back."""
     whole = settings(tmp_path / "whole", training__steps=12, training__log_every=5)
     train.run(whole)
@@ -142,6 +140,7 @@ def test_a_run_that_was_extended_has_the_rows_of_one_that_was_long_from_the_star
     train.run(longer)
     assert [row["step"] for row in rows(longer)] == [5, 10, 12]
     assert exact(longer) == exact(whole)
+    assert_bit_equal(state(longer), state(whole))
 
 
 # What is made of the weights after some steps, each alone: nothing else in the run then reads the checks in time.
@@ -163,8 +162,8 @@ def test_where_checks_are_read_late_as_on_cuda_nothing_unchecked_is_kept(
     """The weights are not finite from step 6 on; the checks are read two steps late, or before anything is kept."""
     image_losses = step.image_losses
 
-    def poisoned(trainer: Trainer, share: Share) -> tuple[Tensor, Tensor]:
-        loss, timesteps = image_losses(trainer, share)
+    def poisoned(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        loss, timesteps = image_losses(trainer, micro_batch)
         return (loss * torch.nan if trainer.step == 5 else loss), timesteps
 
     monkeypatch.setattr(step, "image_losses", poisoned)
@@ -173,7 +172,7 @@ def test_where_checks_are_read_late_as_on_cuda_nothing_unchecked_is_kept(
     common = {"training__log_every": 100, "checkpoints__every": 100}
     run = settings(tmp_path / "run", **{**common, **changes})
     with pytest.raises(DivergedError, match=r"step 6: .*Nothing after step 5 was saved"):
-        train.run(run, lambda *_: lambda number, weights: scored.append(number) or [])  # type: ignore[func-returns-value]
+        train.run(run, lambda *_: lambda number, weights: scored.append(number) or [])
     assert scored == []
     assert rows(run) == []
     kept = {path.relative_to(run.output_dir).as_posix() for path in run.output_dir.rglob("*") if path.is_file()}
@@ -186,7 +185,7 @@ def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    changes = {"training__device": "auto", f"{stage}__mixed_precision": "bf16"}
+    changes = {"machine__device": "auto", f"{stage}__mixed_precision": "bf16"}
     check = {"training": train.trainer.check_capabilities, "evaluation": score.network.check_capabilities}[stage]
     with pytest.raises(UserError, match=rf"{stage}\.mixed_precision: this GPU has no bf16"):
         check(settings(tmp_path / "run", **changes))

@@ -30,7 +30,7 @@ class _File:
 class FolderSource:
     """Every image under `root`, links followed, sorted by relative path as bytes.
 
-    The first level of folders gives the labels (sorted as bytes, from 0), unless an image lies outside of them.
+    The first level of folders gives the labels (sorted as bytes, from 0); an image outside of them leaves all without labels.
     """
 
     root: Path
@@ -68,9 +68,10 @@ class FolderSource:
 
 
 def open_folder(path: Path, split: str) -> FolderSource:
-    """The images under `path`, or under `path/split` where the folder's first level is nothing but splits.
+    """Opens the images under `path`, or under `path/split` if the folder's first level holds only splits.
 
-    Raises UserError where there is no such folder, it cannot be read, or holds no image.
+    Raises:
+        UserError: there is no such folder or split, it cannot be read, or it holds no image.
     """
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
@@ -103,16 +104,13 @@ def _split_folder(path: Path, split: str) -> str:
 
 @dataclass
 class _Walk:
-    """One walk over a folder: yields its images, collects what it passes over."""
+    """One walk over a folder: yields its images, collects what it skips."""
 
     root: Path
     skipped: list[str] = field(default_factory=list)
     num_ignored: int = 0
 
-    def files(self) -> Iterator[_File]:
-        yield from self._folder("", ())
-
-    def _folder(self, relative: str, above: tuple[tuple[int, int], ...]) -> Iterator[_File]:
+    def files(self, relative: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[_File]:
         """`above` holds (device, inode) of the folders on the way here: a link back to one of them is a loop."""
         folder = self.root / relative
         try:
@@ -128,7 +126,7 @@ class _Walk:
             if entry.name.startswith("."):
                 self.num_ignored += 1
             elif _is_folder(entry):
-                yield from self._folder(inside, (*above, (here.st_dev, here.st_ino)))
+                yield from self.files(inside, (*above, (here.st_dev, here.st_ino)))
             else:
                 yield from self._file(entry, inside)
 

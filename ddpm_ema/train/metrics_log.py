@@ -1,4 +1,4 @@
-"""What a run says of itself: sums over the steps since the last row, rows of metrics.jsonl, trackers, and a progress bar."""
+"""The metrics of a run: means over the steps since the last row, rows of metrics.jsonl, trackers, and a progress bar."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ QUARTERS = 4
 _LOSS, _COUNT, _NORM, _STEPS = slice(0, QUARTERS), slice(QUARTERS, 2 * QUARTERS), 2 * QUARTERS, 2 * QUARTERS + 1
 
 
-class Window:
+class RunningMeans:
     """Sums since the last logged row, on the device, so that no step waits for them.
 
-    Checkpoints carry them (one vector a rank), so that the row after a resume is the row that would have been.
+    Checkpoints carry them (one vector per rank), so that the first row after a resume is that of an undisturbed run.
     """
 
     def __init__(self, device: torch.device, num_train_timesteps: int) -> None:
@@ -32,7 +32,7 @@ class Window:
         self.num_train_timesteps = num_train_timesteps
 
     def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
-        """losses: fp32 [n], one an image; timesteps: int64 [n]."""
+        """losses: fp32 [n], one per image; timesteps: int64 [n]."""
         quarter = timesteps * QUARTERS // self.num_train_timesteps
         self.sums[_LOSS].index_add_(0, quarter, losses.detach().double())
         self.sums[_COUNT].index_add_(0, quarter, torch.ones_like(losses, dtype=torch.float64))
@@ -42,22 +42,21 @@ class Window:
         self.sums[_STEPS] += 1
 
     def means(self, processes: Processes) -> dict[str, float | None]:
-        """Means over the window and over all processes. A collective."""
+        """Means over the steps since the last `clear` and over all processes. A collective."""
         sums = processes.sum_(self.sums.to("cpu", copy=True))
-        norm, steps = sums[_NORM] / processes.world_size, sums[_STEPS] / processes.world_size
         row: dict[str, float | None] = {"loss": (sums[_LOSS].sum() / sums[_COUNT].sum()).item()}
         for quarter in range(QUARTERS):
             count = sums[_COUNT][quarter].item()
             row[f"loss_q{quarter}"] = sums[_LOSS][quarter].item() / count if count else None
-        row["grad_norm"] = (norm / steps).item()
+        row["grad_norm"] = (sums[_NORM] / sums[_STEPS]).item()
         return row
 
     def clear(self) -> None:
-        """Starts a new window."""
+        """Sets the sums to zero."""
         self.sums.zero_()
 
     def state(self, processes: Processes) -> list[list[float]]:
-        """One vector a rank. A collective."""
+        """One vector per rank. A collective."""
         return processes.gather(self.sums.tolist())
 
     def load(self, state: list[list[float]], processes: Processes) -> None:
@@ -66,14 +65,13 @@ class Window:
         if len(rows) == processes.world_size:
             self.sums.copy_(rows[processes.rank])
         elif processes.is_main:
-            # Every rank counts steps and norms of the whole step, so the sum is brought to what one rank would hold.
-            total = rows.sum(0)
-            self.sums.copy_(total)
+            self.sums.copy_(rows.sum(0))
+            # Every rank counts each step and its norm, so together they must count it `world_size` times.
             self.sums[_NORM:] *= processes.world_size / len(rows)
 
 
-class Logbook:
-    """Writes rows: metrics.jsonl always, trackers while they work, the bar for a person. Only rank 0 writes."""
+class MetricsLog:
+    """Writes rows to metrics.jsonl, to trackers while they work, and shows a progress bar. Only rank 0 writes."""
 
     def __init__(self, rundir: RunDir, processes: Processes, total: int, batch_size: int) -> None:
         self.rundir, self.processes, self.batch_size = rundir, processes, batch_size
@@ -81,7 +79,6 @@ class Logbook:
         self.bar = tqdm(total=total, unit="step", disable=not processes.is_main, dynamic_ncols=True, mininterval=1.0)
         self._tracking = True
         self._since, self._steps = time.perf_counter(), 0
-        self._paused = 0.0
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -95,7 +92,7 @@ class Logbook:
         """Sampling and scoring inside do not count against images/s."""
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        self._since += time.perf_counter() - start
 
     def start_trackers(self, names: tuple[str, ...], settings: Mapping[str, Any]) -> None:
         if names:
@@ -103,7 +100,7 @@ class Logbook:
             self._track(lambda: self.processes.accelerator.init_trackers("ddpm_ema", config=flat))
 
     def start(self, step: int) -> None:
-        """Called when the first step begins, so that set-up does not count."""
+        """Starts the clock when the first step begins, so that set-up does not count."""
         self.bar.update(step - self.bar.n)
         self.bar.unpause()
         self._since, self._steps = time.perf_counter(), 0
@@ -113,8 +110,8 @@ class Logbook:
         self.bar.update(1)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """One row; adds what concerns time and memory."""
-        elapsed = time.perf_counter() - self._since - self._paused
+        """Writes one row, with speed, seconds and memory added."""
+        elapsed = time.perf_counter() - self._since
         whole = {
             "step": step,
             **row,
@@ -123,7 +120,7 @@ class Logbook:
             **self.seconds,
             "peak_memory": peak_memory(self.processes.device),
         }
-        self._since, self._steps, self._paused = time.perf_counter(), 0, 0.0
+        self._since, self._steps = time.perf_counter(), 0
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         if self.processes.is_main:
             self.rundir.append_metrics(whole)
@@ -132,7 +129,7 @@ class Logbook:
         self.bar.set_postfix({"loss": f"{row['loss']:.4f}", "img/s": f"{whole['images_per_second'] or 0:.1f}"})
 
     def write_scores(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A row of quick scores."""
+        """Writes a row of quick scores."""
         if self.processes.is_main:
             self.rundir.append_metrics({"step": step, "scores": rows})
             numbers = {f"{row['metric']}/{row['weights']}": row["frechet_distance"] for row in rows}
@@ -142,7 +139,7 @@ class Logbook:
         self.bar.close()
 
     def _track(self, call: Any) -> None:
-        """Trackers talk to disks and servers that may be gone; training is worth more than its plots."""
+        """Calls a tracker; one that fails, for a disk or server that is gone, is switched off and training goes on."""
         if not self._tracking:
             return
         try:

@@ -1,4 +1,4 @@
-"""torchvision's image sets by name. A module of its own because importing torchvision takes seconds."""
+"""torchvision's image sets by name. Importing this imports torchvision, which takes seconds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ema.data.library import IndexedSource
+from ddpm_ema.data.decode import one_line
+from ddpm_ema.data.indexed_source import IndexedSource
 from ddpm_ema.errors import UserError
 
 
 def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
-    """A torchvision image set under `root`, downloaded if it is not there.
+    """Opens a torchvision image set under `root`; downloads it if it is missing.
 
-    `name` is the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`.
-    Raises UserError for an unknown name, argument or split, or where the set is not there and cannot be downloaded.
+    Args:
+        name: the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`.
+        split: `train`, `test`, or a split that the class knows.
+        root: the folder of the downloaded files.
+
+    Raises:
+        UserError: an unknown name, argument or split, or a set that is missing and cannot be downloaded.
     """
     kind, arguments = _parse(name)
     parameters = _parameters(kind)
@@ -42,7 +48,7 @@ def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
 
 @dataclass(frozen=True)
 class _Image:
-    """The image of an (image, target, ...) item; a class, so that data workers can be sent it."""
+    """Gives the image of an (image, target, ...) item. A class, because data workers get it pickled."""
 
     data: Any
 
@@ -69,7 +75,7 @@ def _value(text: str) -> Any:
 
 
 def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters, and its bases' where it hands on further keywords."""
+    """Parameters of the constructor, and of its bases' where it passes keywords on."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -87,7 +93,7 @@ def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
 def _split_argument(
     name: str, parameters: dict[str, inspect.Parameter], given: dict[str, Any], split: str
 ) -> dict[str, Any]:
-    """The keyword that says train or test to this class: `train=`, Omniglot's `background=`, or `split=`."""
+    """The keyword that selects the split in this class: `train=`, Omniglot's `background=`, or `split=`."""
     for key in ("train", "background"):
         if key in parameters and key not in given:
             if split not in ("train", "test"):
@@ -116,18 +122,14 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
         try:
             return kind(**arguments, **attempt)
         except ValueError as error:  # torchvision's own check of an argument
-            raise UserError(f"data.name, data.split: {kind.__name__}: {_line(error)}") from None
+            raise UserError(f"data.name, data.split: {kind.__name__}: {one_line(error)}") from None
         except (OSError, RuntimeError, ImportError) as error:  # not there; no network; a reading library is missing
             failures.append(error)
     how = "downloading it failed" if len(attempts) > 1 else "it has no download"
     raise UserError(
-        f"torchvision's {kind.__name__} is not under {root} and {how} ({_line(failures[-1])}): copy the set there from a "
+        f"torchvision's {kind.__name__} is not under {root} and {how} ({one_line(failures[-1])}): copy the set there from a "
         "machine that has it (data.path names the folder), or connect this one"
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_images(name: str, data: Any) -> None:
@@ -138,7 +140,7 @@ def _check_images(name: str, data: Any) -> None:
 
 
 def _labels(data: Any) -> tuple[Tensor | None, int | None]:
-    """The class of every image where the targets are classes; read off an attribute if one really holds them."""
+    """The class of every image if the targets are classes; taken from an attribute if one holds the same targets."""
     size = len(data)
     if not isinstance(data[0][1], (int, np.integer)) or isinstance(data[0][1], bool):
         return None, None

@@ -1,4 +1,4 @@
-"""Images that an object of a library gives by index, and the digits inside scikit-learn."""
+"""A source over an object of a library that gives images by index, and scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_ema.errors import UserError
 
 @dataclass
 class IndexedSource:
-    """Images got by index from an object of a library."""
+    """Images that `get(index)` gives. `identity` and `place` are the lines that name them, anywhere and on this machine."""
 
     name: str
     size: int

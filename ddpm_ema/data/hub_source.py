@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_ema.data.library import IndexedSource
+from ddpm_ema.data.decode import one_line
+from ddpm_ema.data.indexed_source import IndexedSource
 from ddpm_ema.errors import UserError
 
 
 def open_hub(name: str, split: str) -> IndexedSource:
-    """`owner/set`, `owner/set:subset`, or a local folder that `datasets` reads.
+    """Opens a Hub data set: its first column of images, and its first ClassLabel column as labels.
 
-    The first column of images is taken, and the first ClassLabel column as labels. Raises UserError without the extra,
-    the set, the split or an image column.
+    Args:
+        name: `owner/set`, `owner/set:subset`, or a local folder that `datasets` reads.
+        split: one of its splits.
+
+    Raises:
+        UserError: the extra `hub` is not installed, or the set, the split or an image column is missing.
     """
     try:
         import datasets
@@ -46,7 +51,7 @@ def open_hub(name: str, split: str) -> IndexedSource:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Opens the encoded bytes, or the file, that a row holds."""
+    """Opens the encoded bytes of a row, or the file that it names."""
 
     data: Any
     column: str
@@ -73,8 +78,7 @@ def _load(datasets: Any, name: str, split: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # the library and the network beneath it raise what they like
-        line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"Hub data set {name!r}, split {split!r}, could not be loaded ({line}): check its name and the network, or "
-            "set data.name to a folder that holds it"
+            f"Hub data set {name!r}, split {split!r}, could not be loaded ({one_line(error)[:300]}): check its name and the "
+            "network, or set data.name to a folder that holds it"
         ) from None

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ema.config import TrainingSettings
-from ddpm_ema.errors import UserError
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -38,25 +37,12 @@ def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
 def load_named_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what `named_state` gave. Raises UserError that names a tensor that is missing, extra or misshaped."""
-    left = set(tensors)
-    for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {}
-        for entry in ("step", "exp_avg", "exp_avg_sq"):
-            key = f"{entry}/{name}"
-            if key not in tensors:
-                raise UserError(f"optimizer.safetensors: {key!r} is missing")
-            left.discard(key)
-            state[entry] = _like(parameter, tensors[key], key) if entry != "step" else tensors[key].to(parameter.device)
-        optimizer.state[parameter] = state
-    if left:
-        raise UserError(f"optimizer.safetensors: {sorted(left)[0]!r} belongs to no parameter of this model")
+    """Puts back what `named_state` gave for the same model and optimizer.
 
-
-def _like(parameter: Tensor, value: Tensor, key: str) -> Tensor:
-    """Files are contiguous; fused kernels want moments in the parameter's own memory order."""
-    if value.shape != parameter.shape:
-        raise UserError(
-            f"optimizer.safetensors: {key!r} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
-        )
-    return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    Files are contiguous; fused kernels want moments in the parameter's own memory order.
+    """
+    for key, value in tensors.items():
+        entry, _, name = key.partition("/")
+        parameter = parameters[name]
+        state = value if entry == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter][entry] = state.to(parameter.device)

@@ -1,0 +1,22 @@
+"""The run directory. `layout` names its files, `files` writes and checks them, `checkpoint`, `lock` and `directory` use both.
+
+Importing this loads no torch; reading or writing tensors does.
+"""
+
+from __future__ import annotations
+
+from ddpm_ema.rundir.checkpoint import Checkpoint
+from ddpm_ema.rundir.directory import RunDir
+from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors
+from ddpm_ema.rundir.layout import Layout, step_folder
+
+__all__ = [
+    "Checkpoint",
+    "Layout",
+    "RunDir",
+    "as_user_error",
+    "atomic_write",
+    "file_sha256",
+    "read_tensors",
+    "step_folder",
+]

@@ -1,0 +1,133 @@
+"""One checkpoint: a folder of safetensors files with a manifest that holds their sizes and hashes.
+
+It is written into a hidden folder beside its target, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm_ema.averaging.files import save_tensors, sync
+from ddpm_ema.errors import UserError
+from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors, require_space
+from ddpm_ema.rundir.layout import step_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1
+
+
+class Checkpoint:
+    """One folder under checkpoints/. Reading any tensor file checks its sha256 first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = step_of(path)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What was written beside the tensors. Raises UserError where it is missing, damaged or of another version."""
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text())
+        except OSError as error:
+            self._check_still_there()
+            raise UserError(f"{self.path}: no manifest.json ({error.strerror})") from None
+        except ValueError as error:
+            raise UserError(f"{self.path}/manifest.json: not JSON ({error})") from None
+        if not isinstance(manifest, dict) or manifest.get("step") != self.step or "files" not in manifest:
+            raise UserError(f"{self.path}/manifest.json: does not describe step {self.step}")
+        if manifest.get("schema") != SCHEMA:
+            raise UserError(f"{self.path}: schema {manifest.get('schema')}, this version reads {SCHEMA}")
+        return manifest
+
+    @property
+    def names(self) -> list[str]:
+        """`raw` and the averages that this checkpoint holds."""
+        averages = [Path(file).stem for file in self.manifest["files"] if file.startswith("averages/")]
+        return ["raw", *averages]
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """The tensors of one file of this checkpoint, on CPU. Raises UserError if a single bit differs."""
+        self._check(file)
+        return read_tensors(self.path / file)
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """fp32 weights by parameter name, for `raw` or an average."""
+        if name not in self.names:
+            raise UserError(f"{self.path}: holds no weights {name!r}; there are {', '.join(self.names)}")
+        return self.tensors("raw.safetensors" if name == "raw" else f"averages/{name}.safetensors")
+
+    def verify(self) -> None:
+        """Raises UserError that names the first file that is not what was written."""
+        for file in self.manifest["files"]:
+            self._check(file)
+
+    def _check(self, file: str) -> None:
+        path, entry = self.path / file, self.manifest["files"].get(file)
+        if entry is None:
+            raise UserError(f"{self.path}: holds no {file}")
+        if not path.is_file():
+            self._check_still_there()
+            raise UserError(f"{path}: is missing")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise UserError(f"{path}: {size} bytes, {entry['bytes']} were written")
+        if file_sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: sha256 mismatch, its content changed after it was written")
+
+    def _check_still_there(self) -> None:
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path}: is no longer there. Training deletes old checkpoints while it goes on: raise checkpoints.keep, "
+                "keep some for good with checkpoints.keep_every, or use a newer step"
+            )
+
+
+def write_checkpoint(
+    target: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> Checkpoint:
+    """Writes the folder `target`, which appears whole or not at all.
+
+    Args:
+        target: the folder, named after its step; one that proved bad may be there already.
+        files: relative path -> tensors by name.
+        manifest: what manifest.json holds beside schema, step and files.
+
+    Raises:
+        UserError: the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    with as_user_error(target, needed):
+        try:
+            partial.mkdir(parents=True)
+            require_space(partial, needed)
+            entries = {file: _write_file(partial / file, tensors) for file, tensors in files.items()}
+            whole = {"schema": SCHEMA, "step": step_of(target), **manifest, "files": entries}
+            atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
+            _move_into_place(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Checkpoint(target)
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes one file; returns its entry in the manifest."""
+    save_tensors(path, tensors)
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    """Renames; a bad checkpoint that is already there leaves in one rename, too."""
+    doomed = target.with_name(f".{target.name}.{os.getpid()}.deleted")
+    if target.exists():
+        os.replace(target, doomed)
+    os.replace(partial, target)
+    sync(target.parent)
+    shutil.rmtree(doomed, ignore_errors=True)

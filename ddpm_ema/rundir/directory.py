@@ -1,0 +1,151 @@
+"""What a run does with its directory: finds, writes and deletes checkpoints, appends metrics, sets old results aside."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm_ema.errors import UserError
+from ddpm_ema.rundir.checkpoint import Checkpoint, write_checkpoint
+from ddpm_ema.rundir.files import atomic_write
+from ddpm_ema.rundir.layout import Layout, step_folder, step_folders, step_of
+from ddpm_ema.rundir.lock import Lock
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OF_ONE_RUN = (
+    "checkpoints",
+    "snapshots",
+    "samples",
+    "scores",
+    "metrics.jsonl",
+    "report.html",
+    "config.yaml",
+    "imported.json",
+)
+OF_ONE_STEP = ("scores/*", "samples/*", "reconstructed/*")
+STEP_IN_NAME = re.compile(r"(?:step-)?(\d{8,})")
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC)
+
+
+class RunDir(Layout):
+    """Layout, checkpoints and the lock of one run directory."""
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints that were renamed into place, by step. Their content is checked when it is read."""
+        return [Checkpoint(path) for path in step_folders(self.checkpoints_path)]
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of one step. Raises UserError that lists the steps that have one."""
+        checkpoints = {checkpoint.step: checkpoint for checkpoint in self.checkpoints()}
+        if step not in checkpoints:
+            steps = ", ".join(map(str, checkpoints)) or "none"
+            raise UserError(f"{self.checkpoints_path}: no checkpoint of step {step}; steps there: {steps}")
+        return checkpoints[step]
+
+    def newest_whole(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose every file is what was written, and why newer ones were passed over."""
+        reasons: list[str] = []
+        for checkpoint in reversed(self.checkpoints()):
+            try:
+                checkpoint.verify()
+            except UserError as error:
+                reasons.append(str(error))
+            else:
+                return checkpoint, reasons
+        return None, reasons
+
+    def write_checkpoint(
+        self, step: int, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+    ) -> Checkpoint:
+        """`checkpoint.write_checkpoint` at the place of `step`."""
+        return write_checkpoint(self.checkpoints_path / step_folder(step), files, manifest)
+
+    def prune(self, keep: int, keep_every: int | None) -> None:
+        """Deletes old checkpoints but the newest `keep` (at least two) and those at multiples of `keep_every`."""
+        for checkpoint in self.checkpoints()[: -max(2, keep)]:
+            if keep_every is None or checkpoint.step % keep_every:
+                doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.deleted")
+                os.replace(checkpoint.path, doomed)  # a half-deleted folder must not look whole
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def drop_after(self, step: int) -> Path | None:
+        """Removes what a run wrote after `step`, from which it is trained again.
+
+        Rows of metrics, snapshots and newer (bad) checkpoints are deleted: training writes them again. Scores, sample grids
+        and reconstructions of later steps are of weights that will not exist again: they move into `previous-N/`, which is
+        returned (None where nothing moved).
+        """
+        for checkpoint in self.checkpoints():
+            if checkpoint.step > step:
+                os.replace(checkpoint.path, checkpoint.path.with_name(f".{checkpoint.path.name}.bad.deleted"))
+        for folder in step_folders(self.snapshots_path):
+            if step_of(folder) > step:
+                shutil.rmtree(folder)
+        if self.metrics_path.exists():
+            atomic_write(self.metrics_path, "".join(line + "\n" for line in _rows_up_to(self.metrics_path, step)))
+        made = [path for pattern in OF_ONE_STEP for path in self.path.glob(pattern)]
+        return self._set_aside([path for path in made if (at := STEP_IN_NAME.match(path.name)) and int(at[1]) > step])
+
+    def move_aside(self) -> Path | None:
+        """Moves the files of an earlier run into previous-N/; returns that folder, or None where nothing moved."""
+        return self._set_aside([self.path / name for name in OF_ONE_RUN if (self.path / name).exists()])
+
+    def _set_aside(self, paths: Sequence[Path]) -> Path | None:
+        """Moves `paths` into a new previous-N/, each to the same relative path."""
+        if not paths:
+            return None
+        numbers = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
+        number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=0)
+        aside = self.path / f"previous-{number}"
+        for path in paths:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        return aside
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds one row to metrics.jsonl."""
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for one run. Raises UserError that names host and process of the run that has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with Lock(self.path / ".lock"):
+                self._clear_leftovers()
+                yield
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            reason = f"cannot be written ({error.strerror}); choose another folder"
+            raise UserError(f"output_dir {self.path}: {reason}") from None
+
+    def _clear_leftovers(self) -> None:
+        """Deletes what killed processes left. Only the holder of the lock may."""
+        folders = (self.path, self.checkpoints_path, self.snapshots_path, *step_folders(self.snapshots_path))
+        for folder in folders:
+            for path in [*folder.glob(".*.partial"), *folder.glob(".*.deleted")]:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _rows_up_to(path: Path, step: int) -> Iterator[str]:
+    """Lines of metrics.jsonl up to `step`, without a line that a kill cut short and rows that the next one repeats."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("step", step + 1) <= step and not row.get("partial"):
+                yield line.rstrip("\n")

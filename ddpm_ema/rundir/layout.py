@@ -1,0 +1,65 @@
+"""Names of the files and folders of a run directory: the only thing that passes between stages.
+
+    checkpoints/step-00003000/   manifest.json (written last), raw.safetensors, optimizer.safetensors, averages/<name>.safetensors
+    snapshots/step-00001500/     <name>.safetensors, for post-hoc reconstruction
+    samples/  scores/  metrics.jsonl  config.yaml  report.html  imported.json (of a run that was trained elsewhere)
+
+Order comes from step numbers, never from clocks. This module loads no other, so that every stage can use it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(step: int) -> str:
+    """3000 -> 'step-00003000'."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step that a folder is named after: the inverse of `step_folder`."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def step_folders(parent: Path) -> list[Path]:
+    """The folders in `parent` that are named after a step, by step."""
+    folders = [path for path in parent.glob("step-*") if path.is_dir() and STEP_FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
+
+
+class Layout:
+    """Where everything of one run directory lies. Nothing is read or made."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.report_path = self.path / "report.html"
+        self.imported_path = self.path / "imported.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.snapshots_path = self.path / "snapshots"
+
+    def sample_grid(self, step: int) -> Path:
+        return self.path / "samples" / f"{step_folder(step)}.png"
+
+    def score_dir(self, step: int, digest: str) -> Path:
+        return self.path / "scores" / f"{step:08d}-{digest}"
+
+    def score_dirs(self) -> list[Path]:
+        """Folders of scorings, by step."""
+        return sorted(path for path in (self.path / "scores").glob("*-*") if path.is_dir())
+
+    def snapshot_path(self, step: int, name: str) -> Path:
+        return self.snapshots_path / step_folder(step) / f"{name}.safetensors"
+
+    def snapshots(self) -> dict[str, list[Path]]:
+        """Average name -> its snapshot files, by step."""
+        found: dict[str, list[Path]] = {}
+        for folder in step_folders(self.snapshots_path):
+            for path in sorted(folder.glob("[!.]*.safetensors")):
+                found.setdefault(path.stem, []).append(path)
+        return found

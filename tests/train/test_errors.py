@@ -1,0 +1,114 @@
+"""What ends a run: one message, the right exit code, and nothing kept that is not finite."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from live_runs import finish, rows, settings, start, state
+
+from ddpm_ema import train
+from ddpm_ema.batch_order import batch_indices
+from ddpm_ema.errors import UserError
+from ddpm_ema.train import step
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"machine__device": "cuda"}, r"machine\.device: cuda was asked for, and there is no CUDA device"),
+        ({"machine__world_size": 2}, "2 processes were asked for, the launch gives 1"),
+        ({"training__trackers": ["tensorbord"]}, "tensorbord unknown; accelerate knows .*tensorboard"),
+        ({"training__compile": True}, r"training\.compile: torch\.compile needs a C"),
+    ],
+)
+def test_what_this_machine_or_launch_cannot_do_is_an_error_before_any_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes, message
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # which holds no compiler
+    run = settings(tmp_path / "run", data__source="folder", data__path="/nowhere", **changes)
+    with pytest.raises(UserError, match=message):
+        train.run(run)
+    assert not run.output_dir.exists()
+
+
+def test_fewer_images_than_a_batch_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1797 images, fewer than one batch"):
+        train.run(settings(tmp_path / "run", training__batch_size=2000))
+
+
+def poisoned_at_step_6() -> None:
+    """One image's loss is not a number, on rank 1, in the sixth step."""
+    losses = step.image_losses
+
+    def poisoned(trainer, micro_batch):
+        loss, timesteps = losses(trainer, micro_batch)
+        if trainer.step == 5 and trainer.processes.rank == 1:
+            loss = loss * torch.where(torch.arange(len(loss)) == 2, torch.nan, 1.0)
+        return loss, timesteps
+
+    step.image_losses = poisoned
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_anything_moves(tmp_path: Path) -> None:
+    run = settings(tmp_path / "run")
+    launch = start(run, 2, before=poisoned_at_step_6)
+    assert launch.wait() == [3, 3]
+    message = launch.output()
+    image = int(batch_indices(0, 5, torch.tensor([8 + 2]), 16, 1797))
+    assert f"step 6: rank 1: the loss of image {image} is not finite" in message
+    assert "last checkpoint: step 4" in message
+    assert "Traceback" not in message
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5]
+    assert all(torch.isfinite(tensor).all() for tensor in state(run).values())
+    finish(run, 2)  # the poison gone, it goes on
+
+
+def test_out_of_memory_says_what_to_lower_and_which_checkpoint_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = step.image_losses
+
+    def hungry(trainer, micro_batch):
+        if trainer.step == 5:
+            torch.empty(2**50)  # as much as no machine has: the allocator itself refuses
+        return losses(trainer, micro_batch)
+
+    monkeypatch.setattr(step, "image_losses", hungry)
+    with pytest.raises(UserError, match=r"lower training\.micro_batch_size .*last checkpoint: step 4"):
+        train.run(settings(tmp_path / "run"))
+
+
+def full_disk_at_second_save() -> None:
+    usage, seen = shutil.disk_usage, []
+
+    def full(path):
+        seen.extend(["second save"] if "00000008" in str(path) else [])
+        real = usage(path)
+        return type(real)(real.total, real.total - 17, 17) if seen else real
+
+    shutil.disk_usage = full
+
+
+def test_a_disk_that_fills_up_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", training__steps=400, checkpoints__every=8, training__log_every=100)
+    launch = start(run, 2, before=full_disk_at_second_save)
+    assert launch.wait() == [2, 2]
+    assert "the disk is full" in launch.output()
+    assert "17 free" in launch.output()
+    assert "Traceback" not in launch.output()
+
+
+def test_a_tracker_that_is_down_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fail(*_, **__):
+        raise ConnectionError("server is down")
+
+    monkeypatch.setattr(Accelerator, "log", fail)
+    run = settings(tmp_path / "run", training__trackers=["tensorboard"])
+    train.run(run)
+    assert capsys.readouterr().err.count("warning: a tracker failed") == 1
+    assert len(rows(run)) == 12
