@@ -57,6 +57,12 @@ TRAINING: dict[str, dict[str, Any]] = {
     "warmup": {"warmup_steps": STEPS // 10},
     "batch4": {"batch_size": 4},
 }
+TITLES = {
+    "constant": "constant rate",
+    "cosine": "cosine decay",
+    "warmup": "warm-up of a tenth",
+    "batch4": "batch size 4",
+}
 STORED: dict[str, Profile] = {
     "power_0_05": PowerFunction(0.05),
     "power_0_10": PowerFunction(0.10),
@@ -266,7 +272,7 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
         limits = np.array([FLOOR, 10.0])
         axis.loglog(limits, limits, color="0.3", linewidth=1)
         axis.fill_between(limits, limits / 2, limits * 2, color="0.5", alpha=0.15, linewidth=0)
-        axis.set(title=run, xlabel="predicted error / distance from raw", xlim=limits, ylim=limits)
+        axis.set(title=TITLES[run], xlabel="predicted error / distance from raw", xlim=limits, ylim=limits)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("actual error / distance from raw")
     axes[0, 0].legend(fontsize=7, loc="upper left")
@@ -276,6 +282,18 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def one_row_per_line(results: Mapping[str, Any]) -> str:
+    """JSON whose tables have a line for each row, numbers to four digits."""
+    shown = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
+    parts = [
+        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        if isinstance(value, list)
+        else f" {json.dumps(name)}: {json.dumps(value)}"
+        for name, value in shown.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def report(results: Mapping[str, Any]) -> None:
@@ -311,7 +329,7 @@ def main() -> None:
         results |= {"environment": environment, "summary": summary(cells), "cells": cells}
         draw(cells, arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    arguments.output.write_text(one_row_per_line(results))
     report(results)
 
 

@@ -1,15 +1,14 @@
 """ddpm_ema: train a DDPM U-Net while several averages of its weights are kept, and see which weights to ship.
 
-Importing this loads torch, numpy and safetensors alone: the averaging library.
+The names of this module are those of the averaging library. Importing it loads numpy alone; torch comes with the first name that
+needs it.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.averaging.coefficients import posthoc_coefficients
 from ddpm_ema.averaging.cooldown import CosineCooldown, SqrtCooldown, Window
 from ddpm_ema.averaging.half_life import HalfLife, HalfLifeShare
-from ddpm_ema.averaging.posthoc import reconstruct
 from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     BiasCorrected,
@@ -21,6 +20,10 @@ from ddpm_ema.averaging.profiles import (
     Uniform,
     Warmup,
 )
+
+if TYPE_CHECKING:
+    from ddpm_ema.averaging.bank import AverageBank
+    from ddpm_ema.averaging.posthoc import reconstruct
 
 __all__ = [
     "AverageBank",
@@ -49,4 +52,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("ddpm_ema")
+    if name in __all__:
+        from ddpm_ema import averaging
+
+        return getattr(averaging, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

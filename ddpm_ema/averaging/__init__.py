@@ -1,15 +1,18 @@
-"""Averages of weights: profiles, the bank that keeps them, and any average after the fact.
+"""Averages of weights: rules of averaging, the bank that keeps averages, and post-hoc reconstruction.
 
-A library of its own: it imports torch, numpy and safetensors.
+A library of its own: it imports torch, numpy and safetensors. The rules need numpy alone, so torch is imported with the first
+name that needs it.
 """
 
-from ddpm_ema.averaging.bank import AverageBank, merge_states
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Importing every rule here puts all of them into PROFILES, whichever submodule is imported first.
 from ddpm_ema.averaging.coefficients import RAW, Coefficients, posthoc_coefficients
 from ddpm_ema.averaging.cooldown import CosineCooldown, SqrtCooldown, Window
+from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
 from ddpm_ema.averaging.half_life import HalfLife, HalfLifeShare
-from ddpm_ema.averaging.interop import DiffusersDecay
 from ddpm_ema.averaging.lengths import resolve_lengths
-from ddpm_ema.averaging.posthoc import Reconstruction, reconstruct
 from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     PROFILES,
@@ -25,8 +28,24 @@ from ddpm_ema.averaging.profiles import (
     profile_from_dict,
     profile_to_dict,
 )
-from ddpm_ema.averaging.snapshots import Snapshot, find_snapshots, write_snapshot
 from ddpm_ema.averaging.summary import summarize
+
+if TYPE_CHECKING:
+    from ddpm_ema.averaging.bank import AverageBank, merge_states
+    from ddpm_ema.averaging.batch_norm import update_batch_norm
+    from ddpm_ema.averaging.posthoc import Reconstruction, reconstruct
+    from ddpm_ema.averaging.snapshots import Snapshot, find_snapshots, write_snapshot
+
+_NEEDS_TORCH = {
+    "AverageBank": "bank",
+    "merge_states": "bank",
+    "update_batch_norm": "batch_norm",
+    "Reconstruction": "posthoc",
+    "reconstruct": "posthoc",
+    "Snapshot": "snapshots",
+    "find_snapshots": "snapshots",
+    "write_snapshot": "snapshots",
+}
 
 __all__ = [
     "PROFILES",
@@ -60,5 +79,12 @@ __all__ = [
     "resolve_lengths",
     "std_to_exponent",
     "summarize",
+    "update_batch_norm",
     "write_snapshot",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        return getattr(import_module(f"{__name__}.{_NEEDS_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths, check_positive
 
 
 def _digamma(x: FloatArray) -> FloatArray:
-    """The n-th harmonic number is _digamma(n + 1) plus a constant; minus infinity at 0."""
-    return np.asarray(torch.special.digamma(torch.as_tensor(x, dtype=torch.float64)).numpy())
+    """psi(x) for x >= 0 in float64; minus infinity at 0. The n-th harmonic number is psi(n + 1) plus a constant."""
+    # psi(x) = psi(x + 16) - sum of 1 / (x + k), k < 16, and the asymptotic series of psi(y): Abramowitz & Stegun 6.3.6, 6.3.18.
+    y = x + 16.0
+    series = np.log(y) - 0.5 / y - np.polyval([1 / 132, -1 / 240, 1 / 252, -1 / 120, 1 / 12, 0.0], y**-2)
+    return np.asarray(series - sum(1.0 / (x + k) for k in range(16)))
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,70 +6,25 @@ first call. Both are profiles like any other once written down, so that a bank c
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
+from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.naming import check_tensors, clean_named
-from ddpm_ema.averaging.profiles import (
-    ConstantDecay,
-    Delayed,
-    FloatArray,
-    Profile,
-    ScheduledDecay,
-    Uniform,
-    Warmup,
-    check_positive,
-    check_real,
-    check_share,
-)
+from ddpm_ema.averaging.profiles import ConstantDecay, Delayed, Profile, Uniform, Warmup
 from ddpm_ema.averaging.snapshots import open_safetensors
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = _WEIGHTS + ".index.json"
-
-
-@dataclass(frozen=True, repr=False)
-class DiffusersDecay(ScheduledDecay):
-    """What diffusers' `EMAModel` does, whatever its `decay` says; the fields are those of its state.
-
-    With s = t - update_after_step - 1: 0 while s <= 0, then min(max_decay, (1 + s) / (10 + s)), or with `use_ema_warmup`
-    min(max_decay, 1 - (1 + s / inv_gamma)^-power), and never below min_decay (diffusers 0.42, `EMAModel.get_decay`).
-    """
-
-    kind: ClassVar[str] = "diffusers_ema"
-    max_decay: float = 0.9999
-    min_decay: float = 0.0
-    update_after_step: int = 0
-    use_ema_warmup: bool = False
-    inv_gamma: float = 1.0
-    power: float = 2.0 / 3.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_decay", "min_decay"):
-            check_share(name, getattr(self, name))
-        for name in ("inv_gamma", "power"):
-            check_positive(name, getattr(self, name))
-        check_real("update_after_step", self.update_after_step, -1.0, math.inf, "a number of at least -1")
-
-    def decays(self, first: int, last: int) -> FloatArray:
-        s = np.arange(first, last + 1, dtype=np.float64) - self.update_after_step - 1
-        later = np.maximum(s, 1.0)
-        if self.use_ema_warmup:
-            rising = 1.0 - np.power(1.0 + later / self.inv_gamma, -self.power)
-        else:
-            rising = (1.0 + later) / (10.0 + later)
-        return np.where(s <= 0, 0.0, np.maximum(np.minimum(rising, self.max_decay), self.min_decay))
 
 
 @dataclass(frozen=True)
@@ -273,27 +228,3 @@ def averaged_model_state(
     named = {**weights, **(buffers or {})}
     counter = {"n_averaged": torch.tensor(num_averaged, dtype=torch.long)}
     return counter | {f"module.{name}": tensor.detach().clone() for name, tensor in named.items()}
-
-
-def update_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
-    """Estimate a model's batch-norm statistics anew, for weights they were not made by (Izmailov et al. 2018, section 3.2).
-
-    Averaged weights see other activations than any of the weights they average. One pass over the data in training mode;
-    every batch counts the same. The mode and the momenta are as before afterwards. Without batch norm nothing is read.
-
-    Args:
-        model: with the averaged weights in it.
-        loader: batches: tensors, or tuples whose first element is the model's input.
-        device: where to put the batches.
-
-    Raises:
-        ValueError: the loader is empty (the statistics would be lost).
-    """
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return
-    batches = iter(loader)
-    try:
-        first = next(batches)
-    except StopIteration:
-        raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
-    update_bn(itertools.chain([first], batches), model, device=None if device is None else torch.device(device))

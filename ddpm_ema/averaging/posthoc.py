@@ -275,10 +275,10 @@ def _lengths(first: Snapshot, last: Snapshot, modified: tuple[int, ...]) -> tupl
 
 
 def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | None = None) -> float:
-    """Variance of the noise of raw weights about the wandering ones, in the unit of `step_variance`; reads every file once.
+    """Variance of the noise of raw weights about the wandering ones, in steps (white_noise * v(t)); reads every file once.
 
     Of a random walk plus white noise, |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j,
-    plus twice the noise. Neighbours and neighbours but one give the two unknowns. 0 for fewer than three checkpoints.
+    plus white_noise (v_i + v_j). Neighbours and neighbours but one give the two unknowns. 0 for fewer than three checkpoints.
 
     Args:
         raw: checkpoints of one run, by step.
@@ -291,8 +291,11 @@ def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | 
     between = [variance_between(step_variance, a, b) for a, b in itertools.pairwise(steps)]
     walked = np.cumsum([0.0, *between])
     walked = np.array([np.mean(walked[lag:] - walked[:-lag]) for lag in (1, 2)])
-    rate = max((squares[1] - squares[0]) / (walked[1] - walked[0]), 1e-3 * squares[1] / walked[1])
-    return max(0.0, float((squares[0] / rate - walked[0]) / 2)) if rate > 0.0 else 0.0
+    own = np.array([variance_between(step_variance, step - 1, step) for step in steps])
+    noise = np.array([np.mean(own[lag:] + own[:-lag]) for lag in (1, 2)])
+    rate = (squares[1] * noise[0] - squares[0] * noise[1]) / (walked[1] * noise[0] - walked[0] * noise[1])
+    rate = max(rate, 1e-3 * squares[1] / walked[1])
+    return max(0.0, float((squares[0] / rate - walked[0]) / noise[0])) if rate > 0.0 else 0.0
 
 
 @functools.lru_cache(maxsize=64)

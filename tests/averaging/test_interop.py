@@ -16,21 +16,21 @@ from ddpm_ema.averaging import (
     AverageBank,
     ConstantDecay,
     Delayed,
+    DiffusersDecay,
     PowerFunction,
     Profile,
     Uniform,
     Warmup,
     find_snapshots,
     profile_from_dict,
+    update_batch_norm,
     write_snapshot,
 )
 from ddpm_ema.averaging.interop import (
-    DiffusersDecay,
     averaged_model_state,
     read_averaged_model,
     read_diffusers_ema,
     read_diffusers_state,
-    update_batch_norm,
     write_diffusers_ema,
 )
 

@@ -18,8 +18,7 @@ from scored import EVALUATION, _classifier
 from torch.optim.swa_utils import AveragedModel
 
 from ddpm_ema import config, export, importing, reconstruction, report, score, train
-from ddpm_ema.averaging import RAW, Snapshot
-from ddpm_ema.averaging.interop import DiffusersDecay
+from ddpm_ema.averaging import RAW, DiffusersDecay, Snapshot
 from ddpm_ema.averaging.profiles import BiasCorrected, ConstantDecay, Profile
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import Trained, save_classifier

@@ -1,0 +1,36 @@
+"""Batch-norm statistics for averaged weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+
+def update_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
+    """Estimate a model's batch-norm statistics for the weights that it holds (Izmailov et al. 2018, section 3.2).
+
+    Averaged weights produce other activations than the weights that they average, so stored statistics are wrong for them. One
+    pass over the data in training mode, every batch with the same weight; mode and momenta are restored. A model without batch
+    norm reads no data.
+
+    Args:
+        model: with the averaged weights in it.
+        loader: batches: tensors, or tuples whose first element is the model's input.
+        device: where to put the batches.
+
+    Raises:
+        ValueError: the loader is empty (the statistics would be lost).
+    """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return
+    batches = iter(loader)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
+    update_bn(itertools.chain([first], batches), model, device=None if device is None else torch.device(device))

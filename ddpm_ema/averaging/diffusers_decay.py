@@ -1,0 +1,52 @@
+"""The decay that diffusers' `EMAModel` really applies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ddpm_ema.averaging.profiles import FloatArray, ScheduledDecay, check_positive, check_real, check_share
+
+
+@dataclass(frozen=True, repr=False)
+class DiffusersDecay(ScheduledDecay):
+    """The rule of diffusers' `EMAModel`: a decay that is always warmed up.
+
+    With s = t - update_after_step - 1: 0 while s <= 0, then min(max_decay, (1 + s) / (10 + s)), or with `use_ema_warmup`
+    min(max_decay, 1 - (1 + s / inv_gamma)^-power), and never below min_decay (diffusers 0.42, `EMAModel.get_decay`).
+
+    Args:
+        max_decay: upper limit of the decay, in [0, 1]: `EMAModel`'s `decay`.
+        min_decay: lower limit of the decay once s > 0, in [0, 1].
+        update_after_step: steps before the warm-up begins, at least -1.
+        use_ema_warmup: which of the two warm-ups.
+        inv_gamma: length of the second warm-up in steps, positive.
+        power: exponent of the second warm-up, positive.
+    """
+
+    kind: ClassVar[str] = "diffusers_ema"
+    max_decay: float = 0.9999
+    min_decay: float = 0.0
+    update_after_step: int = 0
+    use_ema_warmup: bool = False
+    inv_gamma: float = 1.0
+    power: float = 2.0 / 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_decay", "min_decay"):
+            check_share(name, getattr(self, name))
+        for name in ("inv_gamma", "power"):
+            check_positive(name, getattr(self, name))
+        check_real("update_after_step", self.update_after_step, -1.0, math.inf, "a number of at least -1")
+
+    def decays(self, first: int, last: int) -> FloatArray:
+        s = np.arange(first, last + 1, dtype=np.float64) - self.update_after_step - 1
+        later = np.maximum(s, 1.0)
+        if self.use_ema_warmup:
+            rising = 1.0 - np.power(1.0 + later / self.inv_gamma, -self.power)
+        else:
+            rising = (1.0 + later) / (10.0 + later)
+        return np.where(s <= 0, 0.0, np.maximum(np.minimum(rising, self.max_decay), self.min_decay))
