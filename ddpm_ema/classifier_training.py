@@ -22,7 +22,7 @@ def train_features(config: Config) -> Path:
     Raises UserError where the data set has no labels.
     """
     path = config.output_dir / "features.safetensors"
-    dataset = data.load(config.data, cache_dir=config.data.cache_dir)
+    dataset = data.load(config.data)
     if dataset.labels is None:
         raise UserError(
             f"{dataset.name} has no labels and a feature classifier needs them: put images into one folder a class, or score with "

@@ -40,7 +40,9 @@ class StoppedError(UserError):
 def nearest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'x'?`, or if none is near, all that are known."""
     known = list(known)
-    near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(
+        str(name), known, n=1, cutoff=0.5
+    )
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known here: {', '.join(known)}" if known else ""

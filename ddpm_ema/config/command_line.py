@@ -61,7 +61,9 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
         else:
             current.append(argument)
     if len(words) > 1:
-        raise UserError(f"{words[1]!r}: not a setting; write RUN, --config FILE or --section.setting value (see --help)")
+        raise UserError(
+            f"{words[1]!r}: not a setting; write RUN, --config FILE or --section.setting value (see --help)"
+        )
     paths = overrides.pop("config", None)
     if paths is not None and len(paths) != 1:
         raise UserError("--config: takes one file")
@@ -123,7 +125,9 @@ def kind(of: Any, metadata: Iterable[Any] = ()) -> str:
     if inner:
         return " | ".join(kind(one) for one in inner if one is not type(None))
     limits = [limit for one in metadata for limit in getattr(one, "metadata", [one])]
-    bounds = (f" {sign} {getattr(limit, name)}" for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name))
+    bounds = (
+        f" {sign} {getattr(limit, name)}" for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name)
+    )
     return WORDS[of] + "".join(bounds)
 
 

@@ -159,7 +159,9 @@ def _set(tree: dict[str, Any], key: str, values: list[Any]) -> None:
 def _is_list(parents: list[str], leaf: str) -> bool:
     """Whether the setting takes several values."""
     section = section_at(parents)
-    return section is not None and leaf in section.model_fields and "tuple" in str(section.model_fields[leaf].annotation)
+    return (
+        section is not None and leaf in section.model_fields and "tuple" in str(section.model_fields[leaf].annotation)
+    )
 
 
 def validate(tree: Mapping[str, Any], where: str = "settings", overrides: Collection[str] = ()) -> Config:

@@ -99,7 +99,7 @@ class DataSettings(Section):
     horizontal_flip: Annotated[bool, RUN] = False
     """Mirror each training image with probability 1/2, drawn at every visit. Never applied to reference statistics."""
     storage: Annotated[Literal["auto", "device", "memory", "mmap", "stream"], FREE] = "auto"
-    """Where decoded uint8 images are kept: on the device, in memory, in a memory-mapped file, or nowhere (stream: workers decode them)."""
+    """Where decoded uint8 images are kept: on the device, in memory, in a memory-mapped file, or nowhere (workers decode them)."""
     num_workers: Annotated[NonNegative, FREE] = 2
     """Processes that decode images; used only with storage: stream."""
     cache_dir: Annotated[Path | None, FREE] = None
@@ -452,5 +452,3 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any], mark: Effect) -> l
     """(key path, before, after) of the settings with this `mark` that are in both, with different values."""
     before, after = (chosen(tree, lambda found: mark in found) for tree in (was, now))
     return [(key, before[key], after[key]) for key in after if key in before and before[key] != after[key]]
-
-

@@ -121,7 +121,7 @@ def load(settings: DataSettings, *, cache_dir: Path | None = None, split: str | 
     them first: it downloads and decodes what the others then find (for storage "mmap" a lock sees to that anyway).
     Raises UserError for whatever is wrong with the images or where they lie.
     """
-    cache_dir = cache_dir or settings.cache_dir or Path.home() / ".cache" / "ddpm_ema"
+    cache_dir = cache_dir or settings.cache_folder
     source = _open(settings, split or settings.split, cache_dir)
     conversion = Conversion(settings.image_size, settings.channels, settings.background)
     storage = _storage(settings, len(source))
