@@ -78,7 +78,7 @@ STAGES = {
         ("evaluation.sweep", "evaluation", "machine"),
     ),
 }
-# Commands with a few options of their own: summary, the module with `main(arguments)`, and its options if the module is slow to import.
+# Commands without settings: summary, the module with `main(arguments)`, and its options if the module is slow to import.
 TOOLS: dict[str, tuple[str, str, Callable[[], Any] | None]] = {
     "report": ("Write one HTML page about a run: which weights to ship, and why.", "report", options.report),
     "export": ("Write weights of a run as a diffusers pipeline folder.", "export", options.export),

@@ -118,7 +118,7 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """The U-Net (diffusers UNet2DModel). The defaults are the DDPM paper's CIFAR-10 network."""
 
-    block_out_channels: Annotated[tuple[Positive, ...], RUN | SAMPLES] = (128, 256, 256, 256)
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1), RUN | SAMPLES] = (128, 256, 256, 256)
     """Channels at each resolution, from fine to coarse."""
     layers_per_block: Annotated[Positive, RUN | SAMPLES] = 2
     """Residual blocks per resolution."""

@@ -523,7 +523,7 @@ def test_data_workers_do_not_disturb_a_stop(tmp_path: Path) -> None:
 def test_what_the_machine_lacks_is_an_error_before_any_data_is_read(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    run = settings(tmp_path / "run", training__device="cuda", data__source="folder", data__path="/nowhere")
+    run = settings(tmp_path / "run", machine__device="cuda", data__source="folder", data__path="/nowhere")
     launch = start(run)
     assert launch.wait() == [2]
     assert "machine.device: cuda was asked for, and there is no CUDA device" in launch.output()
