@@ -316,7 +316,7 @@ class EvaluationSettings(Section):
     extractor: Annotated[str, CONTENT] = "inception-v3-compat"
     """Feature extractor: one of torch-fidelity's, or classifier (made by ddpm-ema features)."""
     extractor_path: Annotated[Path | None, CONTENT] = None
-    """Weights file of the extractor; null means torch-fidelity's download, or <output_dir>/features.safetensors for classifier."""
+    """Weights file of the extractor; null means torch-fidelity's download, or features.safetensors in output_dir for classifier."""
     extractor_batch_size: Annotated[Positive, FREE] = 256
     """Images per pass of the feature extractor."""
     reference: Annotated[str, CONTENT] = "train"
@@ -340,7 +340,7 @@ class EvaluationSettings(Section):
 
 
 class Config(Section):
-    """The run directory, the seed, the averages, and a section per subject."""
+    """The run directory, the seed and the averages; every other subject has a section."""
 
     output_dir: Annotated[Path, FREE] = Path("runs/ddpm")
     """The run directory, the only thing that passes between the stages."""
