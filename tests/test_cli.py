@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,20 +27,23 @@ def test_help_lists_every_command() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_waits_for_no_heavy_library(command: str) -> None:
+def test_help_waits_for_no_heavy_library() -> None:
     code = f"""
 import sys
 from ddpm_ema.cli import main
-try:
-    code = main({command.split()} + ["--help"])
-except SystemExit as end:
-    code = end.code
-print(code, [name for name in ("torch", "diffusers", "matplotlib", "accelerate") if name in sys.modules])
+for command in {[[], *([name] for name in COMMANDS)]}:
+    try:
+        code = main([*command, "--help"])
+    except SystemExit as end:
+        code = end.code
+    heavy = [name for name in ("torch", "diffusers", "matplotlib", "accelerate") if name in sys.modules]
+    print("answered", *command, code, heavy)
 """
     done = python("-c", code)
-    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
-    assert f"usage: ddpm-ema {command}".strip() in done.stdout
+    assert "usage: ddpm-ema COMMAND" in done.stdout, done.stderr
+    for command in COMMANDS:
+        assert f"usage: ddpm-ema {command} [" in done.stdout
+        assert f"answered {command} 0 []\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -93,14 +97,16 @@ def test_a_stage_gets_the_settings_of_the_run_directory(tmp_path: Path, monkeypa
     assert (seen[0].output_dir, seen[0].seed, seen[0].evaluation.num_images) == (tmp_path, 7, 10)
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
-def test_a_script_is_a_command(script: Path) -> None:
-    done = python(str(script), "--help")
-    assert done.returncode == EXIT_DONE, done.stderr
-    assert done.stdout.startswith(("usage: ddpm-ema ",))
+def test_a_script_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for script in (ROOT / "scripts").glob("*.py"):
+        monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        assert end.value.code == EXIT_DONE
+        assert capsys.readouterr().out.startswith("usage: ddpm-ema ")
 
 
-@pytest.mark.parametrize("command", [["score", "--help"], ["export", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("command", [["score", "--help"], ["export", "--help"]])
 def test_a_reader_who_is_gone_is_no_error(command: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)

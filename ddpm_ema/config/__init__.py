@@ -9,19 +9,12 @@ from __future__ import annotations
 from ddpm_ema.config.command_line import parse, show_help, split
 from ddpm_ema.config.loading import digest, load, to_dict, to_yaml, validate
 from ddpm_ema.config.settings import (
-    CONTENT,
-    FREE,
-    RUN,
-    SAMPLES,
-    SCORES,
-    CheckpointSettings,
     Config,
     DataSettings,
     DiffusionSettings,
     Effect,
     EvaluationSettings,
     MachineSettings,
-    ModelSettings,
     SweepSettings,
     TrainingSettings,
     chosen,
@@ -30,19 +23,12 @@ from ddpm_ema.config.settings import (
 )
 
 __all__ = [
-    "CONTENT",
-    "FREE",
-    "RUN",
-    "SAMPLES",
-    "SCORES",
-    "CheckpointSettings",
     "Config",
     "DataSettings",
     "DiffusionSettings",
     "Effect",
     "EvaluationSettings",
     "MachineSettings",
-    "ModelSettings",
     "SweepSettings",
     "TrainingSettings",
     "chosen",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ddpm_ema.config.command_line import description, flat, grouped, kind, written
-from ddpm_ema.config.settings import Config, effects
+from ddpm_ema.config.command_line import flat, kind, written
+from ddpm_ema.config.settings import Config, effects, sections
 
 INTRODUCTION = """\
 # Settings
@@ -28,12 +28,10 @@ def page() -> str:
     """Markdown: a table per section."""
     defaults, marks = flat(Config()), dict(effects())
     parts = [INTRODUCTION.rstrip()]
-    for path, found in grouped().items():
-        parts.append(
-            f"\n## {path or 'The run'}\n\n{description(path)}\n\n| setting | values | default | meaning | effect |"
-        )
+    for path, about, own in sections():
+        parts.append(f"\n## {path or 'The run'}\n\n{about}\n\n| setting | values | default | meaning | effect |")
         parts.append("|---|---|---|---|---|")
-        for key, field in found:
+        for key, field in own.items():
             values = kind(field.annotation, field.metadata).replace("|", "\\|")
             effect = ", ".join(mark.name.lower() for mark in marks[key] if mark.name) or "free"
             meaning = " ".join(str(field.description).split()).replace("|", "\\|").replace("*", "\\*")

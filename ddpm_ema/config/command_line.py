@@ -9,10 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic.fields import FieldInfo
-
 from ddpm_ema.config.loading import load, to_dict
-from ddpm_ema.config.settings import Config, chosen, section_at, settings
+from ddpm_ema.config.settings import Config, chosen, sections
 from ddpm_ema.errors import UserError
 
 WORDS = {int: "INT", float: "FLOAT", bool: "true | false", str: "TEXT", Path: "PATH"}
@@ -52,9 +50,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
     for argument in arguments:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
-            section, dot, name = key.rpartition(".")
-            if not key.startswith("averages."):
-                section, name = section.replace("-", "_"), name.replace("-", "_")
+            section, dot, name = (key if key.startswith("averages.") else key.replace("-", "_")).rpartition(".")
             current = overrides[f"{section}{dot}{name.removeprefix('no_')}"] = [value] if equals else []
             if name.startswith("no_"):
                 current.append("false")
@@ -80,30 +76,17 @@ def show_help(program: str, summary: str, config: Config, first: Sequence[str] =
         first: key paths of the sections to print first.
     """
     width = min(120, shutil.get_terminal_size().columns)
-    groups, values, defaults = grouped(), flat(config), flat(Config())
+    values, defaults = flat(config), flat(Config())
     print(f"usage: {program} [RUN] [--config FILE] [--section.setting VALUE ...]\n\n{summary}\n")
     print("  RUN            a run directory, whose config.yaml has the settings")
     print("  --config FILE  settings (YAML)\n\nThe options below override the file; a list is several values.")
-    for path in sorted(groups, key=lambda path: first.index(path) if path in first else len(first)):
-        print(f"\n{path or 'run'}: {description(path)}")
-        for key, field in groups[path]:
+    for path, about, own in sorted(sections(), key=lambda found: ([*first, found[0]]).index(found[0])):
+        print(f"\n{path or 'run'}: {about}")
+        for key, field in own.items():
             here = f"; here: {written(values[key])}" if values[key] != defaults[key] else ""
             text = f"{' '.join(str(field.description).split())} (default: {written(defaults[key])}{here})"
             print(f"  --{key} {kind(field.annotation, field.metadata)}")
             print(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
-
-
-def grouped() -> dict[str, list[tuple[str, FieldInfo]]]:
-    """The settings (key path and definition) of every section, by the section's key path; that of `Config` is empty."""
-    groups: dict[str, list[tuple[str, FieldInfo]]] = {}
-    for key, field in settings():
-        groups.setdefault(key.rpartition(".")[0], []).append((key, field))
-    return groups
-
-
-def description(path: str) -> str:
-    """What the section at a key path is about."""
-    return (getattr(section_at(path.split(".") if path else []), "__doc__", None) or "").strip()
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ddpm_ema.config.settings import Config, section_at
+from ddpm_ema.config.settings import SETTINGS, Config
 from ddpm_ema.errors import UserError, nearest
 
 # Limits of a file or command line: far more than settings need, and few enough that an error message takes under a second.
@@ -152,16 +152,9 @@ def _set(tree: dict[str, Any], key: str, values: list[Any]) -> None:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {name} is a value, not a section")
-    single = len(values) == 1 and not (_is_list(parents, leaf) and values[0] not in ("last", "all"))
+    is_list = key in SETTINGS and "tuple" in str(SETTINGS[key].annotation)
+    single = len(values) == 1 and not (is_list and values[0] not in ("last", "all"))
     node[leaf] = (values[0] if single else values) if values else True
-
-
-def _is_list(parents: list[str], leaf: str) -> bool:
-    """Whether the setting takes several values."""
-    section = section_at(parents)
-    return (
-        section is not None and leaf in section.model_fields and "tuple" in str(section.model_fields[leaf].annotation)
-    )
 
 
 def validate(tree: Mapping[str, Any], where: str = "settings", overrides: Collection[str] = ()) -> Config:
@@ -187,7 +180,9 @@ def validate(tree: Mapping[str, Any], where: str = "settings", overrides: Collec
 
 def _concerns(override: str, key: str, text: str) -> bool:
     """Whether an error at `key` is about the value of an override: of the same setting, or one that the text names."""
-    return f"{key}.".startswith(f"{override}.") or override.startswith(f"{key}.") or override in text
+    if key == override or key.startswith(f"{override}.") or override.startswith(f"{key}."):
+        return True
+    return "." in override and override in text
 
 
 def _listed(source: str, lines: list[str]) -> str:
@@ -213,13 +208,11 @@ def _explain(problem: Any) -> Iterator[tuple[str, str]]:
 
 def _siblings(path: list[str]) -> list[str]:
     """Names that are allowed where `path` ends; or, if other sections have a setting of that name, its key paths there."""
-    section = section_at(path[:-1])
-    elsewhere = [
-        f"{name}.{path[-1]}"
-        for name in Config.model_fields
-        if (other := section_at([name])) is not None and path[-1] in other.model_fields
-    ]
-    return elsewhere or list(section.model_fields if section else [])
+    elsewhere = [key for key in SETTINGS if key.endswith(f".{path[-1]}")]
+    start = "".join(f"{name}." for name in path[:-1])
+    return elsewhere or list(
+        dict.fromkeys(key[len(start) :].split(".")[0] for key in SETTINGS if key.startswith(start))
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -408,27 +408,28 @@ def _unknown_weights(config: Config) -> Iterable[str]:
                 yield f"evaluation.weights: {name!r} is neither raw nor under averages{nearest(name, known)}"
 
 
-def section_at(path: Iterable[str]) -> type[BaseModel] | None:
-    """The section at a key path; None where there is no section."""
-    section: Any = Config
-    for name in path:
-        field = getattr(section, "model_fields", {}).get(name)
-        section = field.annotation if field else None
-    return section if hasattr(section, "model_fields") else None
-
-
-def settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Key path and definition of every setting, in the order of this file."""
+def sections(section: type[Section] = Config, path: str = "") -> Iterator[tuple[str, str, dict[str, FieldInfo]]]:
+    """(key path, description, settings by key path) of every section; the path of `Config` is empty."""
+    own: dict[str, FieldInfo] = {}
+    inner: dict[str, type[Section]] = {}
     for name, field in section.model_fields.items():
+        key = f"{path}.{name}".lstrip(".")
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from settings(field.annotation, f"{prefix}{name}.")
+            inner[key] = field.annotation
         else:
-            yield f"{prefix}{name}", field
+            own[key] = field
+    yield path, section.__doc__ or "", own
+    for key, annotation in inner.items():
+        yield from sections(annotation, key)
+
+
+SETTINGS = {key: field for _, _, own in sections() for key, field in own.items()}
+"""Definition of every setting by key path."""
 
 
 def effects() -> Iterator[tuple[str, Effect]]:
     """Key path and mark of every setting."""
-    for key, field in settings():
+    for key, field in SETTINGS.items():
         (mark,) = (found for found in field.metadata if isinstance(found, Effect))
         yield key, mark
 
