@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ddpm_ema import data
 from ddpm_ema.config import Config
@@ -35,21 +34,13 @@ def train_features(config: Config) -> Path:
         return path
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:MOST_IMAGES]
     device = "cuda" if config.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
-    with tqdm(desc="feature classifier", unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
-
-        def progress(step: int, steps: int, loss: float) -> None:
-            bar.total = steps
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update(1)
-
-        trained = train_classifier(
-            dataset.batch(chosen).cpu(),
-            dataset.labels.cpu()[chosen],
-            seed=config.seed,
-            num_classes=dataset.num_classes,
-            device=device,
-            progress=progress,
-        )
+    trained = train_classifier(
+        dataset.batch(chosen).cpu(),
+        dataset.labels.cpu()[chosen],
+        seed=config.seed,
+        num_classes=dataset.num_classes,
+        device=device,
+    )
     save_classifier(path, trained, fingerprint=fingerprint, seed=config.seed)
     logger.info(f"{path}: feature classifier of {dataset.name}, accuracy {trained.accuracy:.1%} on images it never saw")
     return path

@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:
-    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--no-a` (false).
+    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--a` (true).
 
     Returns:
         RUN or None; the file of --config or None; the values of each override by key path.
@@ -50,10 +50,8 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
     for argument in arguments:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
-            section, dot, name = (key if key.startswith("averages.") else key.replace("-", "_")).rpartition(".")
-            current = overrides[f"{section}{dot}{name.removeprefix('no_')}"] = [value] if equals else []
-            if name.startswith("no_"):
-                current.append("false")
+            key = key if key.startswith("averages.") else key.replace("-", "_")
+            current = overrides[key] = [value] if equals else []
         else:
             current.append(argument)
     if len(words) > 1:

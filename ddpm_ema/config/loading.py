@@ -26,18 +26,8 @@ MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 10_000, 20, 40, 800
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, a date is a word, and a repeated key is an error.
 
-    What would take long or not end is refused before it is built: aliases that multiply, deep nesting, endless numbers.
+    Before any object is built, it refuses what would take long or not end: aliases that multiply, deep nesting, long numbers.
     """
-
-    level = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.level > MOST_LEVELS:
-            raise UserError(f"{self.name}, line {self.line + 1}: nested too deeply: more than {MOST_LEVELS} levels")
-        self.level += 1
-        node = super().compose_node(parent, index)
-        self.level -= 1
-        return node
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -70,7 +60,7 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
         if not isinstance(key, yaml.ScalarNode):
             raise _refusal(key, "a key must be a word")
         if key.value in seen:
-            raise _refusal(key, f"{key.value!r} stands there twice; keep one")
+            raise _refusal(key, f"{key.value!r} is repeated; keep one")
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -100,6 +90,8 @@ def _parse(text: Any, where: str) -> Any:
         loader = _Loader(text)
         loader.name = where
         return loader.get_single_data()
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply: more than {MOST_LEVELS} levels") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())[:LONGEST_LINE]}") from None
     except (ValueError, KeyError, AttributeError) as error:  # what PyYAML makes of an odd !!tag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,48 +20,37 @@ CPU_BATCH = 16
 """Images of ImageNet's size per pass on a CPU: the activations of more do not fit its caches."""
 
 
+@dataclass(kw_only=True)
 class Extractor:
     """Images → features and logits, on one device: evaluation mode, no gradients, no autocast, no TF32.
 
     Attributes:
+        network: uint8 [n, channels, h, w] -> a tuple of features and, if it has them, logits.
         name, sha256: of the extractor and its weights file.
-        feature_layer, logits_layer: names of the layers; None where there are no logits.
-        dim: length of a feature vector.
+        feature_layer: name of the features' layer.
+        channels: 3 if grey images must be repeated for the network, None if it takes both.
         is_published_inception: whether a Fréchet distance of these features is a FID.
+        batch_size: largest number of images per pass.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        name: str,
-        sha256: str,
-        layers: tuple[str, str | None],
-        channels: int | None,
-        is_published_inception: bool,
-        device: torch.device | str,
-        batch_size: int,
-    ) -> None:
-        """Measures `dim` with one image.
+    network: nn.Module
+    name: str
+    sha256: str
+    feature_layer: str
+    channels: int | None
+    is_published_inception: bool
+    device: torch.device
+    batch_size: int
 
-        Args:
-            network: uint8 [n, channels, h, w] -> a tuple of features and, if `layers` names them, logits.
-            layers: names of the layers of features and logits.
-            channels: 3 if grey images must be repeated for the network, None if it takes both.
-            batch_size: largest number of images per pass.
-        """
-        self.network = network.eval().requires_grad_(False).to(device)
-        if torch.device(device).type == "cpu" and not isinstance(network, Classifier):
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False).to(self.device)
+        if self.device.type == "cpu" and not isinstance(self.network, Classifier):
             # Networks of ImageNet's size: a third to a half less time on CPUs, features equal to rounding.
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            batch_size = min(batch_size, CPU_BATCH)
-        self.name, self.sha256 = name, sha256
-        self.feature_layer, self.logits_layer = layers
-        self.channels = channels
-        self.is_published_inception = is_published_inception
-        self.device, self.batch_size = torch.device(device), batch_size
-        first, *_ = self._layers(torch.zeros(1, channels or 3, 32, 32, dtype=torch.uint8))
+            self.batch_size = min(self.batch_size, CPU_BATCH)
+        first, *_ = self._layers(torch.zeros(1, self.channels or 3, 32, 32, dtype=torch.uint8))
         self.dim = first.shape[1]
+        """Length of a feature vector."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor | None]:
         """Features and logits of images.
@@ -119,13 +109,13 @@ def open_extractor(settings: EvaluationSettings, output_dir: Path, device: torch
         return _open_published(settings, device)
     network, sha256 = load_classifier(settings.extractor_path or Path(output_dir) / "features.safetensors")
     return Extractor(
-        network,
+        network=network,
         name=CLASSIFIER,
         sha256=sha256,
-        layers=("features", "logits"),
+        feature_layer="features",
         channels=None,
         is_published_inception=False,
-        device=device,
+        device=torch.device(device),
         batch_size=settings.extractor_batch_size,
     )
 
@@ -148,8 +138,7 @@ def _open_published(settings: EvaluationSettings, device: torch.device | str) ->
         )
     extractor = FEATURE_EXTRACTORS_REGISTRY[name]
     feature_layer = extractor.get_default_feature_layer_for_metric("fid")
-    logits_layer = extractor.get_default_feature_layer_for_metric("isc")
-    layers = list(dict.fromkeys([feature_layer, logits_layer]))
+    layers = list(dict.fromkeys([feature_layer, extractor.get_default_feature_layer_for_metric("isc")]))
     weights = obtain(name, settings.extractor_path)
     file = None if name.startswith("dinov2") else weights.file
     try:
@@ -159,12 +148,12 @@ def _open_published(settings: EvaluationSettings, device: torch.device | str) ->
         brief = reason if len(reason) < 300 else f"{reason[:300]} ..."
         raise UserError(f"evaluation.extractor {name}: {weights.path} cannot be loaded: {brief}") from None
     return Extractor(
-        network,
+        network=network,
         name=name,
         sha256=weights.sha256,
-        layers=(feature_layer, logits_layer if len(layers) == 2 else None),
+        feature_layer=feature_layer,
         channels=3,
         is_published_inception=name == "inception-v3-compat" and weights.is_published,
-        device=device,
+        device=torch.device(device),
         batch_size=settings.extractor_batch_size,
     )

@@ -206,7 +206,7 @@ class TestExtractor:
                 seen.append((*switches, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
                 return (images.flatten(1).float(),)
 
-        plain = {"name": "spy", "sha256": "", "layers": ("x", None), "channels": 1, "is_published_inception": False}
+        plain = {"name": "spy", "sha256": "", "feature_layer": "x", "channels": 1, "is_published_inception": False}
         images = digits()[0][:50]
         expected = extractor(images)["features"]
         before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
@@ -214,7 +214,7 @@ class TestExtractor:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             with torch.autocast("cpu", torch.bfloat16):
                 found = extractor(images)["features"]
-                Extractor(Spy(), device="cpu", batch_size=50, **plain)(images)  # type: ignore[arg-type]
+                Extractor(network=Spy(), device=torch.device("cpu"), batch_size=50, **plain)(images)  # type: ignore[arg-type]
             assert torch.backends.cuda.matmul.allow_tf32
             assert torch.backends.cudnn.allow_tf32
         finally:
