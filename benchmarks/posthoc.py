@@ -195,6 +195,16 @@ def key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("run", "stored", "snapshots", "target"))
 
 
+COLUMNS = ("run", "stored", "snapshots", "target", "step_variance", "predicted", "actual", "edm2_actual")
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Our cells as rows of `COLUMNS`, with the error of EDM2's fit beside ours."""
+    theirs = {key(c): c["actual"] for c in cells if c["predicted"] is None}
+    ours = (cell | {"edm2_actual": theirs[key(cell)]} for cell in cells if cell["predicted"] is not None)
+    return [[cell[column] for column in COLUMNS] for cell in ours]
+
+
 def simulate(steps: int = 3000, count: int = 10, size: int = 2000) -> list[dict[str, Any]]:
     """Actual over predicted where weights move otherwise than the model has it; the least and most over the targets."""
     random, time = np.random.default_rng(0), np.arange(steps)
@@ -289,7 +299,7 @@ def one_row_per_line(results: Mapping[str, Any]) -> str:
     shown = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
     parts = [
         f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        if isinstance(value, list)
+        if isinstance(value, list) and name != "columns"
         else f" {json.dumps(name)}: {json.dumps(value)}"
         for name, value in shown.items()
     ]
@@ -326,7 +336,7 @@ def main() -> None:
     if arguments.folder:
         cells = [c for name in arguments.runs for c in measure(train(arguments.folder, name), arguments.counts)]
         environment = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
-        results |= {"environment": environment, "summary": summary(cells), "cells": cells}
+        results |= {"environment": environment, "summary": summary(cells), "columns": COLUMNS, "cells": table(cells)}
         draw(cells, arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(one_row_per_line(results))
