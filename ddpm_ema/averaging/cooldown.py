@@ -19,7 +19,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths, check_count
+from ddpm_ema.averaging.checks import check_count
+from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths
 
 
 @dataclass(frozen=True, repr=False)

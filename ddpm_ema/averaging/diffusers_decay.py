@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ddpm_ema.averaging.profiles import FloatArray, ScheduledDecay, check_positive, check_real, check_share
+from ddpm_ema.averaging.checks import check_positive, check_real, check_share
+from ddpm_ema.averaging.profiles import FloatArray, ScheduledDecay
 
 
 @dataclass(frozen=True, repr=False)

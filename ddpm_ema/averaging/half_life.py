@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths, check_positive
+from ddpm_ema.averaging.checks import check_positive
+from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths
 
 
 def _digamma(x: FloatArray) -> FloatArray:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import pickle
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from onehot import peer_weighting
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -231,11 +234,83 @@ def test_steps_left_out_are_refused_instead_of_weighted_wrongly() -> None:
     assert bank.step == 200
 
 
+@pytest.mark.parametrize("step", [1.0, 1.5, True, torch.tensor(1), "1", 0])
+def test_a_step_that_is_no_whole_number_is_refused(step) -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"u": Uniform()})
+    with pytest.raises(ValueError, match=r"^step: expected a whole number of steps of at least 1, got"):
+        bank.update(step)
+    with pytest.raises(ValueError, match=r"^num_steps: expected a whole number"):
+        bank.update(5, step)
+    bank.update(np.int64(5), 5)
+    assert type(bank.step) is int
+
+
+def test_a_step_counts_only_when_its_update_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"u": Uniform()})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bank.update(1)
+    assert bank.step is None
+    bank.update(1)
+    assert bank.step == 1
+
+
+def test_a_module_is_taken_with_its_buffers_and_all_names_of_its_tied_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[2].weight = model[0].weight
+    bank = AverageBank(nn.parallel.DataParallel(model), {"last": ConstantDecay(0.0)})
+    assert bank.parameter_names == [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert list(bank.buffers("last")) == [name for name, _ in model.named_buffers()]
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+        lambda model: setattr(model[0], "bias", nn.Parameter(torch.zeros(8))),
+        lambda model: nn.utils.parametrizations.weight_norm(model[0]),
+    ],
+)
+def test_a_parameter_of_the_model_that_was_replaced_is_noticed(replace) -> None:
+    model = small_model()
+    bank = AverageBank(model, {"ema": ConstantDecay(0.5)})
+    bank.update(1)
+    replace(model)
+    with pytest.raises(
+        ValueError, match=r"parameter '(weight|bias)' of the model was replaced .*: make a new bank and"
+    ):
+        bank.update(2)
+    assert bank.step == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_bank_is_not_copied_or_pickled_with_parameters_of_its_own(duplicate) -> None:
+    bank = AverageBank(small_model(), {"ema": ConstantDecay(0.5)})
+    with pytest.raises(TypeError, match=r"call its load_state_dict\(bank\.state_dict\(\)\)"):
+        duplicate(bank)
+
+
+def test_a_bank_of_some_layers_is_copied_back_where_the_rest_is_left_alone() -> None:
+    model, target = small_model(), small_model()
+    bank = AverageBank(
+        ((n, p) for n, p in model.named_parameters() if n.startswith("2.")), {"last": ConstantDecay(0.0)}
+    )
+    move(model)
+    move(target, seed=1)
+    bank.update(1)
+    with pytest.raises(ValueError, match=r"'0\.weight' is missing"):
+        bank.copy_to("last", target)
+    before = target[0].weight.clone()
+    bank.copy_to("last", target, strict=False)
+    assert torch.equal(target[2].weight, model[2].weight)
+    assert torch.equal(target[0].weight, before)
+
+
 def test_buffers_are_copied_when_a_copy_moves_or_averaged_on_request() -> None:
     norm = nn.BatchNorm1d(3)
     profiles = {"ema": ConstantDecay(0.5), "hard": HardCopy(2)}
-    copied = AverageBank(norm.named_parameters(), profiles, named_buffers=norm.named_buffers())
-    averaged = AverageBank(norm.named_parameters(), profiles, named_buffers=norm.named_buffers(), buffers="average")
+    copied, averaged = AverageBank(norm, profiles), AverageBank(norm, profiles, buffers="average")
     with torch.no_grad():
         norm.running_mean.fill_(4.0)
         norm.num_batches_tracked.fill_(7)
@@ -251,7 +326,7 @@ def test_buffers_are_copied_when_a_copy_moves_or_averaged_on_request() -> None:
 
 def test_a_copy_goes_into_a_module_with_its_buffers_and_in_the_modules_dtype() -> None:
     norm = nn.BatchNorm1d(3)
-    bank = AverageBank(norm.named_parameters(), {"last": ConstantDecay(0.0)}, named_buffers=norm.named_buffers())
+    bank = AverageBank(norm, {"last": ConstantDecay(0.0)})
     with torch.no_grad():
         norm.weight.fill_(3.0)
         norm.running_var.fill_(5.0)
@@ -358,8 +433,8 @@ def test_other_profiles_in_a_state_are_refused_field_by_field() -> None:
     with pytest.raises(ValueError, match="profiles: ") as refused:
         bank.load_state_dict(stored)
     message = str(refused.value)
-    assert "copy 'new' is missing" in message
-    assert "copy 'old' is not known here" in message
+    assert "average 'new' is missing" in message
+    assert "average 'old' is not known here" in message
     assert "ema.decay is 0.99 here and 0.9 in the state" in message
     assert "p.kind is 'uniform' here and 'power_function' in the state" in message
 
@@ -383,7 +458,7 @@ def test_a_name_that_cannot_be_a_files_is_refused(name: str) -> None:
         ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
         ({"rank": -1}, "rank=-1"),
         ({"buffers": "keep"}, "expected 'copy' or 'average', got 'keep'"),
-        ({"device": "meta"}, "beside their parameters .* got 'meta'"),
+        ({"device": "meta"}, "beside the parameters.* got 'meta'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
@@ -398,9 +473,52 @@ def test_a_profile_that_is_none_and_a_parameter_that_is_not_floating_are_refused
         AverageBank([("w", torch.zeros(1, dtype=torch.int64))], {"x": Uniform()})
 
 
+def test_parameters_without_names_and_those_of_two_models_are_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match=r"expected a module or model\.named_parameters\(\), names included"):
+        AverageBank(small_model().parameters(), {"x": Uniform()})  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' is given twice; join several models in one torch\.nn\.ModuleDict"
+    ):
+        AverageBank([*small_model().named_parameters(), *small_model().named_parameters()], {"x": Uniform()})
+
+
+def test_a_sharded_parameter_is_refused_with_the_way_round() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)))
+        with pytest.raises(
+            ValueError, match=r"'w' is a DTensor: make the bank of each rank's shards, .*p\.to_local\(\)"
+        ):
+            AverageBank([("w", sharded)], {"x": Uniform()})
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_profile_that_its_files_could_not_give_back_is_refused() -> None:
+    class Mine(ConstantDecay):
+        """A rule without a kind of its own."""
+
+        def decay(self, step: int, num_steps: int = 1) -> float:
+            return 0.5**num_steps
+
+    with pytest.raises(ValueError, match=r"Mine\(decay=0\.9\) could not be read back .*: give its class a `kind`"):
+        AverageBank(small_model(), {"x": Mine(0.9)})
+
+
+def test_the_example_of_the_bank_runs() -> None:
+    names = {"torch": torch, "AverageBank": AverageBank, "ConstantDecay": ConstantDecay, "PowerFunction": PowerFunction}
+    (example,) = (found for found in doctest.DocTestFinder(recurse=False).find(AverageBank, globs=names))
+    assert len(example.examples) >= 6
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
 def test_an_unknown_copy_is_named_with_those_there_are() -> None:
     bank = AverageBank([("w", torch.zeros(1))], {"x": Uniform(), "y": Uniform()})
-    with pytest.raises(KeyError, match="no copy is called 'z'; there are x, y"):
+    with pytest.raises(KeyError, match="no average is called 'z'; there are x, y"):
         bank.weights("z")
 
 

@@ -237,6 +237,26 @@ def test_torchs_averaged_model_is_read_with_its_real_profile_and_gone_on_with(de
         assert torch.equal(dict(back.module.named_parameters())[name], theirs)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        lambda model: torch.compile(model, backend="eager"),
+        nn.parallel.DataParallel,
+        lambda model: torch.compile(nn.parallel.DataParallel(model), backend="eager"),
+    ],
+)
+def test_an_average_is_read_from_and_written_to_an_averaged_model_of_a_wrapped_model(wrap) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    peer, other = AveragedModel(wrap(model)), AveragedModel(wrap(model))
+    move(model, 1)
+    peer.update_parameters(peer.module)
+    peer.update_parameters(wrap(model))
+    read = read_averaged_model(peer.state_dict(), model)
+    other.load_state_dict(averaged_model_state(read.weights, read.step, read.buffers, averaged_model=other))
+    assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
 def test_the_profile_of_torchs_ema_is_measured_by_one_hot_parameters() -> None:
     def make(module: nn.Module):
         averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ema.averaging import AverageBank, BiasCorrected, ConstantDecay, HardCopy, PowerFunction, Uniform, lerp
+from ddpm_ema.averaging import AverageBank, BiasCorrected, ConstantDecay, HardCopy, PowerFunction, Uniform
+from ddpm_ema.averaging.naming import parts
 
 PROFILES = {
     "a": ConstantDecay(0.9),
@@ -66,6 +67,6 @@ def test_a_copy_that_does_not_move_costs_nothing() -> None:
 
 
 def test_lower_precision_on_an_accelerator_is_converted_in_bounded_parts() -> None:
-    sources = [torch.randn(n) for n in (5, 3, 9, 2, 2)]
-    assert list(lerp._parts(range(5), sources, limit=8)) == [[0, 1], [2], [3, 4]]
-    assert list(lerp._parts(range(5), sources, limit=0)) == [[0], [1], [2], [3], [4]]
+    sizes = dict(enumerate((5, 3, 9, 2, 2)))
+    assert list(parts(sizes, 8)) == [[0, 1], [2], [3, 4]]
+    assert list(parts(sizes, 0)) == [[0], [1], [2], [3], [4]]
