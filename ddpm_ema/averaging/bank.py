@@ -319,13 +319,17 @@ class AverageBank:
             state: a whole `state_dict()`; of a split bank, `merge_states` of those of all its processes.
 
         Raises:
-            ValueError: not the state of a bank, other averages or profiles (each differing field is named), or a tensor is
-                missing, unknown or misshaped (named, with both shapes). Nothing is changed then.
+            ValueError: not the state of a bank, other averages or profiles (each is named), or a tensor is missing, unknown or
+                misshaped (named, with both shapes). Nothing is changed then.
         """
         if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
             found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state: expected the state of a bank, version {STATE_VERSION}, got {found!r}")
-        self._check_profiles(state["profiles"])
+        here = {name: profile_to_dict(profile) for name, profile in self._profiles.items()}
+        names, stored = {**here, **state["profiles"]}, state["profiles"]
+        if wrong := [n for n in names if here.get(n) != stored.get(n)]:
+            differing = "; ".join(f"{n} is {here.get(n)} here and {stored.get(n)} in the state" for n in wrong)
+            raise ValueError(f"profiles: {differing}")
         for name in self._profiles:
             check_tensors(state["averages"].get(name, {}), _shapes(self._parameters), f"weights of {name!r}")
             check_tensors(state["buffers"].get(name, {}), _shapes(self._buffers), f"buffers of {name!r}")
@@ -333,19 +337,6 @@ class AverageBank:
             self.load_weights(name, state["averages"][name])
             self.load_buffers(name, state["buffers"][name])
         self._step = state["step"]
-
-    def _check_profiles(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
-        here = {name: profile_to_dict(profile) for name, profile in self._profiles.items()}
-        problems = [f"average {name!r} is missing" for name in here if name not in stored]
-        problems += [f"average {name!r} is not known here" for name in stored if name not in here]
-        for name in here:
-            theirs = stored.get(name, here[name])
-            for field in sorted(here[name].keys() | theirs.keys()):
-                ours, other = here[name].get(field), theirs.get(field)
-                if ours != other:
-                    problems.append(f"{name}.{field} is {ours!r} here and {other!r} in the state")
-        if problems:
-            raise ValueError(f"profiles: {'; '.join(problems)}")
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, start_step: int | None = None, every: int = 1

@@ -30,12 +30,10 @@ def clean_named(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> dict[
     original: dict[str, str] = {}
     for name, tensor in tensors:
         short = clean_name(name)
-        if short in cleaned and name == original[short]:
-            raise ValueError(f"{what}: {name!r} is given twice; join several models in one torch.nn.ModuleDict")
         if short in cleaned:
-            raise ValueError(
-                f"{what}: {name!r} and {original[short]!r} are both called {short!r} without wrapper prefixes"
-            )
+            both = f"{name!r} and {original[short]!r} are both called {short!r} without wrapper prefixes"
+            twice = f"{name!r} is given twice; join several models in one torch.nn.ModuleDict"
+            raise ValueError(f"{what}: {twice if name == original[short] else both}")
         cleaned[short], original[short] = tensor, name
     return cleaned
 

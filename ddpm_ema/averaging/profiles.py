@@ -16,7 +16,7 @@ import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -28,6 +28,7 @@ from ddpm_ema.averaging.power_function import std_to_exponent
 
 FloatArray = npt.NDArray[np.float64]
 Lengths: TypeAlias = Mapping[str, type[int] | type[float]]
+Checks: TypeAlias = Mapping[str, Callable[[str, object], object]]
 PROFILES: dict[str, type[Profile]] = {}
 """Every rule by its `kind`."""
 
@@ -35,17 +36,24 @@ PROFILES: dict[str, type[Profile]] = {}
 class Profile(ABC):
     """One rule of averaging: immutable, comparable, without tensors and state.
 
-    A subclass defines `decay`; one that names its `kind` can be written in YAML and read back from files.
+    A subclass defines `decay`; one that names its `kind` can be written in YAML and read back from files. Constructors raise
+    ValueError for a value out of range.
     """
 
     kind: ClassVar[str]
     """Name of the rule in YAML and in stored files."""
     lengths: ClassVar[Lengths] = {}
     """Settings that are a number of steps: whole (int) or any (float). `resolve_lengths` accepts "5%" and "500kimg" for them."""
+    checks: ClassVar[Checks] = {}
+    """Checks and conversions of settings, by field."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
             PROFILES[cls.kind] = cls
+
+    def __post_init__(self) -> None:
+        for field, check in self.checks.items():
+            object.__setattr__(self, field, check(field, getattr(self, field)))
 
     @abstractmethod
     def decay(self, step: int, num_steps: int = 1) -> float:
@@ -173,9 +181,6 @@ class ConstantDecay(Profile):
 
     Args:
         decay: share kept per step, in [0, 1]. 0 gives the raw parameters, 1 keeps the initial ones.
-
-    Raises:
-        ValueError: decay is out of range.
     """
 
     kind: ClassVar[str] = "constant"
@@ -206,9 +211,6 @@ class BiasCorrected(Profile):
 
     Args:
         decay: share kept per step in the long run, in [0, 1).
-
-    Raises:
-        ValueError: decay is out of range.
     """
 
     kind: ClassVar[str] = "bias_corrected"
@@ -246,9 +248,6 @@ class Warmup(ScheduledDecay):
         decay: upper limit of the decay, in [0, 1].
         inv_gamma: length of the warm-up in steps, positive.
         power: exponent of the warm-up, positive.
-
-    Raises:
-        ValueError: one of them is out of range.
     """
 
     kind: ClassVar[str] = "warmup"
@@ -276,9 +275,6 @@ class PowerFunction(Profile):
 
     Args:
         std: sigma_rel, the width as a share of training, in (0, 0.2886...). The paper stores 0.05 and 0.10.
-
-    Raises:
-        ValueError: std is out of range.
     """
 
     kind: ClassVar[str] = "power_function"
@@ -326,19 +322,13 @@ class StochasticWeightAverage(ClosedForm):
     Args:
         start: the first of these steps, at least 1.
         every: steps between them, at least 1.
-
-    Raises:
-        ValueError: one of them is out of range.
     """
 
     kind: ClassVar[str] = "swa"
     lengths: ClassVar[Lengths] = {"start": int, "every": int}
+    checks: ClassVar[Checks] = {"start": check_count, "every": check_count}
     start: int
     every: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "start", check_count("start", self.start))
-        object.__setattr__(self, "every", check_count("every", self.every))
 
     def log_mass(self, t: FloatArray) -> FloatArray:
         return np.log(np.maximum(np.floor((t - self.start) / self.every) + 1.0, 0.0))
@@ -350,17 +340,12 @@ class HardCopy(Profile):
 
     Args:
         every: steps between copies, at least 1.
-
-    Raises:
-        ValueError: every is out of range.
     """
 
     kind: ClassVar[str] = "hard_copy"
     lengths: ClassVar[Lengths] = {"every": int}
+    checks: ClassVar[Checks] = {"every": check_count}
     every: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "every", check_count("every", self.every))
 
     def decay(self, step: int, num_steps: int = 1) -> float:
         check_steps(step, num_steps)
@@ -379,16 +364,14 @@ class Delayed(Profile):
     Args:
         profile: the rule; `swa` and the cooldowns have a start of their own and are refused.
         start: the last step at which the average equals the parameters, at least 1.
-
-    Raises:
-        ValueError: start is out of range, or the rule has a start of its own.
     """
 
+    checks: ClassVar[Checks] = {"start": check_count}
     profile: Profile
     start: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", check_count("start", self.start))
+        super().__post_init__()
         object.__setattr__(self, "kind", self.profile.kind)
         if own := {"start", "end"} & self.profile.settings().keys():
             raise ValueError(f"start: {self.profile!r} begins by its own {own.pop()!r} already")
