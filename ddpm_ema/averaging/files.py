@@ -1,4 +1,4 @@
-"""One way to write a safetensors file: contiguous, readable as the umask says, on disk when the call returns."""
+"""Pickles are recognised, safetensors files are written: with the umask's permissions, on disk when the call returns."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 HEAD_BYTES = 9
-"""How many first bytes `is_pickle` asks for."""
+"""Number of first bytes that `is_pickle` needs."""
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether a file that begins so is a pickle, or the zip archive of one that `torch.save` writes.
+    """Whether a file with this beginning is a pickle, or the zip archive of one that `torch.save` writes.
 
-    safetensors begins with its header's length in eight bytes, which may be those of a pickle, and then an opening brace.
+    safetensors begins with its header's length in eight bytes, which may look like a pickle, and then an opening brace.
     """
     return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write and sync one safetensors file in place (for one that appears whole, write beside the target and rename).
+    """Write and sync one safetensors file in place (to make it appear whole, write a temporary file and rename it).
 
     Args:
         path: the file; its folder must exist.
