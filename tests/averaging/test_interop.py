@@ -21,10 +21,7 @@ from ddpm_ema.averaging import (
     Profile,
     Uniform,
     Warmup,
-    find_snapshots,
-    profile_from_dict,
     update_batch_norm,
-    write_snapshot,
 )
 from ddpm_ema.averaging.interop import (
     averaged_model_state,
@@ -89,15 +86,6 @@ def test_the_profile_read_from_diffusers_is_the_one_its_weights_have(settings: d
 
 def test_the_hidden_warm_up_is_found_at_step_10_000() -> None:
     assert DiffusersDecay(max_decay=0.9999).decay(10_000) == pytest.approx(0.9991, abs=5e-5)
-
-
-def test_an_average_that_was_read_can_be_stored_as_a_snapshot_and_named_in_yaml(tmp_path: Path) -> None:
-    profile = DiffusersDecay(max_decay=0.99, update_after_step=3)
-    write_snapshot(tmp_path / "step-00000010" / "ema.safetensors", {"w": torch.ones(1)}, 10, profile)
-    assert find_snapshots(tmp_path)[0].profile == profile
-    assert profile_from_dict({"kind": "diffusers_ema", "max_decay": 0.99, "update_after_step": 3}) == profile
-    with pytest.raises(ValueError, match=r"max_decay: expected a number with 0 <= max_decay <= 1, got 2"):
-        profile_from_dict({"kind": "diffusers_ema", "max_decay": 2})
 
 
 def test_a_note_on_a_young_average_does_not_count_the_initial_weights_as_a_step() -> None:
