@@ -99,36 +99,6 @@ class AverageBank:
             for name in profiles
         }
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a bank follows the parameters of one model and cannot be copied or pickled: make a bank of the other model and "
-            "call its load_state_dict(bank.state_dict())"
-        )
-
-    @property
-    def profiles(self) -> dict[str, Profile]:
-        """Name of each average -> its profile."""
-        return dict(self._profiles)
-
-    @property
-    def parameter_names(self) -> list[str]:
-        """Clean names of all parameters, in the model's order, owned by this process or not."""
-        return list(self._parameters)
-
-    @property
-    def step(self) -> int | None:
-        """The step of the last update; None before the first, and after `load_weights`."""
-        return self._step
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all averages that this process holds."""
-        return sum(tensor.nbytes for average in self._averages.values() for tensor in average.values())
-
-    def owner(self, parameter_name: str) -> int:
-        """The rank that holds this parameter's averages. Raises: KeyError: no parameter has this name."""
-        return self._owners[clean_name(parameter_name)]
-
     def update(self, step: int, num_steps: int = 1) -> None:
         """Move every average towards the current parameters. Never communicates and never waits for a device.
 
@@ -141,19 +111,7 @@ class AverageBank:
                 update, or a parameter of the model was replaced. The step does not count then.
         """
         step, num_steps = check_count("step", step), check_count("num_steps", num_steps)
-        if self._step is not None and step - num_steps != self._step:
-            raise ValueError(
-                f"update(step={step}, num_steps={num_steps}) does not follow the update at step {self._step}: "
-                f"expected num_steps={step - self._step}"
-                if step > self._step
-                else f"update(step={step}) comes after the update at step {self._step}: steps only grow"
-            )
-        for parameters, name, parameter in self._places:
-            if parameters.get(name) is not parameter:
-                raise ValueError(
-                    f"parameter {name!r} of the model was replaced (load_state_dict(assign=True), fully_shard, ...), so this "
-                    "bank no longer follows it: make a new bank and call its load_state_dict(bank.state_dict())"
-                )
+        self._check_update(step, num_steps)
         weights = {name: 1.0 - profile.decay(step, num_steps) for name, profile in self._profiles.items()}
         if self._mirror is None:
             self._move(weights)
@@ -167,6 +125,22 @@ class AverageBank:
         lerp.lerp_(averages, list(self._averaged.values()), [weight for weight in weights.values() if weight > 0.0])
         for average in moving:
             _fill({name: average[name] for name in self._copied}, self._copied)
+
+    def _check_update(self, step: int, num_steps: int) -> None:
+        last = self._step
+        if last is not None and step <= last:
+            raise ValueError(f"update(step={step}) comes after the update at step {last}: steps only grow")
+        if last is not None and step - num_steps != last:
+            raise ValueError(
+                f"update(step={step}, num_steps={num_steps}) does not follow the update at step {last}: "
+                f"expected num_steps={step - last}"
+            )
+        for parameters, name, parameter in self._places:
+            if parameters.get(name) is not parameter:
+                raise ValueError(
+                    f"parameter {name!r} of the model was replaced (load_state_dict(assign=True), fully_shard, ...), so this "
+                    "bank no longer follows it: make a new bank and call its load_state_dict(bank.state_dict())"
+                )
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The parameters of one average: those that this process owns, so all of them when `world_size` is 1.
@@ -194,28 +168,6 @@ class AverageBank:
             self._mirror.wait()
         return self._averages[name]
 
-    def load_weights(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set all parameters of an average; each process takes the part that it owns.
-
-        Args:
-            name: the average.
-            tensors: parameter name -> tensor of any floating dtype, for *every* parameter of the model.
-
-        Raises:
-            KeyError: no average has this name.
-            ValueError: a tensor is missing, unknown or misshaped; every such tensor is named and nothing is changed.
-        """
-        targets, given = self.weights(name), clean_named(tensors.items(), f"weights of {name!r}")
-        check_tensors(given, _shapes(self._parameters), f"weights of {name!r}")
-        _fill(targets, given)
-        self._step, self._loaded = None, True
-
-    def load_buffers(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set all buffers of an average. Raises as `load_weights`."""
-        targets, given = self.buffers(name), clean_named(tensors.items(), f"buffers of {name!r}")
-        check_tensors(given, _shapes(targets), f"buffers of {name!r}")
-        _fill(targets, given)
-
     def copy_to(self, name: str, module: nn.Module, *, strict: bool = True) -> None:
         """Write the parameters and buffers of an average into a module of the same architecture, in the module's dtype.
 
@@ -240,6 +192,99 @@ class AverageBank:
             targets = {n: target for n, target in targets.items() if n in values}
         check_tensors(values, _shapes(targets), f"average {name!r}")
         _fill(targets, values)
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        """Name of each average -> its profile."""
+        return dict(self._profiles)
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Clean names of all parameters, in the model's order, owned by this process or not."""
+        return list(self._parameters)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the last update; None before the first, and after `load_weights`."""
+        return self._step
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all averages that this process holds."""
+        return sum(tensor.nbytes for average in self._averages.values() for tensor in average.values())
+
+    def owner(self, parameter_name: str) -> int:
+        """The rank that holds this parameter's averages. Raises: KeyError: no parameter has this name."""
+        return self._owners[clean_name(parameter_name)]
+
+    def load_weights(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set all parameters of an average; each process takes the part that it owns.
+
+        Args:
+            name: the average.
+            tensors: parameter name -> tensor of any floating dtype, for *every* parameter of the model.
+
+        Raises:
+            KeyError: no average has this name.
+            ValueError: a tensor is missing, unknown or misshaped; every such tensor is named and nothing is changed.
+        """
+        targets, given = self.weights(name), clean_named(tensors.items(), f"weights of {name!r}")
+        check_tensors(given, _shapes(self._parameters), f"weights of {name!r}")
+        _fill(targets, given)
+        self._step, self._loaded = None, True
+
+    def load_buffers(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set all buffers of an average. Raises as `load_weights`."""
+        targets, given = self.buffers(name), clean_named(tensors.items(), f"buffers of {name!r}")
+        check_tensors(given, _shapes(targets), f"buffers of {name!r}")
+        _fill(targets, given)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has to store, with the bank's own tensors; `merge_states` joins those of several processes.
+
+        Returns:
+            {"version", "step", "profiles": {name: {"kind", ...}}, "averages": {name: {parameter: fp32}},
+            "buffers": {name: {buffer: tensor}}}.
+        """
+        return {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "profiles": {name: profile_to_dict(profile) for name, profile in self._profiles.items()},
+            "averages": {name: self.weights(name) for name in self._profiles},
+            "buffers": {name: self.buffers(name) for name in self._profiles},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a stored bank, of any number of processes; each process takes the part that it owns.
+
+        Args:
+            state: a whole `state_dict()`; of a split bank, `merge_states` of those of all its processes.
+
+        Raises:
+            ValueError: not the state of a bank, other averages or profiles (each is named), or a tensor is missing, unknown or
+                misshaped (named, with both shapes). Nothing is changed then.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: expected the state of a bank, version {STATE_VERSION}, got {found!r}")
+        here = {name: profile_to_dict(profile) for name, profile in self._profiles.items()}
+        names, stored = {**here, **state["profiles"]}, state["profiles"]
+        if wrong := [n for n in names if here.get(n) != stored.get(n)]:
+            differing = "; ".join(f"{n} is {here.get(n)} here and {stored.get(n)} in the state" for n in wrong)
+            raise ValueError(f"profiles: {differing}")
+        for name in self._profiles:
+            check_tensors(state["averages"].get(name, {}), _shapes(self._parameters), f"weights of {name!r}")
+            check_tensors(state["buffers"].get(name, {}), _shapes(self._buffers), f"buffers of {name!r}")
+        for name in self._profiles:
+            self.load_weights(name, state["averages"][name])
+            self.load_buffers(name, state["buffers"][name])
+        self._step = state["step"]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a bank follows the parameters of one model and cannot be copied or pickled: make a bank of the other model and "
+            "call its load_state_dict(bank.state_dict())"
+        )
 
     def gather(self, name: str, dst: int = 0, group: dist.ProcessGroup | None = None) -> Iterator[tuple[str, Tensor]]:
         """Collect a split average on one process, one tensor at a time. Collective.
@@ -296,47 +341,6 @@ class AverageBank:
         if self._mirror is not None:
             self._mirror.wait()
         return {name: tensor.detach() for name, tensor in self._averaged.items() if name in self._parameters}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this process has to store, with the bank's own tensors; `merge_states` joins those of several processes.
-
-        Returns:
-            {"version", "step", "profiles": {name: {"kind", ...}}, "averages": {name: {parameter: fp32}},
-            "buffers": {name: {buffer: tensor}}}.
-        """
-        return {
-            "version": STATE_VERSION,
-            "step": self._step,
-            "profiles": {name: profile_to_dict(profile) for name, profile in self._profiles.items()},
-            "averages": {name: self.weights(name) for name in self._profiles},
-            "buffers": {name: self.buffers(name) for name in self._profiles},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a stored bank, of any number of processes; each process takes the part that it owns.
-
-        Args:
-            state: a whole `state_dict()`; of a split bank, `merge_states` of those of all its processes.
-
-        Raises:
-            ValueError: not the state of a bank, other averages or profiles (each is named), or a tensor is missing, unknown or
-                misshaped (named, with both shapes). Nothing is changed then.
-        """
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state: expected the state of a bank, version {STATE_VERSION}, got {found!r}")
-        here = {name: profile_to_dict(profile) for name, profile in self._profiles.items()}
-        names, stored = {**here, **state["profiles"]}, state["profiles"]
-        if wrong := [n for n in names if here.get(n) != stored.get(n)]:
-            differing = "; ".join(f"{n} is {here.get(n)} here and {stored.get(n)} in the state" for n in wrong)
-            raise ValueError(f"profiles: {differing}")
-        for name in self._profiles:
-            check_tensors(state["averages"].get(name, {}), _shapes(self._parameters), f"weights of {name!r}")
-            check_tensors(state["buffers"].get(name, {}), _shapes(self._buffers), f"buffers of {name!r}")
-        for name in self._profiles:
-            self.load_weights(name, state["averages"][name])
-            self.load_buffers(name, state["buffers"][name])
-        self._step = state["step"]
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, start_step: int | None = None, every: int = 1
