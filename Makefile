@@ -63,7 +63,7 @@ bench: install   ## every benchmark; ratios from interleaved runs, as JSON under
 	for script in averaging conformance train_step sampling; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 docs-check: install  ## run the code blocks of the documentation
-	$(BIN)/python -m pytest tests -k "docs"
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_averaging.py -s -m "slow or not slow"
 
 image:           ## the container image
 	tests/cluster/build_image.sh

@@ -57,6 +57,12 @@ TRAINING: dict[str, dict[str, Any]] = {
     "warmup": {"warmup_steps": STEPS // 10},
     "batch4": {"batch_size": 4},
 }
+TITLES = {
+    "constant": "constant rate",
+    "cosine": "cosine decay",
+    "warmup": "warm-up of a tenth",
+    "batch4": "batch size 4",
+}
 STORED: dict[str, Profile] = {
     "power_0_05": PowerFunction(0.05),
     "power_0_10": PowerFunction(0.10),
@@ -189,6 +195,16 @@ def key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("run", "stored", "snapshots", "target"))
 
 
+COLUMNS = ("run", "stored", "snapshots", "target", "step_variance", "predicted", "actual", "edm2_actual")
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Our cells as rows of `COLUMNS`, with the error of EDM2's fit beside ours."""
+    theirs = {key(c): c["actual"] for c in cells if c["predicted"] is None}
+    ours = (cell | {"edm2_actual": theirs[key(cell)]} for cell in cells if cell["predicted"] is not None)
+    return [[cell[column] for column in COLUMNS] for cell in ours]
+
+
 def simulate(steps: int = 3000, count: int = 10, size: int = 2000) -> list[dict[str, Any]]:
     """Actual over predicted where weights move otherwise than the model has it; the least and most over the targets."""
     random, time = np.random.default_rng(0), np.arange(steps)
@@ -266,7 +282,7 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
         limits = np.array([FLOOR, 10.0])
         axis.loglog(limits, limits, color="0.3", linewidth=1)
         axis.fill_between(limits, limits / 2, limits * 2, color="0.5", alpha=0.15, linewidth=0)
-        axis.set(title=run, xlabel="predicted error / distance from raw", xlim=limits, ylim=limits)
+        axis.set(title=TITLES[run], xlabel="predicted error / distance from raw", xlim=limits, ylim=limits)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("actual error / distance from raw")
     axes[0, 0].legend(fontsize=7, loc="upper left")
@@ -276,6 +292,18 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def one_row_per_line(results: Mapping[str, Any]) -> str:
+    """JSON whose tables have a line for each row, numbers to four digits."""
+    shown = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
+    parts = [
+        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        if isinstance(value, list) and name != "columns"
+        else f" {json.dumps(name)}: {json.dumps(value)}"
+        for name, value in shown.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def report(results: Mapping[str, Any]) -> None:
@@ -308,10 +336,10 @@ def main() -> None:
     if arguments.folder:
         cells = [c for name in arguments.runs for c in measure(train(arguments.folder, name), arguments.counts)]
         environment = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
-        results |= {"environment": environment, "summary": summary(cells), "cells": cells}
+        results |= {"environment": environment, "summary": summary(cells), "columns": COLUMNS, "cells": table(cells)}
         draw(cells, arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    arguments.output.write_text(one_row_per_line(results))
     report(results)
 
 

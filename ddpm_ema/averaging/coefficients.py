@@ -137,8 +137,8 @@ def posthoc_coefficients(
         target: a profile, or a power-function width.
         step_variance: variance of each step in any unit; None for a constant one. Proportional to learning_rate(t)^2 where
             that changes.
-        white_noise: variance of white noise on raw parameters, in the unit of `step_variance` (in steps, if that is None). It adds
-            white_noise * sum_t (sum_i c_i w_i(t) - w(t))^2 to the expected squared error.
+        white_noise: variance of white noise on raw parameters, in steps: that on step t is white_noise * v(t). It adds
+            white_noise * sum_t v(t) (sum_i c_i w_i(t) - w(t))^2 to the expected squared error.
         every: steps between updates of the stored averages, [num_in] or one for all.
         roundoff: largest relative rounding error of the stored averages (2^-24 for fp32, 2^-8 for bf16), [num_in] or one for all.
         magnitude: |theta| / sqrt(sum v), the size of the weights relative to their random walk; rounding is relative to it.
@@ -178,8 +178,8 @@ def solve(
 ) -> list[Coefficients]:
     """`posthoc_coefficients` for several targets at one step, in one factorisation."""
     num_in, goals = len(stored), [*targets, Stored(targets[0].step, RAW)]
-    errors, weightings, updates, initial, total = _equations(stored, goals, step_variance)
-    rows = np.concatenate([errors, np.sqrt(white_noise) * weightings]) / np.sqrt(total)  # in the unit sum v = 1
+    errors, weightings, noise, updates, initial, total = _equations(stored, goals, step_variance)
+    rows = np.concatenate([errors, np.sqrt(white_noise) * noise]) / np.sqrt(total)  # in the unit sum v = 1
     storing = np.eye(num_in, num_in + len(goals)) * [[one.roundoff] for one in stored]
     rows = np.concatenate([rows, _ROUNDING * magnitude * np.concatenate([ROUNDOFF * updates, storing])])
     # The newest average's coefficient is what the others lack to 1.
@@ -208,13 +208,13 @@ def solve(
 
 def expected_distance(a: Stored, b: Stored, step_variance: StepVariance | None = None) -> float:
     """Expected distance of two averages, the second no earlier than the first, as a share of sqrt(sum v)."""
-    errors, _, _, _, total = _equations([a], [b], step_variance)
+    errors, *_, total = _equations([a], [b], step_variance)
     return float(np.linalg.norm(errors[:, 0] - errors[:, 1]) / np.sqrt(total))
 
 
 def _equations(
     stored: Sequence[Stored], goals: Sequence[Stored], step_variance: StepVariance | None
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, float]:
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray, float]:
     """Matrices with columns [stored | goals] whose few rows have the same inner products as one row per step would have.
 
     In an interval first <= t < last between two stored steps, P(t) of an average stored later is P_last(t) of its rule times the
@@ -222,15 +222,15 @@ def _equations(
     rule and goal, and a QR factorisation compresses its rows to as many.
 
     Returns:
-        sqrt(v(t)) P(t), float64 [num_rows, num_in + num_goals]; the weightings w(t + 1), same shape; the surviving share of the
-        rounding of update t + 1, per rule, same columns; P(0) [num_in + num_goals]; the sum of v.
+        sqrt(v(t)) P(t), float64 [num_rows, num_in + num_goals]; the weightings w(t + 1), same shape; sqrt(v(t)) w(t + 1), same shape;
+        the surviving share of the rounding of update t + 1, per rule, same columns; P(0) [num_in + num_goals]; the sum of v.
     """
     step_out, num_goals = goals[0].step, len(goals)
     edges = sorted({0, step_out, *(one.updated for one in stored)})
     rules = list(dict.fromkeys((one.profile, one.every) for one in stored))
     rule_of = [rules.index((one.profile, one.every)) for one in stored]
     survived = np.stack([_at(one, np.asarray(edges, dtype=np.float64)) for one in (*stored, *goals)])  # [.., num_edges]
-    errors, weightings, updates, total = [], [], [], 0.0
+    errors, weightings, noise, updates, total = [], [], [], [], 0.0
     for place, (first, last) in enumerate(itertools.pairwise(edges)):
         t, counts = _nodes(first, last, step_out <= EVERY_STEP)
         variance = counts * _variances(step_variance, t)
@@ -249,11 +249,13 @@ def _equations(
         expand[len(rules) : -1, len(stored) :] = np.eye(num_goals)
         errors.append(np.linalg.qr(np.sqrt(variance)[:, None] * now, mode="r") @ expand)
         weightings.append(np.linalg.qr(np.sqrt(counts)[:, None] * (then - now), mode="r") @ expand)
+        noise.append(np.linalg.qr(np.sqrt(variance)[:, None] * (then - now), mode="r") @ expand)
         kept_roundings = counts @ np.square(then[:, : len(rules)]) / [every for _, every in rules]
         updates.append(np.sqrt(kept_roundings)[:, None] * expand[: len(rules)])
     if total == 0.0:
         raise ValueError("step_variance: expected some variance above 0")
-    return np.concatenate(errors), np.concatenate(weightings), np.concatenate(updates), survived[:, 0], total
+    rows = [np.concatenate(part) for part in (errors, weightings, noise, updates)]
+    return rows[0], rows[1], rows[2], rows[3], survived[:, 0], total
 
 
 def _at(one: Stored, t: FloatArray) -> FloatArray:

@@ -249,10 +249,10 @@ def _magnitude(first: Snapshot, last: Snapshot, step_variance: StepVariance | No
 
 
 def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | None = None) -> float:
-    """Variance of white noise on raw weights that follow a random walk, in the unit of `step_variance`.
+    """Variance of white noise on raw weights that follow a random walk, in steps: that on step t is white_noise * v(t).
 
-    |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j, plus twice the noise. Its means over
-    neighbours and over next neighbours give the two unknowns. 0 for fewer than three checkpoints.
+    |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j plus white_noise (v_i + v_j). Its means
+    over neighbours and over next neighbours give the two unknowns. 0 for fewer than three checkpoints.
 
     Args:
         raw: checkpoints of one run, by step.
@@ -265,8 +265,11 @@ def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | 
     between = [variance_between(step_variance, a.step, b.step) for a, b in itertools.pairwise(raw)]
     walked = np.cumsum([0.0, *between])
     walked = np.array([np.mean(walked[lag:] - walked[:-lag]) for lag in lags])
-    rate = max((squares[1] - squares[0]) / (walked[1] - walked[0]), 1e-3 * squares[1] / walked[1])
-    return max(0.0, float((squares[0] / rate - walked[0]) / 2)) if rate > 0.0 else 0.0
+    own = np.array([variance_between(step_variance, snapshot.step - 1, snapshot.step) for snapshot in raw])
+    noise = np.array([np.mean(own[lag:] + own[:-lag]) for lag in lags])
+    rate = (squares[1] * noise[0] - squares[0] * noise[1]) / (walked[1] * noise[0] - walked[0] * noise[1])
+    rate = max(rate, 1e-3 * squares[1] / walked[1])
+    return max(0.0, float((squares[0] / rate - walked[0]) / noise[0])) if rate > 0.0 else 0.0
 
 
 def _norm(files: Sequence[Snapshot], coefficients: Sequence[float]) -> float:

@@ -78,7 +78,7 @@ def walking_run(
     for step in range(401):
         if step:
             walk += rate(step) * torch.randn(5000)
-            weight.copy_(walk + noise * torch.randn(5000))
+            weight.copy_(walk + noise * rate(step) * torch.randn(5000))
             bank.update(step)
         for name, profile in stored.items():
             if step and step % every == 0:
@@ -128,13 +128,18 @@ def test_an_average_that_is_only_compared_with_may_lie_elsewhere(tmp_path) -> No
     assert check.actual == pytest.approx(check.predicted, rel=0.15)
 
 
-def test_the_white_noise_of_raw_checkpoints_is_estimated_from_their_distances(tmp_path) -> None:
-    kept = walking_run(tmp_path, 10, {"raw": RAW}, {"target": BiasCorrected(0.98)}, noise=0.5)
-    raw = find_snapshots(tmp_path)
-    assert estimate_white_noise(raw) == pytest.approx(25.0, rel=0.1)  # 0.5^2 / 0.1^2: in steps
-    assert estimate_white_noise(raw, lambda t: 3.0) == pytest.approx(75.0, rel=0.1)
-    assert estimate_white_noise(raw[:2]) == 0.0
-    got = reconstruct(raw, 400, BiasCorrected(0.98))
+@pytest.mark.parametrize("decay", [0.0, 0.9], ids=["constant rate", "rate decays to a tenth"])
+def test_the_white_noise_of_raw_checkpoints_is_estimated_and_shrinks_with_the_rate(tmp_path, decay: float) -> None:
+    """It has the standard deviation of five steps: 25 times v(t)."""
+
+    def rate(step: int) -> float:
+        return 0.1 * (1 - decay * step / 400)
+
+    kept = walking_run(tmp_path, 10, {"raw": RAW}, {"target": BiasCorrected(0.98)}, noise=5.0, rate=rate)
+    raw, variance = find_snapshots(tmp_path), lambda t: rate(t + 1) ** 2
+    assert estimate_white_noise(raw, variance) == pytest.approx(25.0, rel=0.1)
+    assert estimate_white_noise(raw[:2], variance) == 0.0
+    got = reconstruct(raw, 400, BiasCorrected(0.98), step_variance=variance)
     actual = (got.weights["weight"] - kept["target"]).norm() / (kept["target"] - kept["raw"]).norm()
     assert actual.item() == pytest.approx(got.coefficients.predicted_relative_error, rel=0.15)
 

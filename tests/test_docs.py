@@ -1,0 +1,135 @@
+"""Every command and code block of the documentation runs as printed, or says why it does not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+RUN = {"bash", "python"}
+SHOWN = {"text", "json", "yaml"}
+# The commands run as printed; the settings files that they name are shortened.
+SHORT: dict[str, dict[str, Any]] = {
+    "model": {"block_out_channels": [8, 16], "layers_per_block": 1, "attention": [False, True], "norm_num_groups": 4},
+    "training": {
+        "steps": 12,
+        "batch_size": 8,
+        "warmup_steps": 2,
+        "sample_every": 6,
+        "sample_images": 2,
+        "log_every": 4,
+    },
+    "checkpoints": {"every": 6, "keep_every": 6, "snapshots_every": 3},
+    "evaluation": {"num_images": 24, "num_inference_steps": 3, "kid_subset_size": 8, "kid_subsets": 4, "groups": 6},
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text[: found.start("text")].count("\n") + 1, found["language"], found["text"], found["reason"])
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def run_python(code: str, block: Block, names: dict[str, Any]) -> None:
+    exec(compile("\n" * (block.line - 1) + code, str(block.page), "exec"), names)
+
+
+def run_bash(block: Block, folder: Path) -> None:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{block}\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What a clone holds, with short settings, and a folder of small photographs of two classes."""
+    for name in ("scripts", "benchmarks", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name in ("digits", "image_folder"):
+        path = tmp_path / "configs" / f"{name}.yaml"
+        settings = yaml.safe_load(path.read_text())
+        for section, values in SHORT.items():
+            settings.setdefault(section, {}).update(values)
+        path.write_text(yaml.safe_dump(settings))
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(40):
+            pixels = random.integers(0, 256, (4, 4, 3)).repeat(9, 0).repeat(9, 1).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_as_printed_one_after_another(page: Path, checkout: Path, monkeypatch) -> None:
+    monkeypatch.chdir(checkout)
+    names: dict[str, Any] = {"__name__": "documentation"}
+    for block in blocks(page):
+        if block.reason is None and block.language == "bash":
+            run_bash(block, checkout)
+        elif block.reason is None and block.language == "python":
+            run_python(block.text, block, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_block_is_of_a_language_that_is_run_or_only_shown(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(blocks(page)), "a fence without a language, or one that is not closed"
+    assert {block.language for block in blocks(page)} <= RUN | SHOWN
+    outside = BLOCK.sub("", text)
+    commands = re.findall(r"^ {4,}(?:make|python|accelerate|ddpm-ema|pip|torchrun|--\w).*$", outside, re.M)
+    assert not commands, "a command outside of a fence is not run"
+
+
+def test_the_blocks_that_are_not_run_say_why() -> None:
+    skipped = [block for page in PAGES for block in blocks(page) if block.reason and block.language in RUN]
+    for block in skipped:
+        print(f"not run: {block}: {block.reason}")
+    assert all(len(block.reason or "") > 10 for block in skipped)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
