@@ -68,7 +68,7 @@ class AverageBank:
             ValueError: a bad name, profile, rank or setting, two parameters of one name, or one that cannot be averaged.
         """
         _check_settings(profiles, buffers, rank, world_size)
-        module = model if isinstance(model, nn.Module) else nn.Module()
+        module = model if isinstance(model, nn.Module) else nn.Module()  # without buffers, and without places to check
         self._places = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items()]
         self._buffers = clean_named(module.named_buffers(remove_duplicate=False), "buffers")
         named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model

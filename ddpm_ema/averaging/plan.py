@@ -54,7 +54,6 @@ def plans(
     max_files: int,
     *,
     step_variance: StepVariance | None = None,
-    sets: Sequence[tuple[Profile, ...]] = SETS,
 ) -> list[Plan]:
     """The best plan for each set of averages that fits into `max_files` files, the best of all first.
 
@@ -63,7 +62,6 @@ def plans(
         targets: profiles wanted at the last step.
         max_files: files that may be stored, each as large as the model.
         step_variance: as of `posthoc_coefficients`.
-        sets: averages to consider.
 
     Raises:
         ValueError: no steps, no targets, or too few files for the smallest plan.
@@ -71,7 +69,7 @@ def plans(
     if steps < 1 or not targets:
         raise ValueError(f"steps, targets: expected at least one of each, got {steps} and {len(targets)}")
     best = []
-    for stored in sets:
+    for stored in SETS:
         spacings = sorted({max(1, steps // count) for count in COUNTS})
         made = [
             _plan(steps, targets, stored, every, step_variance)
