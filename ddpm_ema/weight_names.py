@@ -85,6 +85,12 @@ def _member(piece: str, text: str, averages: Collection[str]) -> WeightName:
     return WeightName(name if name in averages else canonical(name), int(step) if at else None)
 
 
+def split_step(text: str) -> tuple[str, int | None]:
+    """ema_0_999@1500 -> ("ema_0_999", 1500); whatever is not one name at a step -> itself, None."""
+    name, _, step = text.rpartition("@")
+    return (name, int(step)) if NAME.fullmatch(name) and STEP.fullmatch(step) else (text, None)
+
+
 def _known(name: str, averages: Collection[str]) -> bool:
     return name == "raw" or name in averages or profile_named(name) is not None
 
