@@ -17,7 +17,7 @@ import pytest
 from ddpm_ema import report
 from ddpm_ema.errors import UserError
 from ddpm_ema.numbers import figure, listed, with_error
-from ddpm_ema.report.choice import newest
+from ddpm_ema.report.answer import newest
 from ddpm_ema.report.drawing import looks, style
 from ddpm_ema.report.facts import duration
 from ddpm_ema.report.figures import differences
