@@ -23,18 +23,19 @@ def run(record: Record) -> Facts:
 
 
 def _run(record: Record) -> Iterator[tuple[str, str]]:
-    data, dataset, training = record.settings.data, record.manifest.dataset, record.settings.training
-    if name := dataset.name or data.name or data.source:
-        size = f", {dataset.size:,} images" if dataset.size else ""
-        colours = {1: " grey", 3: " RGB"}.get(data.channels or 0, "")
-        yield "Data", name + size + (f", {data.image_size}\u00d7{data.image_size}{colours}" if data.image_size else "")
-    parameters, channels = record.num_parameters, record.settings.model.block_out_channels
+    settings, manifest = record.settings, record.manifest
+    if name := manifest.data_name or settings.data_name or settings.data_source:
+        size = f", {manifest.data_size:,} images" if manifest.data_size else ""
+        colours = {1: " grey", 3: " RGB"}.get(settings.channels or 0, "")
+        shape = f", {settings.image_size}\u00d7{settings.image_size}{colours}" if settings.image_size else ""
+        yield "Data", f"{name}{size}{shape}"
+    parameters, channels = record.num_parameters, settings.block_out_channels
     size = f"U-Net of {_si(parameters)} parameters" if parameters else "U-Net" if channels else ""
     yield "Network", size + ("; channels " + ", ".join(map(str, channels)) if channels else "")
-    done, planned = record.last_step, training.steps
+    done, planned, batch = record.last_step, settings.training_steps, settings.batch_size
     steps = "none yet" if done is None else f"{done:,}"
     steps += f" of {planned:,}" if planned and done != planned else ""
-    yield "Steps", steps + (f", {training.batch_size} images per step" if training.batch_size and done else "")
+    yield "Steps", steps + (f", {batch} images per step" if batch and done else "")
     if seconds := sum(row.get("seconds") or 0.0 for row in record.training):
         yield "Time", duration(seconds) + _speed(record)
     yield "Weights", "; ".join(_rule(name, record.profiles.get(name, {})) for name in record.names)

@@ -22,28 +22,8 @@ MAX_IMAGE_BYTES = 24 * 2**20  # a larger page no longer opens well on a phone
 Looks = Mapping[str, Look]
 
 
-class Picture(NamedTuple):
-    """An image of the page, inside the page."""
-
-    uri: str
-    title: str
-    alt: str
-
-
-class Column(NamedTuple):
-    """A further column of the table of weights."""
-
-    key: str
-    title: str
-    places: int
-
-
-FURTHER = (
-    Column("kid", "KID", 5),
-    Column("inception_score", "IS", 2),
-    Column("precision", "Precision", 3),
-    Column("recall", "Recall", 3),
-)
+FURTHER = (("kid", "KID", 5), ("inception_score", "IS", 2), ("precision", "Precision", 3), ("recall", "Recall", 3))
+"""Further columns of the table of weights: key, title, digits after the point."""
 
 
 class Table(NamedTuple):
@@ -51,7 +31,7 @@ class Table(NamedTuple):
 
     scoring: Scoring
     answer: answer.Answer
-    columns: tuple[Column, ...]
+    columns: tuple[tuple[str, str, int], ...]
     notes: tuple[str, ...]
     differs: str = ""
 
@@ -111,9 +91,9 @@ def _scored(record: Record, scoring: Scoring | None, look: Looks) -> dict[str, A
 
 
 def _table(scoring: Scoring, differs: str) -> Table:
-    columns = tuple(column for column in FURTHER if any(row.get(column.key) is not None for row in scoring.rows))
+    columns = tuple(column for column in FURTHER if any(row.get(column[0]) is not None for row in scoring.rows))
     notes = [*answer.saturation(scoring, scoring.rows)]
-    if any(column.key == "precision" for column in columns):
+    if any(key == "precision" for key, _, _ in columns):
         notes += filter(None, [_precision_note(scoring)])
     return Table(scoring, answer.judge(scoring), columns, tuple(notes), differs)
 
@@ -152,8 +132,8 @@ def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
     return {"drawings": (), "warnings": ()}
 
 
-def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[Picture]:
-    """The scorings' grids, then the first, middle and last grid of training, as far as the page's size allows.
+def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[tuple[str, str, str]]:
+    """URI, title and text of the scorings' grids, then the first, middle and last grid of training, as far as the page's size allows.
 
     The picture says how a grid of training was sampled: the settings may have changed since, and previews take fewer steps.
     """
@@ -174,7 +154,7 @@ def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[Picture]:
             title = f"While training: {told}"
         uri = "data:image/png;base64," + base64.b64encode(data).decode()
         alt = f"{title}. One labelled row of samples per weights, the same noise in every row"
-        found.append(Picture(uri, title, alt))
+        found.append((uri, title, alt))
     return found
 
 
@@ -182,7 +162,7 @@ def _curves(record: Record, look: Looks) -> list[Drawing]:
     rows = record.training
     found = [
         figures.curve(rows, "loss", "Training loss", "loss", "Mean over the steps since the previous row."),
-        figures.quarters(rows, record.settings.diffusion.num_train_timesteps),
+        figures.quarters(rows, record.settings.num_train_timesteps),
         figures.distances(rows, look),
         figures.curve(rows, "grad_norm", "Gradient norm", "global norm", "Before clipping."),
         figures.curve(rows, "learning_rate", "Learning rate", "learning rate", "", linear=True),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ddpm_ema.numbers import metric_label, sampler_label
 from ddpm_ema.weight_names import split_step
@@ -210,41 +210,24 @@ def plain(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-class DataSection(Shape):
-    source: str = ""
-    name: str | None = None
-    image_size: Step | None = None
-    channels: Step | None = None
-
-
-class ModelSection(Shape):
-    block_out_channels: list[Step] = []
-
-
-class DiffusionSection(Shape):
-    num_train_timesteps: Step = 1000
-
-
-class TrainingSection(Shape):
-    steps: Step | None = None
-    batch_size: Step | None = None
+def _at(*path: str) -> Any:
+    """Where a field stands in the file: `_at("data", "channels")` is data.channels."""
+    return Field(validation_alias=AliasPath(*path))
 
 
 class Settings(Shape):
-    """config.yaml, as plain objects."""
+    """config.yaml."""
 
-    data: DataSection = DataSection()
-    model: ModelSection = ModelSection()
-    diffusion: DiffusionSection = DiffusionSection()
-    training: TrainingSection = TrainingSection()
+    data_source: Annotated[str, _at("data", "source")] = ""
+    data_name: Annotated[str | None, _at("data", "name")] = None
+    image_size: Annotated[Step | None, _at("data", "image_size")] = None
+    channels: Annotated[Step | None, _at("data", "channels")] = None
+    block_out_channels: Annotated[list[Step], _at("model", "block_out_channels")] = []
+    num_train_timesteps: Annotated[Step, _at("diffusion", "num_train_timesteps")] = 1000
+    training_steps: Annotated[Step | None, _at("training", "steps")] = None
+    batch_size: Annotated[Step | None, _at("training", "batch_size")] = None
     averages: dict[str, dict[str, Any]] = {}
     evaluation: dict[str, Any] = {}
-
-
-class Dataset(Shape):
-    name: str = ""
-    size: Step | None = None
-    fingerprint: str = ""
 
 
 class Manifest(Shape):
@@ -252,7 +235,9 @@ class Manifest(Shape):
 
     step: Step | None = None
     settings: Settings = Settings()
-    dataset: Dataset = Dataset()
+    data_name: Annotated[str, _at("dataset", "name")] = ""
+    data_size: Annotated[Step | None, _at("dataset", "size")] = None
+    data_fingerprint: Annotated[str, _at("dataset", "fingerprint")] = ""
     world_size: Step = 1
     versions: dict[str, str] = {}
     profiles: dict[str, dict[str, Any]] = {}
