@@ -20,7 +20,7 @@ from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.new_folder import new_folder, refuse_used
 from ddpm_ema.rundir import Checkpoint, RunDir
-from ddpm_ema.weight_names import split_step
+from ddpm_ema.weight_names import WeightName, split_step
 
 
 def export(run: Path | str, name: str, folder: Path | str, step: int | None = None, variant: bool = False) -> Path:
@@ -81,7 +81,7 @@ def _config(run: RunDir, checkpoint: Checkpoint | None) -> settings.Config:
 
 def _find(resolver: WeightResolver, name: str, step: int | None) -> NamedWeights:
     """The weights called `name` (see `export`). Raises UserError that lists the names there are."""
-    weights = resolver.named(name if step is None or "@" in name else f"{name}@{step}")
+    weights = resolver.named(name if "@" in name else str(WeightName(name, step)))
     if step is not None and weights.step != step:
         raise UserError(f"{name}: --step is {step}; give one step, as NAME@STEP or with --step")
     if len(weights.members) > 1:

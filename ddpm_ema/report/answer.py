@@ -99,10 +99,9 @@ def differing(scoring: Scoring, other: Scoring) -> str:
     for key in dict.fromkeys((*ours, *theirs)):
         repeats = key == "settings_digest" or key.startswith("reference_origin.")  # other keys say the same
         if ours.get(key) != theirs.get(key) and not repeats:
-            values = (
-                value[:12] if len(value) == 64 else value for value in (s.get(key, "none") for s in (ours, theirs))
-            )
-            found.append(f"{LABELS.get(key, key.removeprefix('versions.').replace('_', ' '))} ({', '.join(values)})")
+            values = [settings.get(key, "none") for settings in (ours, theirs)]
+            shown = ", ".join(value[:12] if len(value) == 64 else value for value in values)  # a sha256 is cut
+            found.append(f"{LABELS.get(key, key.removeprefix('versions.').replace('_', ' '))} ({shown})")
     return listed(found) or "no settings"
 
 
@@ -152,9 +151,9 @@ def _decide(scoring: Scoring) -> Answer:
             f"{rows[0].weights} has the lowest distance, {lowest}."
         )
     nearest = min(by_word[WORSE], key=lambda row: _gap(row).delta)
-    which = (
-        "Every average is" if len(by_word[WORSE]) == len(averages) else "All averages that were compared with it are"
-    )
+    which = "Every average is"
+    if len(by_word[WORSE]) < len(averages):
+        which = "All averages that were compared with it are"
     sentence = f"ship raw. {which} significantly worse; the nearest is {nearest.weights}, {_size(nearest)} above raw."
     return Answer(sentence, tuple(_unpaired(scoring, raw)), ("raw",))
 
@@ -162,11 +161,11 @@ def _decide(scoring: Scoring) -> Answer:
 def _average(scoring: Scoring, best: Row) -> Answer:
     """The lowest of the averages that are significantly better than raw."""
     ties = _ties(scoring, best)
-    sentence = (
-        f"ship {best.weights}. Its {scoring.metric_name} is {_size(best)} below that of raw, a significant difference."
-    )
+    gain = f"Its {scoring.metric_name} is {_size(best)} below that of raw, a significant difference."
     lower = [_lower(scoring, row, best) for row in scoring.rows if row.distance < best.distance]
-    return Answer(sentence + _tied(ties), (*lower, *_unpaired(scoring, best)), (best.weights, *ties))
+    return Answer(
+        f"ship {best.weights}. {gain}{_tied(ties)}", (*lower, *_unpaired(scoring, best)), (best.weights, *ties)
+    )
 
 
 def _lower(scoring: Scoring, row: Row, best: Row) -> Note:

@@ -44,7 +44,6 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
-    "axes.unicode_minus": True,
     "grid.color": LINE,
     "grid.linewidth": 0.7,
     "text.color": INK,
@@ -55,7 +54,6 @@ STYLE: Any = {
     "ytick.labelcolor": INK,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
-    "legend.frameon": False,
 }
 
 

@@ -63,11 +63,11 @@ def write_run(
     }
     for step in steps:
         names = ["raw", *AVERAGES]
-        copies = {name: weights_like(config, step + i, num_classes) for i, name in enumerate(names)}
-        files = {f"averages/{name}.safetensors": copies[name] for name in AVERAGES}
-        run.write_checkpoint(step, {"raw.safetensors": copies["raw"], **files}, manifest)
+        weights = {name: weights_like(config, step + i, num_classes) for i, name in enumerate(names)}
+        files = {f"averages/{name}.safetensors": weights[name] for name in AVERAGES}
+        run.write_checkpoint(step, {"raw.safetensors": weights["raw"], **files}, manifest)
         for name, std in (("power_0_05", 0.05), ("power_0_10", 0.10)):
-            write_snapshot(run.snapshot_path(step, name), copies[name], step, PowerFunction(std=std))
+            write_snapshot(run.snapshot_path(step, name), weights[name], step, PowerFunction(std=std))
     return run
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from ddpm_ema import report
 from ddpm_ema.errors import UserError
-from ddpm_ema.numbers import figure, listed, with_error
 from ddpm_ema.report.answer import newest
 from ddpm_ema.report.drawing import looks, style
 from ddpm_ema.report.facts import duration
@@ -352,9 +351,9 @@ def test_scorings_made_otherwise_never_stand_on_one_curve(tmp_path: Path) -> Non
     assert "Only one step has been scored with these settings." not in written(tmp_path).text
 
 
-def test_earlier_steps_named_with_at_are_points_of_that_averages_curve(tmp_path: Path) -> None:
+def test_earlier_steps_named_with_at_but_no_ensembles_are_points_of_that_averages_curve(tmp_path: Path) -> None:
     content = fake_run.results()
-    content["rows"].append(fake_run.row("ema_0_999@1500", 19.0))
+    content["rows"] += [fake_run.row("ema_0_999@1500", 19.0), fake_run.row("raw@1500+ema_0_999@1500", 30.0)]
     fake_run.write_results(tmp_path, content)
     assert re.search(
         r'aria-label="FD \(classifier\) over training of ema_0_999"', report.write(tmp_path)[0].read_text()
@@ -404,33 +403,6 @@ def test_the_command_prints_the_answer_and_where_the_page_is(
     assert printed.startswith("With dpm_solver++ in 25 steps and 6,000 images per average: ship power_0_10.")
     assert printed.rstrip().endswith(f"wrote {tmp_path / 'page.html'}")
     assert "At step 1,000" not in printed
-
-
-def test_names_are_listed_as_people_do() -> None:
-    assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
-    assert listed(["a", "b", "c"], "or") == "a, b or c"
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (12.23, 0.94, "12.23 ± 0.94"),
-        (24.7, 2.04, "24.7 ± 2.0"),
-        (0.412, 0.056, "0.412 ± 0.056"),
-        (-3.2, 0.5, "\u22123.20 ± 0.50"),
-        (123.4, 45.6, "123 ± 46"),
-        (1.5, None, "1.50"),
-        (None, 0.5, "\u2013"),
-    ],
-)
-def test_figures_have_as_many_digits_as_their_error_supports(
-    value: float | None, error: float | None, text: str
-) -> None:
-    assert with_error(value, error) == text
-
-
-def test_a_rounded_zero_has_no_sign() -> None:
-    assert (figure(-0.001, 1), figure(0.001, 1, signed=True)) == ("0.0", "0.0")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "42 s"), (155, "2 min 35 s"), (12_000, "3 h 20 min")])
