@@ -62,11 +62,11 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
 
 def _newest_whole(run: RunDir) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none (snapshots may still be there)."""
-    checkpoint, skipped = run.newest_whole()
-    if checkpoint is None and skipped:
-        raise UserError(f"{run.path}: no checkpoint is whole:\n  " + "\n  ".join(skipped))
-    for reason in skipped:
-        logger.warning(f"skipped a checkpoint that is not whole: {reason}")
+    checkpoint, passed_over = run.newest_whole()
+    if checkpoint is None and passed_over:
+        raise UserError(f"{run.path}: no checkpoint is whole:\n  " + "\n  ".join(passed_over))
+    for reason in passed_over:
+        logger.warning(f"passed over a checkpoint that is not whole: {reason}")
     return checkpoint
 
 
