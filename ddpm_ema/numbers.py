@@ -1,15 +1,15 @@
-"""Numbers as people read them: one format for the page, the table and the model card. No torch."""
+"""Numbers, labels and tables as people read them: one format for page, terminal and model card. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EN DASH}"
 NOISE_PRECISION = 0.1
-SATURATION_MARGIN = 0.10  # shares of values at 0 or 255 of samples and reference that differ by more are warned of
+SATURATION_MARGIN = 0.10  # a warning where samples and reference differ by more in their share of values at 0 or 255
 
 
 def decimals(error: float | None) -> int:
@@ -38,8 +38,18 @@ def with_error(value: float | None, error: float | None, signed: bool = False) -
 
 
 def listed(names: Sequence[str], conjunction: str = "and") -> str:
-    """`a`, `a and b`, `a, b and c`; nothing of nothing."""
+    """`a`, `a and b`, `a, b and c`; empty for no names."""
     return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Lines of a text table; the columns `left` are aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<" if i in left else ">" for i in range(len(widths))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def metric_label(results: Mapping[str, Any]) -> str:
@@ -65,5 +75,5 @@ def verdict_of(delta: float, significant: bool) -> str:
 
 
 def says_nothing(precision_of_noise: float | None) -> bool:
-    """Whether noise passes for real images so often that precision means nothing with this extractor and reference."""
+    """Whether images of noise reach so high a precision that it means nothing with this extractor and reference."""
     return precision_of_noise is not None and precision_of_noise >= NOISE_PRECISION

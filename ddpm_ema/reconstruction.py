@@ -1,8 +1,8 @@
-"""The command `ddpm-ema reconstruct`: a run's snapshots → files of averages that no one kept."""
+"""The command `ddpm-ema reconstruct`: a run's snapshots → files of averages that were not stored, and plans of what to store."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, U
 from ddpm_ema.averaging.snapshots import snapshot_metadata
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of, parse_target
-from ddpm_ema.numbers import MISSING, listed
+from ddpm_ema.numbers import MISSING, aligned, listed
 from ddpm_ema.rundir import RunDir, step_folder
 
 
@@ -36,44 +36,20 @@ def save(weights: NamedWeights, target: Profile, folder: Path) -> tuple[Path, di
     return path, summary
 
 
-def default_folder(run: RunDir, weights: NamedWeights) -> Path:
-    assert weights.step is not None
-    return run.path / "reconstructed" / step_folder(weights.step)
-
-
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     """How good each reconstruction is, for a terminal."""
     rows = [("weights", "step", "snapshots", "predicted error", "amplification", "check", "predicted", "actual")]
     for entry in summaries:
         check = entry["check"] or {"weights": "", "predicted": None, "actual": None}
-        rows.append(
-            (
-                str(entry["weights"]),
-                f"{entry['step']:,}",
-                str(entry["num_snapshots"]),
-                _percent(entry["predicted_relative_error"]),
-                f"{entry['amplification']:.1f}",
-                *(str(check["weights"]), _percent(check["predicted"]), _percent(check["actual"])),
-            )
-        )
+        made = (str(entry["weights"]), f"{entry['step']:,}", str(entry["num_snapshots"]))
+        errors = (_percent(entry["predicted_relative_error"]), f"{entry['amplification']:.1f}")
+        rows.append((*made, *errors, str(check["weights"]), _percent(check["predicted"]), _percent(check["actual"])))
     warnings = [f"warning: {entry['weights']}: {text}" for entry in summaries for text in entry["warnings"]]
-    return "\n".join([*_aligned(rows, left=(0, 5)), *warnings])
+    return "\n".join([*aligned(rows, left=(0, 5)), *warnings])
 
 
 def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{share:.2%}" if share < 10 else f"{100 * share:.0f}%"
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Lines of a table whose columns are aligned, to the left or the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 WANTED = (
@@ -81,19 +57,20 @@ WANTED = (
     *(BiasCorrected(decay) for decay in (0.99, 0.999, 0.9999, 0.99999)),
     Uniform(),
 )
-"""What a plan is asked for where no targets are named."""
+"""The targets of a plan where none are named."""
 
 
 def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], room: float, size: float) -> str:
-    """For a terminal: what each plan predicts, which one to take, and which averages it cannot bring back.
+    """For a terminal: the predicted error of each plan, which one to take, and which averages it cannot reconstruct.
 
     Args:
-        training: whose steps and learning rates count.
-        targets: averages wanted at the end.
-        room: bytes for snapshots.
-        size: bytes of one.
+        training: Settings of the run, whose steps and learning rates count.
+        targets: Averages wanted at the end.
+        room: Bytes for snapshots.
+        size: Bytes per snapshot.
 
-    Raises UserError where nothing fits.
+    Raises:
+        UserError: No plan fits.
     """
     try:
         found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)
@@ -104,18 +81,17 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
     rows = [["stored", *names], ["every", *(f"{plan.every:,} steps" for plan in found)]]
     rows.append(["disk", *(f"{plan.num_files * size / 1e9:.3g} GB" for plan in found)])
     rows += [[name_of(target), *(_percent(plan.errors[i]) for plan in found)] for i, target in enumerate(targets)]
-    lines = _aligned(rows)
+    lines = aligned(rows)
     lines.append(f"Store {names[0]} every {best.every:,} steps (checkpoints.snapshots, checkpoints.snapshots_every).")
     if lost := best.beyond(MAX_PREDICTED_ERROR):
         kept = listed([name_of(targets[place]) for place in lost])
-        lines.append(
-            f"Keep {kept} while training: {MAX_PREDICTED_ERROR:.0%} or more, and no plan within this disk does better."
-        )
+        share = f"their predicted error is {MAX_PREDICTED_ERROR:.0%} or more"
+        lines.append(f"Keep {kept} while training: {share}, and no plan within this disk space does better.")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """The command `ddpm-ema reconstruct`: one file a target, then a table of how far each can be trusted; or a plan."""
+    """The command `ddpm-ema reconstruct`: one file per target, then a table of how far each can be trusted; or a plan."""
     parser = options.reconstruct()
     arguments = parser.parse_args(argv)
     targets = [parse_target(text) for text in arguments.target]
@@ -128,9 +104,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         parser.error("give a run directory and one --target or more, or --plan")
     run = RunDir(arguments.run)
     config = settings.load(run.config_path) if run.config_path.is_file() else None
-    found = [(target, WeightResolver(run, None, config).reconstructed(target, arguments.step)) for target in targets]
-    # Tensors are made one target at a time, and let go once they are written.
-    made = [save(weights, target, arguments.out or default_folder(run, weights)) for target, weights in found]
+    resolver = WeightResolver(run, None, config)
+    found = [(target, resolver.reconstructed(target, arguments.step)) for target in targets]
+    folder = arguments.out or run.path / "reconstructed" / step_folder(found[0][1].step or 0)
+    made = [save(weights, target, folder) for target, weights in found]  # reads the tensors of one target at a time
     print(table([summary for _, summary in made]))
     for path, _ in made:
         print(f"wrote {path}")

@@ -65,10 +65,10 @@ def parse(text: str, averages: Collection[str] = ()) -> tuple[WeightName, ...]:
     """
     pieces, found = text.split("+"), []
     while pieces:
-        # A folder may have + in its path, so the longest that is there is taken; names that are known come first.
-        lengths = range(len(pieces), 1, -1)
-        folders = (n for n in lengths if os.path.isdir("+".join(pieces[:n])) and not _all_known(pieces[:n], averages))
-        taken = next(folders, 1)
+        # A folder may have + in its path, so the longest one that exists is taken; known names come first.
+        known = [_known(piece.partition("@")[0], averages) for piece in pieces]
+        lengths = (n for n in range(len(pieces), 1, -1) if os.path.isdir("+".join(pieces[:n])) and not all(known[:n]))
+        taken = next(lengths, 1)
         found.append(_member("+".join(pieces[:taken]), text, averages))
         pieces = pieces[taken:]
     return tuple(found)
@@ -85,12 +85,14 @@ def _member(piece: str, text: str, averages: Collection[str]) -> WeightName:
     return WeightName(name if name in averages else canonical(name), int(step) if at else None)
 
 
+def split_step(text: str) -> tuple[str, int | None]:
+    """ema_0_999@1500 -> ("ema_0_999", 1500); whatever is not one name at a step -> itself, None."""
+    name, _, step = text.rpartition("@")
+    return (name, int(step)) if NAME.fullmatch(name) and STEP.fullmatch(step) else (text, None)
+
+
 def _known(name: str, averages: Collection[str]) -> bool:
     return name == "raw" or name in averages or profile_named(name) is not None
-
-
-def _all_known(pieces: list[str], averages: Collection[str]) -> bool:
-    return all(_known(piece.partition("@")[0], averages) for piece in pieces)
 
 
 def name_of_profile(settings: Mapping[str, Any]) -> str:

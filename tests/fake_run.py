@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from safetensors.numpy import save_file
 
 from ddpm_ema import config
+from ddpm_ema.weight_names import name_of_profile
 
 STEPS = 3000
 AVERAGES: dict[str, dict[str, Any]] = {
@@ -53,9 +54,6 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     """All evaluation settings of the scoring."""
     scored = {"sampler": "dpm_solver++", "num_inference_steps": 25, "num_images": 6000, "extractor": "classifier"}
     return {**settings()["evaluation"], **scored, **changes}
-
-
-VERSIONS = {"ddpm_ema": "0.1.0", "torch": "2.15.0", "diffusers": "0.42.1", "device": "cpu, AVX512"}
 
 
 def difference(delta: float, error: float, key: str = "delta") -> dict[str, Any]:
@@ -145,29 +143,24 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
 def swept() -> dict[str, Any]:
     """What a sweep adds to results.json: twelve widths, the lowest near 0.13."""
     rows = []
-    for std in np.linspace(0.02, 0.24, 12):
-        distance, name = (
-            2.5 + 900 * (std - 0.13) ** 2 * (1.8 if std < 0.13 else 0.6),
-            f"power_{std:.2f}".replace(".", "_"),
-        )
+    for std in map(float, np.linspace(0.02, 0.24, 12)):
+        distance = 2.5 + 900 * (std - 0.13) ** 2 * (1.8 if std < 0.13 else 0.6)
         more = {
             "precision": 0.86 + 0.2 * (std - 0.02) - 0.3 * (std - 0.02) ** 2,
             "recall": 0.76 - 0.9 * (std - 0.05) ** 2,
         }
         quality = {"predicted_relative_error": 0.01, "profile_error": 0.01, "amplification": 1.3}
-        more |= {"sweep": "std", "std": float(std), "reconstruction": quality, "delta": (distance - 27.4, 2.0)}
+        more |= {"sweep": "std", "std": std, "reconstruction": quality, "delta": (distance - 27.4, 2.0)}
+        name = name_of_profile({"kind": "power_function", "std": round(std, 2)})
         rows.append(row(name, distance, 0.7 + 8 * abs(std - 0.13), **more))
     rows[-1]["warnings"] = ["reconstructed poorly: profile error 12%, condition number 1e6"]
-    best = min(rows, key=lambda row: row["frechet_distance_unbiased"])
-    close = [
-        row["weights"] for row in rows if 0 < row["frechet_distance_unbiased"] - best["frechet_distance_unbiased"] < 1
-    ]
-    versus = {"weights": "power_0_10", **difference(best["frechet_distance_unbiased"] - 2.7, 0.12)}
+    best, *others = sorted(rows, key=lambda row: row["frechet_distance_unbiased"])
+    distance = best["frechet_distance_unbiased"]
     summary = {
         "weights": best["weights"],
         "std": best["std"],
-        "not_significantly_worse": close,
-        "versus_best_kept": versus,
+        "not_significantly_worse": [r["weights"] for r in others if r["frechet_distance_unbiased"] < distance + 1],
+        "versus_best_kept": {"weights": "power_0_10", **difference(distance - 2.7, 0.12)},
     }
     return {"sweep": rows, "sweep_best": {"std": summary}}
 
@@ -196,18 +189,14 @@ def metrics(steps: int = STEPS, every: int = 50) -> str:
     lines = []
     for step in range(every, steps + 1, every):
         loss = 0.045 + 0.6 * math.exp(-step / 160) + 0.004 * noise.standard_normal()
-        row: dict[str, Any] = {"step": step, "loss": loss}
+        row: dict[str, Any] = {"step": step, "loss": loss, "data_wait": 0.01, "seconds": 2.6, "skipped_steps": 0}
         row |= {f"loss_q{q}": loss * scale for q, scale in enumerate((2.9, 0.7, 0.3, 0.12))}
         row |= {
             "grad_norm": 0.3 + math.exp(-step / 200) + 0.05 * noise.random(),
-            "learning_rate": 1e-3 * min(1, step / 200),
-            "images_per_second": 1200 + 40 * noise.standard_normal(),
-            "data_wait": 0.01,
-            "seconds": 2.6,
-            "skipped_steps": 0,
             "peak_memory": 6e8,
             "save_seconds": 0.1,
         }
+        row |= {"learning_rate": 1e-3 * min(1, step / 200), "images_per_second": 1200 + 40 * noise.standard_normal()}
         for i, name in enumerate(AVERAGES):
             row[f"decay/{name}"] = 0.999
             row[f"distance/{name}"] = 0.05 + 0.25 / (1 + i) * math.exp(-step / 1500)

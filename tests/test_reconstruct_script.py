@@ -169,7 +169,7 @@ def test_a_plan_needs_no_run_and_says_what_to_store_and_what_to_keep(capsys: pyt
     assert printed[1].split()[:3] == ["every", "160,000", "steps"]
     assert [line.split()[:2] for line in printed[3:5]] == [["bias_corrected_0_999", "467.14%"], ["uniform", "0.00%"]]
     assert printed[5].startswith("Store power_0_05 + uniform every 160,000 steps")
-    assert printed[6].startswith("Keep bias_corrected_0_999 while training: 5% or more")
+    assert printed[6].startswith("Keep bias_corrected_0_999 while training: their predicted error is 5% or more")
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_it_takes() -> None:

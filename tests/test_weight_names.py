@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ema.averaging import PROFILES, profile_from_dict, profile_to_dict
-from ddpm_ema.weight_names import FIELDS, WeightName, canonical, name_of_profile, parse, profile_named
+from ddpm_ema.weight_names import FIELDS, WeightName, canonical, name_of_profile, parse, profile_named, split_step
 
 AVERAGES = ("ema_0_999", "power_0_1", "mean")
 EXAMPLES = [
@@ -72,6 +72,12 @@ def test_what_no_reconstruction_is_called_is_no_profile(name: str) -> None:
 
 def test_a_name_is_written_as_it_is_read() -> None:
     assert [str(part) for part in parse("raw@4+mean+power_0_1@7")] == ["raw@4", "mean", "power_0_10@7"]
+
+
+def test_only_one_name_at_a_step_is_split_into_both() -> None:
+    assert split_step("ema_0_999@0015") == ("ema_0_999", 15)
+    for text in ("raw", "raw@4+ema@4", "/models/a@5", "raw@x", "raw@", "@5", "a@b@5"):
+        assert split_step(text) == (text, None)
 
 
 @pytest.mark.parametrize("path", ["a+b", "a@5", "plain", "a+b@c+d", "$\\frac$"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ddpm_ema.averaging.profiles import Profile
+from ddpm_ema.averaging.profiles import profile_from_dict
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.export.scorings import Scored
 from ddpm_ema.export.usage import Usage
+from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.numbers import decimals, figure, listed, metric_label, sampler_label, verdict_of, with_error
 from ddpm_ema.rundir import RunDir
+from ddpm_ema.weight_names import split_step
 
 HEADER = """---
 library_name: diffusers
@@ -24,44 +26,43 @@ tags:
 
 
 def render(
-    config: Config,
-    run: RunDir,
-    name: str,
-    step: int,
-    profile: Profile | None,
-    usage: Usage,
-    variant: bool,
-    warnings: tuple[str, ...],
-    scored: Sequence[Scored],
+    config: Config, run: RunDir, weights: NamedWeights, usage: Usage, variant: str | None, scored: Sequence[Scored]
 ) -> str:
-    """The card as Markdown. `scored` are the scorings of exactly these weights; `usage` samples as the first of them."""
+    """The card as Markdown.
+
+    Args:
+        config: The settings that the run was trained with.
+        run: The run directory.
+        weights: The exported weights.
+        usage: How they are sampled: as the first of `scored`, or as the settings say.
+        variant: Their name, if they are stored as diffusers' variant of that name.
+        scored: The scorings of exactly these weights, the newest first.
+    """
+    name, step = split_step(weights.name)[0], weights.step
+    assert step is not None  # only folders and ensembles have none
+    if weights.profile is None:
+        what = "These are the raw weights: those of the optimizer, not averaged."
+    else:
+        what = f"These weights are an average over training: `{name}`, {profile_from_dict(weights.profile).describe(step)}."
+    notes = "".join(f"\n\n> Warning: {warning}" for warning in weights.warnings)
     sections = [
         HEADER + f"# {_literal(run.path.resolve().name)}: {name} at step {step:,}",
-        _weights(name, step, profile, warnings),
+        f"A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239). {what}{notes}",
         "## Training\n\n" + "\n".join(f"- {line}" for line in _training(config, run, step, usage.unet)),
         "## Scores\n\n" + _scores(scored),
         "## Sampling\n\n" + _sampling(config, usage, scored),
-        f"```python\n{usage.code(name if variant else None)}\n```",
+        f"```python\n{usage.code(variant)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _weights(name: str, step: int, profile: Profile | None, warnings: tuple[str, ...]) -> str:
-    if profile is None:
-        what = "These are the raw weights: those the optimizer holds, not averaged."
-    else:
-        what = f"These weights are an average over training: `{name}`, {profile.describe(step)}."
-    notes = "".join(f"\n\n> Warning: {warning}" for warning in warnings)
-    return f"A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239). {what}{notes}"
 
 
 def _training(config: Config, run: RunDir, step: int, unet: Any) -> Iterator[str]:
     training, model, diffusion, data = config.training, config.model, config.diffusion, config.data
     dataset = _dataset(run, step)
     size = f", {dataset['size']:,} images" if "size" in dataset else ""
-    crop = f"{data.image_size}×{data.image_size}, {'grey' if data.channels == 1 else 'RGB'}"
+    shape = f"{data.image_size}×{data.image_size}, {'grey' if data.channels == 1 else 'RGB'}"
     flips = ", mirrored at random" if data.horizontal_flip else ""
-    yield f"data: {_literal(dataset.get('name') or data.name or data.source)}{size}; {crop}{flips}"
+    yield f"data: {_literal(dataset.get('name') or data.name or data.source)}{size}; {shape}{flips}"
     if "fingerprint" in dataset:
         yield f"fingerprint of the data: {_literal(dataset['fingerprint'])}"
     channels = ", ".join(map(str, model.block_out_channels))
@@ -94,14 +95,16 @@ def _scores(scored: Sequence[Scored]) -> str:
     """A table of every scoring of exactly these weights."""
     if not scored:
         return "These weights have not been scored."
-    lines = list(dict.fromkeys(_score(one) for one in scored))
-    head = "| metric | value | bias removed | images | sampler | reference | minus raw's |\n|---|---|---|---|---|---|---|\n"
+    lines = dict.fromkeys(_score(one) for one in scored)
+    head = "| metric | value | bias removed | images | sampler | reference | difference from raw |\n|---|---|---|---|---|---|---|\n"
     foot = (
-        '\n\n± is one standard error. "Bias removed" takes away what a finite number of images adds (jackknife). The difference '
-        "is paired (both were sampled from the same noise), with its 95% interval; it is significant where that leaves out zero."
+        '\n\n± is one standard error. "Bias removed" subtracts what a finite number of images adds (jackknife). The difference '
+        "is paired (both were sampled from the same noise), with its 95% interval; it is significant if that excludes zero."
     )
     only_fd = any(one.results.get("metric") != "fid" for one in scored)
-    return head + "\n".join(lines) + foot + (" FD is no FID and not comparable with published FIDs." if only_fd else "")
+    return (
+        head + "\n".join(lines) + foot + (" FD is not FID: do not compare it with published FIDs." if only_fd else "")
+    )
 
 
 def _score(scored: Scored) -> str:
@@ -134,18 +137,16 @@ def _difference(row: Mapping[str, Any]) -> str:
 def _sampling(config: Config, usage: Usage, scored: Sequence[Scored]) -> str:
     """What the code below does, and how it differs from the scoring."""
     used, precision = _sampled(usage.settings), usage.settings.mixed_precision
-    text = []
+    text = [f"The folder's scheduler and this code follow the run's evaluation settings ({used}): not scored."]
     if scored:
-        text.append(
-            f"The folder's scheduler and this code sample as the newest scoring did, the first of the table ({used})."
-        )
-        text.append("From the same noise they make the same images, up to rounding in batches of another size.")
-    else:
-        text.append(f"The folder's scheduler and this code follow the run's evaluation settings ({used}): not scored.")
+        text = [
+            f"The folder's scheduler and this code sample as the newest scoring did, the first of the table ({used}).",
+            "From the same noise they make the same images, up to rounding in batches of another size.",
+        ]
     if scored and precision != "no":
         text.append(f"The scoring ran the network in {precision}, this code runs it in fp32.")
     if usage.beyond:
-        text.append(f"The pipeline's own call {listed(usage.beyond)}, so the loop is written out.")
+        text.append(f"The pipeline's own call {listed(usage.beyond)}, so the code writes out the sampling loop.")
     if config.model.class_conditional:
-        text.append("The scoring draws labels as often as the data has them.")
+        text.append("The scoring draws each label as often as it occurs in the data.")
     return " ".join(text)

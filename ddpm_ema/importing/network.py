@@ -37,13 +37,11 @@ def with_unet(tree: Tree, unet: Mapping[str, Any]) -> Tree:
 
     Raises UserError that names the fields which settings cannot express.
     """
-    size, copied = (
-        unet["sample_size"],
-        ("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups"),
-    )
+    size = unet["sample_size"]
     square = isinstance(size, list) and len(set(size)) == 1
     data = {"image_size": size[0] if square else size, "channels": unet["in_channels"]}
-    network = {name: unet[name] for name in copied} | {
+    same = ("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups")
+    network = {name: unet[name] for name in same} | {
         "attention": [kind == "AttnDownBlock2D" for kind in unet["down_block_types"]],
         "layout": "ddpm" if unet["freq_shift"] == 1 else "diffusers",
         "initialization": "pytorch",
@@ -52,8 +50,7 @@ def with_unet(tree: Tree, unet: Mapping[str, Any]) -> Tree:
     config = settings.validate(tree, where="settings of this U-Net")
     built = unet_config_of(model.build(config))
     built["sample_size"] = size if square else built["sample_size"]
-    wrong = [f"{name} is {unet[name]!r}, here {built[name]!r}" for name in built if built[name] != unet[name]]
-    if wrong:
+    if wrong := [f"{name} is {unet[name]!r}, here {built[name]!r}" for name in built if built[name] != unet[name]]:
         raise UserError(f"no settings express this U-Net: {'; '.join(wrong)}")
     return tree
 
@@ -73,21 +70,19 @@ def diffusion_settings(source: Path) -> Tree | None:
     schedule = PipelineFolder(source).schedule()
     if schedule is None:
         return None
-    given = json.loads(
-        next(f for f in (source / "scheduler" / SCHEDULER, source / SCHEDULER) if f.is_file()).read_text()
-    )
-    named = {theirs: ours for ours, theirs in SCHEDULES.items()}
+    folder = source / "scheduler"
+    file = folder / SCHEDULER
+    given = json.loads((file if file.is_file() else source / SCHEDULER).read_text())
+    schedules = {theirs: ours for ours, theirs in SCHEDULES.items()}
     variances = {theirs: ours for ours, theirs in VARIANCES.items()}
     tree: Tree = {
         "num_train_timesteps": schedule["num_train_timesteps"],
-        "schedule": named.get(given.get("beta_schedule", "linear"), "linear"),
+        "schedule": schedules.get(given.get("beta_schedule", "linear"), "linear"),
         **{name: given[name] for name in ("beta_start", "beta_end") if name in given},
         "prediction": schedule["prediction_type"],
         "variance": variances.get(schedule["variance_type"], "fixed_small"),
     }
-    built = schedule_of(
-        noise_scheduler(settings.validate({"diffusion": tree}, where=str(source / "scheduler")).diffusion)
-    )
+    built = schedule_of(noise_scheduler(settings.validate({"diffusion": tree}, where=str(folder)).diffusion))
     if wrong := [name for name in built if built[name] != schedule[name]]:
-        raise UserError(f"{source / 'scheduler'}: the settings cannot express its {', '.join(wrong)}")
+        raise UserError(f"{folder}: the settings cannot express its {', '.join(wrong)}")
     return tree

@@ -73,8 +73,8 @@ def _merged(files: Iterable[Path]) -> Tensors:
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
-def _diffusers_weights(path: Path) -> dict[str, Tensor]:
-    return _diffusers_ema(path).weights
+def _diffusers_weights(path: Path) -> Tensors:
+    return dict(_diffusers_ema(path).weights)
 
 
 def _diffusers_ema(path: Path) -> Any:
@@ -144,12 +144,9 @@ def _content(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"needs {needs[1]}, and reading that can run code"
-            if needs
-            else "is a pickle that can run code when it is read"
-        )
-        raise UserError(f"{path}: {what}: refused. {CURE.replace('{path}', str(path))}") from None
+        what = f"it needs {needs[1]}" if needs else "it is a pickle"
+        cure = CURE.replace("{path}", str(path))
+        raise UserError(f"{path}: {what}, and reading that can run code: refused. {cure}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: no torch file that can be read: {' '.join(str(error).split())[:200]}") from None
 

@@ -1,4 +1,4 @@
-"""The command lines that the page prints: they run as they stand, in this folder, and repeat a scoring's settings."""
+"""The command lines that the page prints: they run as printed, in this folder, and repeat a scoring's settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ddpm_ema import weight_names
 from ddpm_ema.report.record import Record, Scoring
+from ddpm_ema.weight_names import WeightName, parse
 
-SCORE = "accelerate launch scripts/sample_and_score.py"
 SWEEP = "0.02:0.25:12"
 KEY = re.compile(r"[a-z_0-9]+")
 # What YAML reads as the text that it is: words (but for yes, no ...), paths, ranges such as 0.02:0.25:12.
@@ -35,8 +34,12 @@ def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str
     own = record.settings.evaluation
     wanted = dict(own)
     if scoring is not None:
-        wanted |= {**scoring.results.evaluation, **_same_weights(record, scoring)}
-    command = " ".join([f"{SCORE} {_run(record)}", *map(shlex.quote, _overrides(_merged(wanted, changes), own))])
+        wanted |= {**scoring.evaluation, **_same_weights(record, scoring)}
+    for key, value in changes.items():
+        before = wanted.get(key)
+        wanted[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    overrides = map(shlex.quote, _overrides(wanted, own))
+    command = " ".join(["accelerate launch scripts/sample_and_score.py", _run(record), *overrides])
     classifier = wanted.get("extractor") == "classifier" and wanted.get("extractor_path") is None
     if classifier and not (record.path / "features.safetensors").is_file():
         return f"python scripts/train_features.py {_run(record)}\n{command}"
@@ -48,15 +51,15 @@ def sweep(record: Record, scoring: Scoring) -> str:
 
 
 def export(record: Record, scoring: Scoring, weights: str) -> str:
-    """Empty for what is no single set of weights of this run: an ensemble, another's folder."""
+    """Empty for what is no single set of weights of this run: an ensemble, a folder."""
     try:
-        name, *others = weight_names.parse(weights, record.profiles)
+        name, *others = parse(weights, record.profiles)
     except ValueError:
         return ""
     if others or name.folder or weights.startswith("-"):
         return ""
-    step = scoring.step if name.step is None else name.step
-    return f"python scripts/export.py {shlex.quote(str(record.path))} {name.name}@{step}"
+    at_step = WeightName(name.name, scoring.step if name.step is None else name.step)
+    return f"python scripts/export.py {shlex.quote(str(record.path))} {at_step}"
 
 
 def _run(record: Record) -> str:
@@ -65,41 +68,28 @@ def _run(record: Record) -> str:
 
 
 def _same_weights(record: Record, scoring: Scoring) -> dict[str, Any]:
-    """`last` and "all averages" named, where they would now mean something else than they did."""
-    evaluation = scoring.results.evaluation
+    """`last` and "all averages" spelled out, where they would now mean other weights than they did."""
     found: dict[str, Any] = {}
-    if record.manifest.step not in (None, scoring.step) or evaluation.get("steps", "last") != "last":
+    if record.manifest.step not in (None, scoring.step) or scoring.evaluation.get("steps", "last") != "last":
         found["steps"] = [scoring.step]
-    if not evaluation.get("weights") and record.settings.evaluation.get("weights"):
+    if not scoring.evaluation.get("weights") and record.settings.evaluation.get("weights"):
         found["weights"] = ["raw", *record.profiles]
     return found
 
 
-def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(tree)
-    for key, value in changes.items():
-        section = merged.get(key)
-        merged[key] = {**section, **value} if isinstance(section, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
 def _overrides(wanted: Mapping[str, Any], own: Any, prefix: str = "evaluation") -> Iterator[str]:
     """`--evaluation.key`, value ... of every setting that config.yaml does not have so."""
+    own = own if isinstance(own, Mapping) else {}
     for key, value in wanted.items():
-        configured = own.get(key) if isinstance(own, Mapping) else None
-        known = isinstance(own, Mapping) and key in own
-        if not KEY.fullmatch(key) or (known and configured == value) or value == []:
+        if not KEY.fullmatch(key) or (key in own and own[key] == value) or value == []:
             continue
         if isinstance(value, Mapping):
-            yield from _overrides(value, configured, f"{prefix}.{key}")
+            yield from _overrides(value, own.get(key), f"{prefix}.{key}")
         else:
-            values = value if isinstance(value, list) else [value]
             yield f"--{prefix}.{key.replace('_', '-')}"
-            yield from map(_token, values)
+            yield from map(_token, value if isinstance(value, list) else [value])
 
 
 def _token(value: Any) -> str:
     """A value as the command line reads it, which is as YAML: text that means something else there is quoted."""
-    if isinstance(value, str) and WORD.fullmatch(value):
-        return value
-    return json.dumps(value, default=str)
+    return value if isinstance(value, str) and WORD.fullmatch(value) else json.dumps(value, default=str)

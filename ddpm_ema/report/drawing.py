@@ -1,4 +1,4 @@
-"""matplotlib figures → inline SVG that takes its colours and its type from the page, so one drawing serves light, dark and print."""
+"""matplotlib figures → inline SVG whose colours and type come from the page, so one drawing serves light, dark and print."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Drawn in colours that nobody would choose, each then replaced by a variable of the page's style sheet.
+# Placeholder colours that nobody would choose: each is replaced by a variable of the page's style sheet.
 INK, MUTED, LINE, PAPER, RAW = "#010203", "#010204", "#010205", "#010206", "#010207"
 SERIES = tuple(f"#0102{0x10 + i:02x}" for i in range(7))
 QUARTERS = tuple(f"#0102{0x20 + i:02x}" for i in range(4))
@@ -45,7 +44,6 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
-    "axes.unicode_minus": True,
     "grid.color": LINE,
     "grid.linewidth": 0.7,
     "text.color": INK,
@@ -56,17 +54,15 @@ STYLE: Any = {
     "ytick.labelcolor": INK,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
-    "legend.frameon": False,
 }
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How one set of weights is drawn, everywhere on the page."""
 
     colour: str
-    marker: str
-    dash: Any
+    marker: str = "o"
+    dash: Any = "-"
 
     @property
     def variable(self) -> str:
@@ -74,8 +70,7 @@ class Look:
         return VARIABLES[self.colour]
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """One figure of the page: markup, what it shows, and which weights its legend names."""
 
     svg: str
@@ -85,8 +80,8 @@ class Drawing:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """One look per name: raw is grey; the others take colours in turn, then markers and dashes tell further ones apart."""
-    found = {"raw": Look(RAW, "o", "-")}
+    """One look per name: raw is grey; the others take colours in turn, then markers and dashes distinguish further ones."""
+    found = {"raw": Look(RAW)}
     for i, name in enumerate(name for name in names if name != "raw"):
         turn = i // len(SERIES)
         found[name] = Look(SERIES[i % len(SERIES)], MARKERS[(i + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ddpm_ema.report.record import Record, Scoring, plain
 
@@ -22,77 +23,60 @@ def run(record: Record) -> Facts:
 
 
 def _run(record: Record) -> Iterator[tuple[str, str]]:
-    data, dataset = record.settings.data, record.manifest.dataset
-    name = dataset.name or data.name or data.source
-    if name:
-        size = f", {dataset.size:,} of them" if dataset.size else ""
-        colours = {1: " grey", 3: " RGB"}.get(data.channels or 0, "")
-        shape = f", {data.image_size}\u00d7{data.image_size}{colours}" if data.image_size else ""
-        yield "Images", f"{name}{size}{shape}"
-    yield "Network", _network(record)
-    yield "Steps", _steps(record)
+    settings, manifest = record.settings, record.manifest
+    if name := manifest.data_name or settings.data_name or settings.data_source:
+        size = f", {manifest.data_size:,} images" if manifest.data_size else ""
+        colours = {1: " grey", 3: " RGB"}.get(settings.channels or 0, "")
+        shape = f", {settings.image_size}\u00d7{settings.image_size}{colours}" if settings.image_size else ""
+        yield "Data", f"{name}{size}{shape}"
+    parameters, channels = record.num_parameters, settings.block_out_channels
+    size = f"U-Net of {_si(parameters)} parameters" if parameters else "U-Net" if channels else ""
+    yield "Network", size + ("; channels " + ", ".join(map(str, channels)) if channels else "")
+    done, planned, batch = record.last_step, settings.training_steps, settings.batch_size
+    steps = "none yet" if done is None else f"{done:,}"
+    steps += f" of {planned:,}" if planned and done != planned else ""
+    yield "Steps", steps + (f", {batch} images per step" if batch and done else "")
     if seconds := sum(row.get("seconds") or 0.0 for row in record.training):
         yield "Time", duration(seconds) + _speed(record)
-    yield "Weights", "; ".join(_rule(record, name) for name in record.names)
+    yield "Weights", "; ".join(_rule(name, record.profiles.get(name, {})) for name in record.names)
 
 
-def _rule(record: Record, name: str) -> str:
-    """`power_0_10 (power_function, std 0.1)`: the weights and the rule they are averaged by, where that is known."""
-    rule = record.profiles.get(name, {})
-    fields = [f"{key} {plain(value)}" for key, value in rule.items() if key != "kind" and _scalar(value)]
-    return f"{name} ({', '.join([str(rule['kind']), *fields])})" if _scalar(rule.get("kind")) else name
-
-
-def _scalar(value: object) -> bool:
-    """Not what a stranger's YAML may unfold to gigabytes."""
-    return isinstance(value, (str, int, float))
-
-
-def _network(record: Record) -> str:
-    parameters, channels = record.num_parameters, record.settings.model.block_out_channels
-    parts = [f"U-Net of {_si(parameters)} parameters" if parameters else "U-Net" if channels else ""]
-    if channels:
-        parts.append("channels " + ", ".join(map(str, channels)))
-    return "; ".join(part for part in parts if part)
-
-
-def _steps(record: Record) -> str:
-    done, planned, batch = record.last_step, record.settings.training.steps, record.settings.training.batch_size
-    if done is None:
-        return "none yet" + (f" of {planned:,}" if planned else "")
-    text = f"{done:,}" if not planned or done == planned else f"{done:,} of {planned:,}"
-    return f"{text}, {batch} images each" if batch else text
+def _rule(name: str, rule: dict[str, Any]) -> str:
+    """`power_0_10 (power_function, std 0.1)`. Scalars only: a stranger's YAML may unfold to gigabytes."""
+    fields = {key: value for key, value in rule.items() if isinstance(value, (str, int, float))}
+    if (kind := fields.pop("kind", None)) is None:
+        return name
+    return f"{name} ({', '.join([str(kind), *(f'{key} {plain(value)}' for key, value in fields.items())])})"
 
 
 def _speed(record: Record) -> str:
     speeds = sorted(speed for row in record.training if (speed := row.get("images_per_second")) is not None)
-    processes = record.manifest.world_size
     text = f", {speeds[len(speeds) // 2]:,.0f} images/s" if speeds else ""
+    processes = record.manifest.world_size
     return text + (f" on {processes} processes" if processes > 1 else "")
 
 
 def made(scoring: Scoring) -> Facts:
     """The protocol of a scoring."""
-    results, settings = scoring.results, scoring.settings
-    sha256 = f", sha256 {results.extractor_sha256}" if results.extractor_sha256 else ""
+    settings = scoring.settings
+    meaning = "Fr\u00e9chet Inception distance, comparable with published figures of the same protocol"
+    if scoring.metric != "fid":
+        meaning = (
+            "Fr\u00e9chet distance in the features of this extractor: not an FID, not comparable with published FIDs"
+        )
+    sha256 = f", sha256 {scoring.extractor_sha256}" if scoring.extractor_sha256 else ""
     found = [
-        ("Distance", _distance_meaning(results.metric)),
-        ("Extractor", f"{results.extractor}{sha256}"),
-        ("Reference", results.reference),
-        ("Images", f"{results.num_images:,} per average"),
-        ("Sampler", f"{scoring.sampler}; a step is one network evaluation per image"),
+        ("Distance", meaning),
+        ("Extractor", f"{scoring.extractor}{sha256}"),
+        ("Reference", scoring.reference),
+        ("Images", f"{scoring.num_images:,} per average"),
+        ("Sampler", f"{scoring.sampling}; a step is one network evaluation per image"),
         *((title, settings[key]) for key, title in OPTIONAL.items() if settings.get(key, "none") != "none"),
-        ("Seed", f"{results.seed}; image i has the same noise for all weights"),
+        ("Seed", f"{scoring.seed}; image i has the same noise for all weights"),
         ("Scored step", f"{scoring.step:,}"),
     ]
     seconds = sum(row.seconds or 0.0 for row in scoring.rows)
     return [*found, ("Time", duration(seconds))] if seconds else found
-
-
-def _distance_meaning(metric: str) -> str:
-    if metric == "fid":
-        return "Fr\u00e9chet Inception distance, comparable with published figures of the same protocol"
-    return "Fr\u00e9chet distance in the features of the extractor below: no FID, not comparable with published FIDs"
 
 
 def duration(seconds: float) -> str:

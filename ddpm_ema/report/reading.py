@@ -1,6 +1,6 @@
-"""Run directory → Record. What is missing stays empty; a file that cannot be read is named.
+"""Run directory → Record. What is missing stays empty; a file that cannot be read is named in `problems`.
 
-A run directory may be a stranger's: nothing of it is run, and what lies outside it is not shown.
+A run directory may be a stranger's: nothing in it is run, and no file outside it is shown.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.report.record import Record, Scoring, ranked
-from ddpm_ema.report.schema import SCHEMA, Logged, Manifest, Results, Settings
+from ddpm_ema.report.record import SCHEMA, Logged, Manifest, Record, Scoring, Settings
 
 STEP = re.compile(r"step-(\d{1,18})")
 PNG = b"\x89PNG\r\n\x1a\n"
 OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+ADVICE = "give the run directory that training wrote (output_dir in its settings)"
 T = TypeVar("T")
 
 
@@ -33,23 +33,26 @@ def read(path: Path) -> Record:
     Raises UserError if `path` is no run directory.
     """
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder; give the run directory that training wrote (output_dir in its settings)"
-        )
+        raise UserError(f"{path}: no such folder; {ADVICE}")
     record = Record(path)
     _read_config(record)
     _read_manifest(record)
     _read_metrics(record)
     for file in sorted((path / "scores").glob("*/results.json")):
-        _read_scoring(record, file)
-    grids = [(match, grid) for grid in (path / "samples").glob("*.png") if (match := STEP.fullmatch(grid.stem))]
-    record.sample_grids = sorted((int(match[1]), grid) for match, grid in grids)
+        if (scoring := _parsed(record, file, _results)) is not None:
+            grid = file.with_name("grid.png")
+            found = {"folder": file.parent.name, "grid": grid if grid.exists() else None}
+            record.scorings.append(scoring.model_copy(update=found))
+    record.sample_grids = _by_step(path / "samples", "*.png")
     if not (record.config_text or record.manifest.step or record.training or record.scorings or record.problems):
-        raise UserError(
-            f"{path}: holds no config.yaml, metrics.jsonl, checkpoint or scores, so it is no run directory; "
-            "give the folder that training wrote (output_dir in its settings)"
-        )
+        raise UserError(f"{path}: is no run directory (no config.yaml, metrics.jsonl, checkpoint or scores); {ADVICE}")
     return record
+
+
+def _by_step(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """What is called `step-N` in a folder, by step."""
+    paths = [(STEP.fullmatch(path.name.removesuffix(".png")), path) for path in folder.glob(pattern)]
+    return sorted((int(match[1]), path) for match, path in paths if match)
 
 
 def picture(record: Record, path: Path) -> tuple[bytes, str] | None:
@@ -59,19 +62,22 @@ def picture(record: Record, path: Path) -> tuple[bytes, str] | None:
 
 def _png(data: bytes) -> tuple[bytes, str]:
     if not data.startswith(PNG):
-        raise ValueError("it is no PNG")
+        raise ValueError("it is not a PNG file")
     with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
         return data, str(opened.info.get("Title", ""))
 
 
 def _parsed(record: Record, path: Path, parse: Callable[[bytes], T], embedded: bool = False) -> T | None:
-    """`parse(content)`, or None with the reason in `problems`. The text or the bytes of an `embedded` file stand on the
-    page as they are, so it must be one of the run directory itself, or the page would carry other files away."""
+    """`parse(content)`, or None with the reason in `problems`.
+
+    The page shows the content of an `embedded` file, which must therefore lie in the run directory itself: a link would let
+    the page carry other files away.
+    """
     try:
         if embedded and not path.resolve().is_relative_to(record.path.resolve()):
             raise ValueError("it lies outside the run directory")
         if not path.is_file():
-            raise ValueError("it is no regular file")  # a named pipe would be waited for
+            raise ValueError("it is not a regular file")  # reading a named pipe would wait
         return parse(path.read_bytes())
     except ValidationError as error:
         reason = f"it is malformed: {_first(error)}"
@@ -79,36 +85,32 @@ def _parsed(record: Record, path: Path, parse: Callable[[bytes], T], embedded: b
         reason = f"it could not be read: {error.strerror or error}"
     except (ValueError, TypeError, RuntimeError, SyntaxError, yaml.YAMLError) as error:  # YAML's dates, keys, nesting
         reason = " ".join(str(error).split())[:200]
-    record.problems.append(f"{path.relative_to(record.path)} was passed over: {reason}")
+    record.problems.append(f"{path.relative_to(record.path)} was skipped: {reason}")
     return None
 
 
 def _first(error: ValidationError) -> str:
     """`rows.0.weights: Input should be a valid string`, of the first of its errors."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where[:80]}: {first['msg']}" if where else str(first["msg"])
+    where = ".".join(map(str, first["loc"]))[:80]
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 def _read_config(record: Record) -> None:
-    file = record.path / "config.yaml"
-    if not (file.exists() or file.is_symlink()):
-        return
-
     def parse(data: bytes) -> tuple[str, Settings]:
-        text = data.decode()
-        settings = yaml.safe_load(text)
+        settings = yaml.safe_load(text := data.decode())
         if not isinstance(settings, dict):
-            raise ValueError("it is no mapping of settings")
+            raise ValueError("it is not a mapping of settings")
         return text, Settings.model_validate(settings)
 
-    record.config_text, record.settings = _parsed(record, file, parse, embedded=True) or ("", Settings())
+    file = record.path / "config.yaml"
+    if file.exists() or file.is_symlink():
+        record.config_text, record.settings = _parsed(record, file, parse, embedded=True) or ("", Settings())
 
 
 def _read_manifest(record: Record) -> None:
     """The manifest of the newest checkpoint whose manifest is whole, by step."""
-    folders = [(int(match[1]), p) for p in (record.path / "checkpoints").glob("*") if (match := STEP.fullmatch(p.name))]
-    for _, folder in sorted(folders, reverse=True):
+    for _, folder in reversed(_by_step(record.path / "checkpoints", "*")):
         manifest = _parsed(record, folder / "manifest.json", Manifest.model_validate_json)
         if manifest is not None:
             record.manifest = manifest
@@ -130,34 +132,26 @@ def _num_parameters(file: Path) -> int | None:
 
 
 def _read_metrics(record: Record) -> None:
-    """Training rows by step, a later row of the same step replacing an earlier one, and the quick scorings."""
+    """Training rows and quick scorings by step; a later row of the same step replaces an earlier one."""
     file = record.path / "metrics.jsonl"
-    content = _parsed(record, file, bytes) if file.exists() else b""
-    rows, bad = [], []
-    *lines, last = (content or b"").split(b"\n")
-    for place, line in enumerate([*lines, last], start=1):
+    lines = ((_parsed(record, file, bytes) if file.exists() else b"") or b"").split(b"\n")
+    training: dict[int, Logged] = {}
+    quick: dict[int, Logged] = {}
+    bad = []
+    for place, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                rows.append(Logged.model_validate_json(line))
+                row = Logged.model_validate_json(line)
+                (training if row.scores is None else quick)[row.step] = row
         except ValidationError as error:
-            bad += [f"line {place}: {_first(error)}"] if place <= len(lines) else []  # a kill cut the last one short
+            bad += [f"line {place}: {_first(error)}"] if place < len(lines) else []  # a kill may cut the last one short
     if bad:
-        record.problems.append(f"{file.name}: {len(bad)} malformed lines were passed over, such as {bad[0]}")
-    training = {row.step: row for row in rows if row.scores is None}
-    quick = {row.step: found for row in rows if row.scores is not None and (found := ranked(row.scores))}
+        record.problems.append(f"{file.name}: {len(bad)} malformed lines were skipped, such as {bad[0]}")
     record.training = [training[step] for step in sorted(training)]
-    record.quick = sorted(quick.items())
+    record.quick = [quick[step] for step in sorted(quick) if quick[step].scores]
 
 
-def _read_scoring(record: Record, file: Path) -> None:
-    results = _parsed(record, file, _results)
-    if results is not None:
-        grid = file.parent / "grid.png"
-        finished = results.finished.timestamp() if results.finished is not None else file.stat().st_mtime
-        record.scorings.append(Scoring(file.parent.name, results, finished, grid if grid.exists() else None))
-
-
-def _results(data: bytes) -> Results:
+def _results(data: bytes) -> Scoring:
     if (schema := OBJECT.validate_json(data).get("schema")) != SCHEMA:
-        raise ValueError(f"it is of schema {str(schema)[:20]}, and this version reads {SCHEMA}")
-    return Results.model_validate_json(data)
+        raise ValueError(f"it has schema {str(schema)[:20]}, and this version reads {SCHEMA}")
+    return Scoring.model_validate_json(data)

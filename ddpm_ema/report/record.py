@@ -1,63 +1,176 @@
-"""What a run directory says of its run, as plain data. No torch, nothing assumed to be complete."""
+"""The files of a run directory as the report reads them, and what they say together. No torch, nothing assumed to be complete.
+
+Only the fields that the report uses are declared; `extra` keeps the others. pydantic refuses a file with another structure and
+names the place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ddpm_ema.numbers import metric_label, sampler_label
-from ddpm_ema.report.schema import Logged, Manifest, Results, Row, Settings
+from ddpm_ema.weight_names import split_step
 
-SAMPLER = ("sampler", "num_inference_steps", "eta", "guidance_scale", "clip_sample")
-# Keys of results.json that are no settings: they differ between two scorings that were made alike.
+SCHEMA = 2
+LARGEST = 1e30  # matplotlib overflows far beyond
+# Keys of results.json that are no settings: they differ between two scorings with the same settings.
 NO_SETTINGS = {
-    *("schema", "step", "finished", "evaluation", "world_size", "rows", "pairs", "warnings"),
+    *("schema", "step", "finished", "evaluation", "world_size", "rows", "pairs", "warnings", "folder", "grid"),
     *("sweep", "sweep_best", "sweep_search", "reference_saturated", "precision_of_noise"),
 }
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """One results.json. `folder` is the name of its folder, `finished` in seconds since 1970."""
+def number(value: Any) -> float | None:
+    """A finite float of a size that can be drawn, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        return None
+    return float(value)
 
-    folder: str
-    results: Results = field(repr=False)
-    finished: float
+
+def _finite(value: Any) -> Any:
+    """None for a float that is not finite (JSON written by Python may hold NaN); other types are left to be refused."""
+    return number(value) if isinstance(value, float) else value
+
+
+Step = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float | None, BeforeValidator(_finite)]
+Error = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_finite)]
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
+
+    def get(self, key: str) -> float | None:
+        """Any further number of this object, or None."""
+        return number(getattr(self, key, None))
+
+
+class Difference(NamedTuple):
+    """A paired difference, its standard error and 95% interval, in units of the distance. `significant`: as the scorer says."""
+
+    delta: float
+    stderr: float
+    low: float
+    high: float
+    significant: bool
+
+
+class Row(Shape):
+    """One scored entry of `rows`, `sweep`, or a quick scoring. What was not computed is None."""
+
+    weights: Annotated[str, Field(min_length=1)]
+    frechet_distance: Number = None
+    frechet_distance_unbiased: Number = None
+    stderr: Error = None
+    delta_vs_raw: Number = None
+    delta_stderr: Error = None
+    interval: tuple[Number, Number] | None = None
+    significant: bool | None = None
+    saturated: Number = None
+    seconds: Number = None
+    warnings: tuple[str, ...] = ()
+    metric: str = ""
+
+    @property
+    def name(self) -> str:
+        """The weights without their step: `ema_0_999` of `ema_0_999@1500`."""
+        return split_step(self.weights)[0]
+
+    @property
+    def distance(self) -> float:
+        """The bias-corrected distance, which ranks; the plain one where there is no other. Lower is better."""
+        corrected, plain = self.frechet_distance_unbiased, self.frechet_distance
+        return corrected if corrected is not None else plain if plain is not None else LARGEST
+
+    @property
+    def versus_raw(self) -> Difference | None:
+        """The paired difference from raw; None unless every part is known."""
+        parts: tuple[Any, ...] = (self.delta_vs_raw, self.delta_stderr, *(self.interval or (None,)), self.significant)
+        return None if None in parts else Difference(*parts)
+
+
+def _ranked(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return tuple(sorted((row for row in rows if row.frechet_distance is not None), key=lambda row: row.distance))
+
+
+Ranked = Annotated[tuple[Row, ...], AfterValidator(_ranked)]
+"""Rows from the lowest distance to the highest; those without a distance are left out."""
+
+
+class Pair(Shape):
+    """Whether the paired difference of two rows is significant."""
+
+    a: str
+    b: str
+    significant: bool
+
+
+class VersusKept(Shape):
+    """The paired difference of a sweep's best from the best stored average, `weights`."""
+
+    weights: str
+    delta: Number = None
+    stderr: Error = None
+    significant: bool | None = None
+
+
+class SweepBest(Shape):
+    """The lowest candidate of one sweep, and those that are not significantly worse."""
+
+    weights: str
+    not_significantly_worse: tuple[str, ...] = ()
+    versus_best_kept: VersusKept | None = None
+
+
+class Scoring(Shape):
+    """results.json of one scoring; `sweep` are reconstructed averages that were scored beside the stored ones."""
+
+    step: Step
+    finished: AwareDatetime
+    metric: str
+    extractor: str
+    reference: str
+    num_images: Step
+    sampler: str
+    num_inference_steps: Step
+    eta: Number = None
+    guidance_scale: Number = None
+    clip_sample: bool | None = None
+    seed: int
+    rows: Ranked
+    evaluation: dict[str, Any] = {}
+    extractor_sha256: str = ""
+    reference_saturated: Number = None
+    precision_of_noise: Number = None
+    pairs: tuple[Pair, ...] = ()
+    sweep: Ranked = ()
+    sweep_best: dict[str, SweepBest] = {}
+    warnings: tuple[str, ...] = ()
+    # Not of the file: the name of its folder, and the grid of samples in it.
+    folder: str = ""
     grid: Path | None = None
 
     @property
-    def step(self) -> int:
-        return self.results.step
-
-    @cached_property
-    def rows(self) -> tuple[Row, ...]:
-        """Rows from the lowest distance to the highest; those without a distance are left out."""
-        return ranked(self.results.rows)
-
-    @cached_property
-    def sweep(self) -> tuple[Row, ...]:
-        """Reconstructed averages that were scored beside the kept ones, from the lowest distance to the highest."""
-        return ranked(self.results.sweep)
-
-    @property
-    def metric(self) -> str:
+    def metric_name(self) -> str:
         """`FID`, only where the scoring says so; anything else names its extractor."""
-        return metric_label({"metric": self.results.metric, "extractor": self.results.extractor})
+        return metric_label(dict(self))
 
     @property
-    def sampler(self) -> str:
+    def sampling(self) -> str:
         """`ddim 25 steps, eta 0.5`."""
-        return sampler_label({key: getattr(self.results, key) for key in SAMPLER})
+        return sampler_label(dict(self))
 
     @property
     def conditions(self) -> str:
         """`With ddim in 25 steps (eta 0.5) and 1,797 images per average`: what every statement on this scoring holds for."""
-        results, more = self.results, self.sampler.partition(" steps, ")[2]
-        steps = f"{results.sampler} in {results.num_inference_steps} steps{f' ({more})' if more else ''}"
-        return f"With {steps} and {results.num_images:,} images per average"
+        more = self.sampling.partition(" steps, ")[2]
+        steps = f"{self.sampler} in {self.num_inference_steps} steps{f' ({more})' if more else ''}"
+        return f"With {steps} and {self.num_images:,} images per average"
 
     @property
     def raw(self) -> Row | None:
@@ -68,28 +181,15 @@ class Scoring:
         """Whether it includes raw and at least one average."""
         return self.raw is not None and len(self.rows) > 1
 
-    @cached_property
-    def significant(self) -> dict[frozenset[str], bool]:
-        """{a, b} -> whether their paired difference is significant."""
-        found = {frozenset((pair.a, pair.b)): pair.significant for pair in self.results.pairs}
-        versus_raw = {row.weights: row.versus_raw for row in self.rows}
-        return found | {
-            frozenset((name, "raw")): gap.significant for name, gap in versus_raw.items() if gap is not None
-        }
-
-    @cached_property
+    @property
     def settings(self) -> dict[str, str]:
         """Everything that was set for this scoring and may change its numbers, versions among it, by dotted key."""
-        return dict(_flat(self.results.model_dump(mode="json", exclude=NO_SETTINGS)))
+        return dict(_flat(self.model_dump(mode="json", exclude=NO_SETTINGS)))
 
     def comparable(self, other: Scoring) -> bool:
-        """Whether both may stand on one curve: the same settings, of whatever versions."""
-        keys = {key for key in (*self.settings, *other.settings) if not key.startswith("versions.")}
-        return all(self.settings.get(key) == other.settings.get(key) for key in keys)
-
-
-def ranked(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    return tuple(sorted((row for row in rows if row.frechet_distance is not None), key=lambda row: row.distance))
+        """Whether both may be points of one curve: the same settings, of whatever versions."""
+        ours, theirs = self.settings, other.settings
+        return all(ours.get(k) == theirs.get(k) for k in (*ours, *theirs) if not k.startswith("versions."))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -110,6 +210,47 @@ def plain(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
+def _at(*path: str) -> Any:
+    """Where a field stands in the file: `_at("data", "channels")` is data.channels."""
+    return Field(validation_alias=AliasPath(*path))
+
+
+class Settings(Shape):
+    """config.yaml."""
+
+    data_source: Annotated[str, _at("data", "source")] = ""
+    data_name: Annotated[str | None, _at("data", "name")] = None
+    image_size: Annotated[Step | None, _at("data", "image_size")] = None
+    channels: Annotated[Step | None, _at("data", "channels")] = None
+    block_out_channels: Annotated[list[Step], _at("model", "block_out_channels")] = []
+    num_train_timesteps: Annotated[Step, _at("diffusion", "num_train_timesteps")] = 1000
+    training_steps: Annotated[Step | None, _at("training", "steps")] = None
+    batch_size: Annotated[Step | None, _at("training", "batch_size")] = None
+    averages: dict[str, dict[str, Any]] = {}
+    evaluation: dict[str, Any] = {}
+
+
+class Manifest(Shape):
+    """manifest.json of a checkpoint."""
+
+    step: Step | None = None
+    settings: Settings = Settings()
+    data_name: Annotated[str, _at("dataset", "name")] = ""
+    data_size: Annotated[Step | None, _at("dataset", "size")] = None
+    data_fingerprint: Annotated[str, _at("dataset", "fingerprint")] = ""
+    world_size: Step = 1
+    versions: dict[str, str] = {}
+    profiles: dict[str, dict[str, Any]] = {}
+    weightings: dict[str, list[Number]] = {}
+
+
+class Logged(Shape):
+    """One line of metrics.jsonl: what was logged at a step, or the rows of a quick scoring."""
+
+    step: Step
+    scores: Ranked | None = None
+
+
 @dataclass
 class Record:
     """Everything that a run directory says about its run. `problems` names the files that could not be read."""
@@ -119,7 +260,7 @@ class Record:
     config_text: str = ""
     manifest: Manifest = field(default_factory=Manifest)
     training: list[Logged] = field(default_factory=list)
-    quick: list[tuple[int, tuple[Row, ...]]] = field(default_factory=list)
+    quick: list[Logged] = field(default_factory=list)
     scorings: list[Scoring] = field(default_factory=list)
     sample_grids: list[tuple[int, Path]] = field(default_factory=list)
     num_parameters: int | None = None

@@ -1,10 +1,8 @@
-"""A named copy becomes a diffusers pipeline folder: the same weights, loadable, described, whole or not there at all."""
+"""Named weights become a diffusers pipeline folder: the same weights, loadable, described, whole or not there at all."""
 
 from __future__ import annotations
 
 import json
-import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +16,11 @@ from safetensors.torch import save_file
 
 from ddpm_ema import config as settings
 from ddpm_ema import diffusion, keyed_random, model, sampling
-from ddpm_ema import export as exporting
 from ddpm_ema.averaging import write_snapshot
+from ddpm_ema.averaging.posthoc import posthoc_coefficients
 from ddpm_ema.averaging.profiles import PowerFunction
 from ddpm_ema.errors import UserError
-from ddpm_ema.export import export
+from ddpm_ema.export import card, export, main
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 
@@ -34,15 +32,10 @@ AVERAGES = {
 
 
 def tiny(**sections: Any) -> settings.Config:
+    network = {"block_out_channels": [8, 8], "attention": [False, False], "layers_per_block": 1, "norm_num_groups": 4}
     tree: dict[str, Any] = {
         "data": {"source": "digits"},
-        "model": {
-            "block_out_channels": [8, 8],
-            "attention": [False, False],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
-        },
+        "model": network,
         "averages": AVERAGES,
         "evaluation": {"sampler": "ddim", "num_inference_steps": 3},
     }
@@ -58,27 +51,23 @@ def weights_like(config: settings.Config, seed: int, num_classes: int | None = N
 
 
 def write_run(
-    path: Path,
-    config: settings.Config,
-    steps: tuple[int, ...] = (50, 100),
-    num_classes: int | None = None,
-    dataset: str = "digits",
+    path: Path, config: settings.Config, steps: tuple[int, ...] = (50, 100), num_classes: int | None = None, **data: Any
 ) -> RunDir:
     """A run directory with whole checkpoints and snapshots of random weights."""
     run = RunDir(path)
     manifest = {
         "seed": 0,
         "settings": settings.to_dict(config),
-        "dataset": {"name": dataset, "size": 1797, "fingerprint": "f00d"},
+        "dataset": {"name": "digits", "size": 1797, "fingerprint": "f00d", **data},
         "profiles": AVERAGES,
     }
     for step in steps:
         names = ["raw", *AVERAGES]
-        copies = {name: weights_like(config, step + i, num_classes) for i, name in enumerate(names)}
-        files = {f"averages/{name}.safetensors": copies[name] for name in AVERAGES}
-        run.write_checkpoint(step, {"raw.safetensors": copies["raw"], **files}, manifest)
+        weights = {name: weights_like(config, step + i, num_classes) for i, name in enumerate(names)}
+        files = {f"averages/{name}.safetensors": weights[name] for name in AVERAGES}
+        run.write_checkpoint(step, {"raw.safetensors": weights["raw"], **files}, manifest)
         for name, std in (("power_0_05", 0.05), ("power_0_10", 0.10)):
-            write_snapshot(run.snapshot_path(step, name), copies[name], step, PowerFunction(std=std))
+            write_snapshot(run.snapshot_path(step, name), weights[name], step, PowerFunction(std=std))
     return run
 
 
@@ -114,11 +103,8 @@ def test_the_scheduler_has_the_noise_levels_the_network_was_trained_with(tmp_pat
     config = tiny(diffusion={"schedule": "cosine", "prediction": "v_prediction", "variance": "fixed_small"})
     folder = export(write_run(tmp_path / "run", config, steps=(10,)).path, "raw", tmp_path / "out")
     scheduler = DDPMPipeline.from_pretrained(folder).scheduler.config
-    assert (scheduler.beta_schedule, scheduler.prediction_type, scheduler.variance_type) == (
-        "squaredcos_cap_v2",
-        "v_prediction",
-        "fixed_small",
-    )
+    found = (scheduler.beta_schedule, scheduler.prediction_type, scheduler.variance_type)
+    assert found == ("squaredcos_cap_v2", "v_prediction", "fixed_small")
 
 
 def test_an_earlier_step_is_named_with_at_or_with_a_step(run: RunDir, tmp_path: Path) -> None:
@@ -129,8 +115,6 @@ def test_an_earlier_step_is_named_with_at_or_with_a_step(run: RunDir, tmp_path: 
 
 def test_a_width_that_was_never_kept_is_reconstructed_from_snapshots(run: RunDir, tmp_path: Path) -> None:
     """Four snapshots of random weights: the export must be their combination with the coefficients of the fit."""
-    from ddpm_ema.averaging.posthoc import posthoc_coefficients
-
     loaded = DDPMPipeline.from_pretrained(export(run.path, "power_0_075", tmp_path / "out"))
     stored = [(step, name) for step in (50, 100) for name in ("power_0_05", "power_0_10")]
     stds = [0.05 if name == "power_0_05" else 0.10 for _, name in stored]
@@ -141,7 +125,7 @@ def test_a_width_that_was_never_kept_is_reconstructed_from_snapshots(run: RunDir
         torch.testing.assert_close(tensor.double(), combined, rtol=1e-6, atol=1e-7)
 
 
-def test_a_variant_carries_the_copys_name_and_loads_by_it(run: RunDir, tmp_path: Path) -> None:
+def test_a_variant_carries_the_name_of_the_weights_and_loads_by_it(run: RunDir, tmp_path: Path) -> None:
     folder = export(run.path, "ema_0_999", tmp_path / "out", variant=True)
     assert (folder / "unet" / "diffusion_pytorch_model.ema_0_999.safetensors").is_file()
     assert_same(DDPMPipeline.from_pretrained(folder, variant="ema_0_999"), run.checkpoint(100).weights("ema_0_999"))
@@ -165,19 +149,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "ddim_respaced": ({"schedule": "sigmoid"}, {"sampler": "ddim", "num_inference_steps": 7, "eta": 0.5}, False),
     "solver": ({}, {"sampler": "dpm_solver++", "num_inference_steps": 15}, False),
 }
-CASES |= {f"{name}_unclipped": (a, {**b, "clip_sample": False}, c) for name, (a, b, c) in CASES.items()} | {
-    "solver_cosine": (
-        {"schedule": "cosine"},
-        {"sampler": "dpm_solver++", "num_inference_steps": 6, "clip_sample": False},
-        False,
-    ),
+CASES |= {f"{name}_unclipped": (a, {**b, "clip_sample": False}, c) for name, (a, b, c) in CASES.items()}
+SOLVER = {"sampler": "dpm_solver++", "num_inference_steps": 5}
+CASES |= {
+    "solver_cosine": ({"schedule": "cosine"}, {**SOLVER, "num_inference_steps": 6, "clip_sample": False}, False),
     "learned_ddpm": ({"variance": "learned"}, {"sampler": "ddpm", "num_inference_steps": 6}, False),
     "learned_ddim": ({"variance": "learned"}, {"sampler": "ddim", "num_inference_steps": 5}, False),
-    "learned_solver": (
-        {"variance": "learned", "prediction": "sample"},
-        {"sampler": "dpm_solver++", "num_inference_steps": 5},
-        False,
-    ),
+    "learned_solver": ({"variance": "learned", "prediction": "sample"}, SOLVER, False),
     "classes": ({}, {"sampler": "ddim", "num_inference_steps": 5, "guidance_scale": 2.5}, True),
 }
 READER = """
@@ -205,18 +183,14 @@ def test_the_cards_code_makes_the_scored_images_in_a_process_without_this_packag
         write_scores(run, 10, weights="raw", evaluation=evaluation)
         export(run.path, "raw", tmp_path / "out" / name)
         made[name] = sampled_as_scored(run, config, settings.EvaluationSettings(**evaluation), indices)
-    noise = torch.stack(
-        [keyed_random.normal(0, keyed_random.Purpose.SAMPLE, step, indices, shape) for step in range(21)]
-    )
-    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    drawn = [keyed_random.normal(0, keyed_random.Purpose.SAMPLE, step, indices, shape) for step in range(21)]
+    save_file({"noise": torch.stack(drawn)}, tmp_path / "noise.safetensors")
     folders = [str(tmp_path / "out" / name) for name in CASES]
     reader = subprocess.run([sys.executable, "-c", READER, *folders], cwd=tmp_path, capture_output=True, text=True)
     assert reader.returncode == 0, reader.stderr
     assert (tmp_path / "sample.png").is_file()
-    differing = [
-        name for name in CASES if not np.array_equal(np.load(tmp_path / "out" / name / "images.npy"), made[name])
-    ]
-    assert not differing
+    found = {name: np.load(tmp_path / "out" / name / "images.npy") for name in CASES}
+    assert [name for name in CASES if not np.array_equal(found[name], made[name])] == []
     for name, images in made.items():  # neither black and white, nor the same with and without clipping
         assert np.isin(images, (0, 255)).mean() < 0.5, name
         assert not np.array_equal(images, made.get(f"{name}_unclipped")), name
@@ -274,7 +248,7 @@ def test_the_card_lists_scores_of_these_weights_at_this_step_alone(tmp_path: Pat
         "| \u221224.7 ± 2.0 (\u221228.9 to \u221220.5), better |" in card
     )
     assert "77.5" not in card
-    assert "FD is no FID" in card
+    assert "FD is not FID: do not compare it with published FIDs." in card
 
 
 def test_scores_of_other_weights_under_the_same_name_and_step_are_not_in_the_card(tmp_path: Path) -> None:
@@ -322,9 +296,8 @@ def write_scores(run: RunDir, step: int, **changes: Any) -> None:
     row = {"weights": "ema_0_999", "num_images": 6000, "frechet_distance": changes.pop("distance", 12.25)}
     row |= {"frechet_distance_unbiased": row["frechet_distance"] - 1.2, "stderr": 0.9, "significant": True}
     row |= {"delta_vs_raw": -24.7, "delta_stderr": 2.0, "interval": [-28.9, -20.5]}
-    evaluation = settings.EvaluationSettings(
-        **{"sampler": "ddim", "num_inference_steps": 3, **changes.pop("evaluation", {})}
-    )
+    given = {"sampler": "ddim", "num_inference_steps": 3, **changes.pop("evaluation", {})}
+    evaluation = settings.EvaluationSettings(**given)
     where = changes.pop("rows", "rows")
     results = {"schema": 2, "step": step, "metric": "fd", "extractor": "classifier", "reference": "train of digits"}
     results |= {"finished": changes.pop("finished", ""), "evaluation": evaluation.model_dump(mode="json"), "rows": []}
@@ -336,7 +309,7 @@ def write_scores(run: RunDir, step: int, **changes: Any) -> None:
 
 
 def test_a_data_sets_name_cannot_write_into_the_card(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny(), steps=(10,), dataset="cats\n# Heading\n<script>`x`\x1b[31m | y")
+    run = write_run(tmp_path / "run", tiny(), steps=(10,), name="cats\n# Heading\n<script>`x`\x1b[31m | y")
     card = read_card(run, "raw", tmp_path / "out")
     assert "- data: `cats # Heading <script>'x' [31m | y`, 1,797 images" in card
 
@@ -363,71 +336,56 @@ def test_an_export_that_fails_half_way_leaves_nothing_behind(
     def full_disk(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.card, "render", full_disk)
+    monkeypatch.setattr(card, "render", full_disk)
     with pytest.raises(UserError, match="No space left"):
         export(run.path, "raw", tmp_path / "sub" / "out")
     assert list((tmp_path / "sub").iterdir()) == []
 
 
-def test_an_unknown_name_is_refused_with_the_names_there_are(run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no weights 'ema_9'.*raw, ema_0_999, power_0_05, power_0_10"):
-        export(run.path, "ema_9", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("name", "step", "message"),
+    [
+        ("ema_9", None, r"no weights 'ema_9'.*raw, ema_0_999, power_0_05, power_0_10"),
+        ("raw@70", None, "no checkpoint of step 70; steps there: 50, 100"),
+        ("raw@50", 100, "raw@50: --step is 100; give one step"),
+        ("power_0_075@70", None, r"70.*nearest are 50, 100"),
+        ("raw+ema_0_999", None, "ensemble"),
+    ],
+)
+def test_a_name_or_step_that_cannot_be_exported_is_refused_with_what_there_is(
+    run: RunDir, tmp_path: Path, name: str, step: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export(run.path, name, tmp_path / "out", step)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_without_a_checkpoint_is_refused_with_the_steps_there_are(run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint of step 70; steps there: 50, 100"):
-        export(run.path, "raw@70", tmp_path / "out")
+def test_weights_of_another_network_than_the_settings_are_refused_by_the_tensor(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny(), steps=(10,))
+    weights = {**run.checkpoint(10).weights("raw"), "more.bias": torch.zeros(2)}
+    manifest = {"settings": settings.to_dict(tiny()), "profiles": {}}
+    run.write_checkpoint(20, {"raw.safetensors": weights}, manifest)
+    with pytest.raises(UserError, match=r"settings describe.*step 20: 'more.bias' is not known here"):
+        export(run.path, "raw", tmp_path / "out")
 
 
-def test_a_width_at_a_step_without_snapshot_is_refused_with_the_nearest(run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"70.*nearest are 50, 100"):
-        export(run.path, "power_0_075@70", tmp_path / "out")
-
-
-def test_an_ensemble_is_refused(run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ensemble"):
-        export(run.path, "raw+ema_0_999", tmp_path / "out")
-
-
-def test_a_flipped_bit_falls_back_to_the_whole_checkpoint_before(tmp_path: Path) -> None:
+def test_a_flipped_bit_falls_back_to_the_whole_checkpoint_before_or_is_named_where_its_step_was_asked_for(
+    tmp_path: Path,
+) -> None:
     run = write_run(tmp_path / "run", tiny())
-    flip_a_bit(run.checkpoint(100).path / "averages" / "ema_0_999.safetensors")
-    folder = export(run.path, "ema_0_999", tmp_path / "out")
-    assert_same(DDPMPipeline.from_pretrained(folder), run.checkpoint(50).weights("ema_0_999"))
-
-
-def test_a_flipped_bit_in_the_step_asked_for_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny())
-    flip_a_bit(run.checkpoint(100).path / "averages" / "ema_0_999.safetensors")
-    with pytest.raises(UserError, match=r"ema_0_999\.safetensors: sha256 mismatch"):
-        export(run.path, "ema_0_999@100", tmp_path / "out")
-
-
-def flip_a_bit(path: Path) -> None:
+    path = run.checkpoint(100).path / "averages" / "ema_0_999.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(content)
+    folder = export(run.path, "ema_0_999", tmp_path / "out")
+    assert_same(DDPMPipeline.from_pretrained(folder), run.checkpoint(50).weights("ema_0_999"))
+    with pytest.raises(UserError, match=r"ema_0_999\.safetensors: sha256 mismatch"):
+        export(run.path, "ema_0_999@100", tmp_path / "other")
 
 
-def test_the_script_answers_a_mistake_with_one_message_and_exit_code_2(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_writes_the_folder_and_says_how_to_load_it(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "export.py"
-    monkeypatch.setattr(sys, "argv", [str(script), str(run.path), "nonsense", "--output", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 2
-    assert re.fullmatch(r"error: .*no weights 'nonsense'.*\n", capsys.readouterr().err)
-
-
-def test_the_script_writes_the_folder_and_says_how_to_load_it(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script, folder = Path(__file__).parents[2] / "scripts" / "export.py", tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", [str(script), str(run.path), "ema_0_999@50", "--output", str(folder)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 0
+    folder = main([str(run.path), "ema_0_999@50", "--output", str(tmp_path / "out")])
     assert f"DiffusionPipeline.from_pretrained({str(folder)!r})" in capsys.readouterr().out
     assert_same(DDPMPipeline.from_pretrained(folder), run.checkpoint(50).weights("ema_0_999"))

@@ -9,18 +9,17 @@ import fake_run
 import pytest
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.report import choice
+from ddpm_ema.report.answer import Answer, answer, differing, judge, named, newest, rivals
 from ddpm_ema.report.record import Scoring
-from ddpm_ema.report.schema import Results
-from ddpm_ema.report.verdict import Verdict, judge
 
 FD = "With dpm_solver++ in 25 steps and 6,000 images per average: "
 RAW = fake_run.row("raw", 5.0)
 
 
-def scoring(*rows: dict[str, Any], folder: str = "a", finished: float = 0.0, **changes: Any) -> Scoring:
-    content = fake_run.results(**{"rows": rows, "pairs": [], **changes})
-    return Scoring(folder, Results.model_validate_json(json.dumps(content)), finished)
+def scoring(*rows: dict[str, Any], folder: str = "a", finished: int = 0, **changes: Any) -> Scoring:
+    time = f"2026-01-01T00:00:{finished:02}Z"
+    content = fake_run.results(**{"rows": rows, "pairs": [], "finished": time, "folder": folder, **changes})
+    return Scoring.model_validate_json(json.dumps(content))
 
 
 def average(name: str, delta: float, error: float, **more: Any) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def pair(a: str, b: str, delta: float, error: float) -> dict[str, Any]:
     return {"a": a, "b": b, **fake_run.difference(delta, error)}
 
 
-def texts(verdict: Verdict) -> list[str]:
+def texts(verdict: Answer) -> list[str]:
     """Its notes but the first, which says what every verdict holds for."""
     return [note.text for note in verdict.notes[1:]]
 
@@ -43,11 +42,11 @@ def test_an_average_that_is_shown_to_be_better_is_shipped_though_a_lower_one_is_
     verdict = judge(scoring(RAW, average("ema_0_999", -0.5, 0.3), average("power_0_05", -0.45, 0.05), pairs=pairs))
     assert verdict.recommended == ("power_0_05", "ema_0_999")
     assert verdict.sentence == (
-        f"{FD}ship power_0_05. Its FD (classifier) is 0.450 ± 0.050 below that of raw, a significant difference; "
-        "ema_0_999 cannot be distinguished from it."
+        f"{FD}ship power_0_05. Its FD (classifier) is 0.450 ± 0.050 below that of raw, a significant difference. "
+        "ema_0_999 may be as good: the difference is not significant."
     )
     assert texts(verdict) == [
-        "ema_0_999 is lower still, at 4.5 ± 1.0, but not shown to be better than raw (\u22120.50 ± 0.30, not significant)."
+        "ema_0_999 is lower still, 4.5 ± 1.0, but not shown to be better than raw (\u22120.50 ± 0.30, not significant)."
     ]
 
 
@@ -67,7 +66,7 @@ def test_of_several_better_averages_the_lowest_is_shipped_and_all_that_tie_with_
     pairs = [pair("b", "a", 0.1, 0.1), pair("a", "c", -0.2, 0.2), pair("d", "a", 2.0, 0.3)]
     verdict = judge(scoring(*rows, pairs=pairs))
     assert verdict.recommended == ("a", "b", "c")
-    assert verdict.sentence.endswith("a significant difference; b and c cannot be distinguished from it.")
+    assert verdict.sentence.endswith(" b and c may be as good: the differences are not significant.")
 
 
 def test_where_no_average_is_better_raw_and_all_that_are_not_worse_are_named() -> None:
@@ -83,22 +82,20 @@ def test_where_no_average_is_better_raw_and_all_that_are_not_worse_are_named() -
 def test_raw_is_shipped_alone_where_every_average_is_significantly_worse() -> None:
     verdict = judge(scoring(RAW, average("b", 9.0, 0.5), average("a", 4.0, 0.6)))
     assert verdict.recommended == ("raw",)
-    assert (
-        verdict.sentence
-        == f"{FD}ship raw. Every average is significantly worse; the nearest, a, is 4.00 ± 0.60 above it."
-    )
+    nearest = "the nearest is a, 4.00 ± 0.60 above raw"
+    assert verdict.sentence == f"{FD}ship raw. Every average is significantly worse; {nearest}."
 
 
 def test_a_row_that_was_not_paired_is_neither_better_nor_worse() -> None:
     loose = fake_run.row("b", 0.5)
     verdict = judge(scoring(RAW, average("a", 4.0, 0.6), loose))
-    assert verdict.sentence.startswith(f"{FD}ship raw. All averages that are paired with it are significantly worse")
-    assert texts(verdict) == ["No paired difference of b from raw is known, so nothing is said of it."]
+    assert verdict.sentence.startswith(f"{FD}ship raw. All averages that were compared with it are significantly worse")
+    assert texts(verdict) == ["b was not compared with raw: no paired difference is known."]
     verdict = judge(scoring(RAW, average("a", -4.0, 0.6), loose))
     assert verdict.recommended == ("a",)
     assert texts(verdict) == [
-        "b is lower still, at 0.5 ± 1.0, but not shown to be better than raw (not paired).",
-        "No paired difference of b from a is known, so nothing is said of it.",
+        "b is lower still, 0.5 ± 1.0, but not shown to be better than raw (not paired).",
+        "b was not compared with a: no paired difference is known.",
     ]
 
 
@@ -113,7 +110,8 @@ def test_nothing_is_recommended_without_a_paired_difference() -> None:
     verdict = judge(scoring(RAW, fake_run.row("a", 1.0)))
     assert verdict.recommended == ()
     assert verdict.sentence == (
-        f"{FD}no paired difference from raw is known, so no weights are recommended. a has the lowest FD (classifier), 1.0 ± 1.0."
+        f"{FD}no paired difference from raw is known, so no weights are recommended. a has the lowest distance, "
+        "FD (classifier) 1.0 ± 1.0."
     )
 
 
@@ -122,60 +120,54 @@ def test_without_raw_the_lowest_is_named_and_nothing_is_claimed_of_averaging() -
     verdict = judge(scoring(*rows, pairs=[pair("c", "a", 0.4, 0.6), pair("b", "a", 2.2, 0.6)]))
     assert verdict.recommended == ("a", "c")
     assert verdict.sentence == (
-        f"{FD}of the 3 weights scored, a has the lowest FD (classifier), 2.70 ± 0.80; c cannot be distinguished from it. "
-        "raw was not scored, so whether averaging helps is not known."
+        f"{FD}a has the lowest FD (classifier) of the 3 weights scored, 2.70 ± 0.80. c may be as good: the difference is not "
+        "significant. raw was not scored, so whether averaging helps is not known."
     )
 
 
 def test_a_single_entry_is_compared_with_nothing() -> None:
-    verdict = judge(scoring(RAW))
-    assert (
-        verdict.sentence
-        == f"{FD}only raw was scored, so there is nothing to compare it with: FD (classifier) 5.0 ± 1.0."
-    )
-    assert verdict.recommended == ()
-    assert judge(scoring()).sentence == f"{FD}nothing has a distance, so there is nothing to choose between."
+    only = "only raw was scored, so there is nothing to compare it with: FD (classifier) 5.0 ± 1.0."
+    assert judge(scoring(RAW)) == Answer(f"{FD}{only}", judge(scoring(RAW)).notes, ())
+    assert judge(scoring()).sentence == f"{FD}no weights have a distance, so none are recommended."
 
 
 def test_every_verdict_says_what_it_holds_for() -> None:
     assert judge(scoring(RAW)).notes[0].text == (
-        "This holds for step 3,000 of this training run against one reference (train of digits, 1797 images). "
-        "Another training run, reference or sampler may rank the weights otherwise."
+        "This holds for step 3,000 of this training run and one reference (train of digits, 1797 images). "
+        "Another training run, reference or sampler may rank the weights differently."
     )
 
 
+UNPAIRED = "(no paired difference from power_0_10 is known)"
+
+
 @pytest.mark.parametrize(
-    ("versus", "says"),
+    ("delta", "stderr", "significant", "kept", "says"),
     [
-        (
-            {"delta": -0.15, "stderr": 0.12, "significant": False},
-            "(\u22120.15 ± 0.12 from power_0_10, not significant)",
-        ),
-        ({"delta": -0.15, "stderr": 0.01, "significant": True}, "(\u22120.150 ± 0.010 from power_0_10, significant)"),
-        (None, "(no paired difference from power_0_10 is known)"),
-        ({"delta": 0.1, "stderr": 0.2, "significant": False}, None),
-        ({"weights": "raw", "delta": -9.0, "stderr": 0.2}, "(no paired difference from power_0_10 is known)"),
+        (-0.15, 0.12, False, "power_0_10", "(\u22120.15 ± 0.12 from power_0_10, not significant)"),
+        (-0.15, 0.01, True, "power_0_10", "(\u22120.150 ± 0.010 from power_0_10, significant)"),
+        (None, None, None, "power_0_10", UNPAIRED),
+        (None, None, None, "", UNPAIRED),
+        (0.1, 0.2, False, "power_0_10", None),
+        (-9.0, 0.2, None, "raw", UNPAIRED),
     ],
 )
 def test_a_width_of_the_sweep_is_offered_where_it_is_lower_than_every_kept_average(
-    versus: Any, says: str | None
+    delta: float | None, stderr: float | None, significant: bool | None, kept: str, says: str | None
 ) -> None:
     content = fake_run.swept()
-    content["sweep_best"]["std"]["versus_best_kept"] = versus and {"weights": "power_0_10"} | versus
+    versus = {"weights": kept, "delta": delta, "stderr": stderr, "significant": significant} if kept else None
+    content["sweep_best"]["std"]["versus_best_kept"] = versus
     rows = fake_run.results()["rows"]
     notes = [note for note in judge(scoring(*rows, **content)).notes if note.export]
-    expected = f"The sweep found power_0_14 lower still, at 2.55 ± 0.78 {says}. The lowest of many candidates looks better than it is."
+    expected = f"The sweep found power_0_14 lower still, 2.55 ± 0.78 {says}. The lowest of many candidates looks better than it is."
     assert [(note.text, note.export) for note in notes] == ([(expected, "power_0_14")] if says else [])
 
 
 def test_a_width_that_is_lower_than_the_kept_averages_but_not_than_raw_is_not_offered() -> None:
     content = fake_run.swept()
-    content["sweep_best"]["std"]["versus_best_kept"] = {
-        "weights": "a",
-        "delta": -9.0,
-        "stderr": 0.1,
-        "significant": True,
-    }
+    versus = {"weights": "a", "delta": -9.0, "stderr": 0.1, "significant": True}
+    content["sweep_best"]["std"]["versus_best_kept"] = versus
     rows = [fake_run.row("raw", 1.0), fake_run.row("a", 12.0, delta=(11.0, 0.1))]
     assert [note.export for note in judge(scoring(*rows, **content)).notes] == [""]
 
@@ -188,13 +180,10 @@ def test_samples_that_are_saturated_otherwise_than_the_reference_are_warned_of()
     ]
     note = texts(judge(scoring(*rows, reference_saturated=0.50)))[-1]
     assert note == (
-        "Channel values at 0 or 255: 82% of raw and 39% of b, but 50% of the reference. The sampler may be to blame: another one, "
-        "or more steps, may rank the weights otherwise."
+        "Channel values at 0 or 255: 82% of raw and 39% of b, but 50% of the reference. The sampler may be the cause: another "
+        "sampler, or more steps, may rank the weights differently."
     )
     assert not any("Channel" in text for text in texts(judge(scoring(*rows, reference_saturated=None))))
-
-
-# Which scoring answers.
 
 
 def both(best: str, other: str, **changes: Any) -> Scoring:
@@ -204,24 +193,24 @@ def both(best: str, other: str, **changes: Any) -> Scoring:
 
 
 def test_the_newest_scoring_answers_that_compares_raw_with_an_average() -> None:
-    early = both("a", "b", step=1000, finished=9.0)
-    late, later = both("a", "b", finished=1.0, folder="late"), both("a", "b", finished=2.0, folder="later")
-    alone = scoring(RAW, finished=3.0, folder="alone", num_images=50_000)
-    assert choice.newest([later, early, late, alone]) is later
-    assert choice.newest([early, alone]) is early
-    assert choice.newest([scoring(RAW, step=1000), alone]) is alone
-    assert choice.newest([]) is None
+    early = both("a", "b", step=1000, finished=9)
+    late, later = both("a", "b", finished=1, folder="late"), both("a", "b", finished=2, folder="later")
+    alone = scoring(RAW, finished=3, folder="alone", num_images=50_000)
+    assert newest([later, early, late, alone]) is later
+    assert newest([early, alone]) is early
+    assert newest([scoring(RAW, step=1000), alone]) is alone
+    assert newest([]) is None
 
 
 def test_a_scoring_is_chosen_by_folder_or_digest_and_an_unknown_one_lists_those_there_are() -> None:
     old, new = both("a", "b", step=1000, folder="00001000-abc"), both("b", "a", folder="00003000-abc", sampler="ddim")
-    assert choice.named([old, new], "00001000-abc") is old
-    assert choice.named([old, new], "runs/x/scores/00001000-abc/") is old
-    assert choice.named([old, new], "abc") is new
+    assert named([old, new], "00001000-abc") is old
+    assert named([old, new], "runs/x/scores/00001000-abc/") is old
+    assert named([old, new], "abc") is new
     with pytest.raises(UserError) as error:
-        choice.named([old, new], "abd")
+        named([old, new], "abd")
     assert str(error.value) == (
-        "--scoring abd: no such scoring in this run; there are\n"
+        "--scoring abd: no such scoring in this run; it has\n"
         "  00001000-abc  dpm_solver++ in 25 steps and 6,000 images per average: a\n"
         "  00003000-abc  ddim in 25 steps and 6,000 images per average: b"
     )
@@ -229,17 +218,17 @@ def test_a_scoring_is_chosen_by_folder_or_digest_and_an_unknown_one_lists_those_
 
 def test_two_scorings_of_one_step_with_different_winners_recommend_neither() -> None:
     ours, theirs = both("a", "b", folder="new"), both("b", "a", folder="old", sampler="ddim", num_inference_steps=15)
-    assert choice.rivals(ours, [ours, theirs]) == [theirs]
-    verdict = choice.answer(ours, [theirs])
+    assert rivals(ours, [ours, theirs]) == [theirs]
+    verdict = answer(ours, [theirs])
     assert verdict.recommended == ()
     assert verdict.sentence == (
         "No weights are recommended, because scorings of step 3,000 contradict each other. "
         "With dpm_solver++ in 25 steps and 6,000 images per average: a. With ddim in 15 steps and 6,000 images per average: b."
     )
-    assert verdict.notes[0].text == "What differs (new, old): sampler (dpm_solver++, ddim) and steps (25, 15)."
+    assert verdict.notes[0].text == "Settings that differ (new, old): sampler (dpm_solver++, ddim) and steps (25, 15)."
     offered = both("a", "b", **fake_run.swept())
     assert [note.export for note in judge(offered).notes if note.export] == ["power_0_14"]
-    assert [note.export for note in choice.answer(offered, [theirs]).notes if note.export] == []
+    assert [note.export for note in answer(offered, [theirs]).notes if note.export] == []
 
 
 def test_scorings_that_do_not_exclude_each_other_are_no_rivals() -> None:
@@ -250,13 +239,13 @@ def test_scorings_that_do_not_exclude_each_other_are_no_rivals() -> None:
     wider = scoring(RAW, average("b", -2.0, 0.1), seed=1)
     below = scoring(RAW, average("a", -1.0, 0.1), average("c", -2.0, 0.1), pairs=[pair("c", "a", -1.0, 0.1)], seed=1)
     without_raw = scoring(fake_run.row("b", 1.0), fake_run.row("a", 2.0), pairs=[pair("b", "a", -1.0, 0.1)])
-    assert choice.rivals(ours, [ours, tied, earlier, others, wider, below, without_raw]) == []
+    assert rivals(ours, [ours, tied, earlier, others, wider, below, without_raw]) == []
 
 
 def test_what_differs_between_two_scorings_is_every_setting_and_version_that_does() -> None:
     ours = both("a", "b", versions={"torch": "2.15.0"}, extractor_sha256="ab" * 32)
-    theirs = both("a", "b", versions={"torch": "2.16.0"}, seed=7, extractor_sha256="cd" * 32, protocol=3, finished=9.0)
-    assert choice.differing(ours, theirs) == (
+    theirs = both("a", "b", versions={"torch": "2.16.0"}, seed=7, extractor_sha256="cd" * 32, protocol=3, finished=9)
+    assert differing(ours, theirs) == (
         "seed (0, 7), extractor sha256 (abababababab, cdcdcdcdcdcd), protocol (2, 3) and torch (2.15.0, 2.16.0)"
     )
-    assert choice.differing(ours, both("b", "a", versions={"torch": "2.15.0"})) == "no settings"
+    assert differing(ours, both("b", "a", versions={"torch": "2.15.0"})) == "no settings"

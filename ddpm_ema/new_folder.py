@@ -1,0 +1,50 @@
+"""A folder that appears whole or not at all: how a pipeline folder and an imported run are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ddpm_ema.errors import UserError
+
+
+def refuse_used(path: Path, option: str) -> None:
+    """Raises UserError, which names the command line's `option`, if there is more at `path` than an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already holds something; remove it or choose another folder with {option}")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, option: str) -> Iterator[Path]:
+    """A temporary folder beside `path`, synced and renamed to it at the end, deleted if anything goes wrong.
+
+    Raises UserError, which names the command line's `option`, if `path` is used already or cannot be written.
+    """
+    refuse_used(path, option)
+    partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            _sync(written)
+        os.replace(partial, path)
+        _sync(path.absolute().parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            refuse_used(path, option)
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); choose another folder with {option}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
