@@ -1,4 +1,4 @@
-"""scripts/reconstruct.py: snapshots of a run → files of averages that no one kept, and how far each can be trusted."""
+"""scripts/reconstruct.py: snapshots of a run → files of averages that training did not store, and how far each can be trusted."""
 
 from __future__ import annotations
 
