@@ -1,12 +1,12 @@
-"""How long one update of K averaged copies takes: ours, every peer at its fastest setting, and the floor memory allows.
+"""Time of one update of K averages: ours, every peer at its fastest setting, and the floor that memory sets.
 
-    python benchmarks/averaging.py [--copies 1 3 8] [--processes 7] [--rounds 9] [--threads 2] [--device cpu] [--output FILE.json]
+    python benchmarks/averaging.py [--averages 1 3 8] [--processes 7] [--rounds 9] [--threads 2] [--device cpu] [--output FILE.json]
 
-All contenders follow one model (google/ddpm-cifar10-32, 35.7 M parameters, 328 tensors) and take turns, so that a slow
-moment of the machine falls on all of them; a process's ratio is the median over the rounds of theirs against ours in the same
-round. What a contender allocates at every update is either recycled by the allocator or mapped anew, which one is settled by
-chance when a process starts and changes its time several times over. So everything is measured in several fresh processes:
-the figure is the median over them, printed with the lowest and the highest. Needs the extra `bench`.
+All contenders follow one model (google/ddpm-cifar10-32, 35.7 M parameters, 328 tensors) and take turns, so that a slow moment of
+the machine affects all of them. A process's ratio is the median over the rounds of a contender's time over ours in the same round.
+Whether the allocator recycles what a contender allocates per update is fixed by chance when a process starts, and changes its time
+several times over. So the figure is the median over several fresh processes, printed with minimum and maximum. Needs the extra
+`bench`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECAYS = [0.999, 0.9999, 0.99, 0.995, 0.9995, 0.9, 0.99995, 0.95]
 OURS, SPLIT, BARE, FLOOR = (
     "ddpm_ema",
     "ddpm_ema, one of 2 ranks",
-    "bare _foreach_lerp_ a copy",
+    "bare _foreach_lerp_ per average",
     "flat tensors, in blocks",
 )
 DIFFUSERS = "diffusers EMAModel (foreach)"
@@ -58,15 +58,15 @@ CIFAR10_UNET: dict[str, Any] = {
 }
 
 
-def ours(model: nn.Module, copies: int, rank: int = 0, world_size: int = 1) -> Update:
-    profiles = {f"copy_{k}": ConstantDecay(DECAYS[k % len(DECAYS)]) for k in range(copies)}
+def ours(model: nn.Module, count: int, rank: int = 0, world_size: int = 1) -> Update:
+    profiles = {f"average_{k}": ConstantDecay(DECAYS[k % len(DECAYS)]) for k in range(count)}
     bank = AverageBank(model.named_parameters(), profiles, rank=rank, world_size=world_size)
     return lambda: bank.update((bank.step or 0) + 1)
 
 
-def bare_foreach(model: nn.Module, copies: int) -> Update:
+def bare_foreach(model: nn.Module, count: int) -> Update:
     sources = [parameter.detach() for parameter in model.parameters()]
-    averages = [[source.clone() for source in sources] for _ in range(copies)]
+    averages = [[source.clone() for source in sources] for _ in range(count)]
 
     def update() -> None:
         for average, decay in zip(averages, DECAYS, strict=False):
@@ -75,52 +75,52 @@ def bare_foreach(model: nn.Module, copies: int) -> Update:
     return update
 
 
-def floor(model: nn.Module, copies: int, block: int = 1 << 20) -> Update:
-    """What no real model offers: one contiguous parameter, every block of it read once for all copies."""
+def floor(model: nn.Module, count: int, block: int = 1 << 20) -> Update:
+    """One contiguous parameter, which no real model is: every block of it is read once for all averages."""
     numel = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
     source = torch.randn(numel, device=device)
-    averages = [source.clone().split(block) for _ in range(copies)]
+    averages = [source.clone().split(block) for _ in range(count)]
     blocks = range(len(averages[0]))
     targets = [average[i] for i in blocks for average in averages]
     sources = [part for part in source.split(block) for _ in averages]
-    weights = [1.0 - decay for _ in blocks for decay in DECAYS[:copies]]
+    weights = [1.0 - decay for _ in blocks for decay in DECAYS[:count]]
     return lambda: torch._foreach_lerp_(targets, sources, weights)
 
 
-def averaged_model(model: nn.Module, copies: int) -> Update:
-    peers = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) for decay in DECAYS[:copies]]
+def averaged_model(model: nn.Module, count: int) -> Update:
+    peers = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) for decay in DECAYS[:count]]
     return lambda: [peer.update_parameters(model) for peer in peers] and None
 
 
-def timm_ema(model: nn.Module, copies: int) -> Update:
-    peers = [ModelEmaV3(model, decay=decay, foreach=True) for decay in DECAYS[:copies]]
+def timm_ema(model: nn.Module, count: int) -> Update:
+    peers = [ModelEmaV3(model, decay=decay, foreach=True) for decay in DECAYS[:count]]
     return lambda: [peer.update(model) for peer in peers] and None
 
 
-def ema_pytorch(model: nn.Module, copies: int, use_foreach: bool) -> Update:
+def ema_pytorch(model: nn.Module, count: int, use_foreach: bool) -> Update:
     settings = {"update_every": 1, "update_after_step": 0, "include_online_model": False, "use_foreach": use_foreach}
-    peers = [EMA(model, beta=decay, **settings) for decay in DECAYS[:copies]]
+    peers = [EMA(model, beta=decay, **settings) for decay in DECAYS[:count]]
     return lambda: [peer.update() for peer in peers] and None
 
 
-def diffusers_ema(model: nn.Module, copies: int, foreach: bool) -> Update:
-    peers = [EMAModel(model.parameters(), decay=decay, foreach=foreach) for decay in DECAYS[:copies]]
+def diffusers_ema(model: nn.Module, count: int, foreach: bool) -> Update:
+    peers = [EMAModel(model.parameters(), decay=decay, foreach=foreach) for decay in DECAYS[:count]]
     return lambda: [peer.step(model.parameters()) for peer in peers] and None
 
 
-def contenders(model: nn.Module, copies: int) -> dict[str, Update]:
+def contenders(model: nn.Module, count: int) -> dict[str, Update]:
     return {
-        OURS: ours(model, copies),
-        SPLIT: ours(model, copies, rank=0, world_size=2),
-        FLOOR: floor(model, copies),
-        BARE: bare_foreach(model, copies),
-        "torch AveragedModel": averaged_model(model, copies),
-        "timm ModelEmaV3 (foreach)": timm_ema(model, copies),
-        "ema-pytorch EMA (foreach)": ema_pytorch(model, copies, use_foreach=True),
-        "ema-pytorch EMA": ema_pytorch(model, copies, use_foreach=False),
-        DIFFUSERS: diffusers_ema(model, copies, foreach=True),
-        "diffusers EMAModel": diffusers_ema(model, copies, foreach=False),
+        OURS: ours(model, count),
+        SPLIT: ours(model, count, rank=0, world_size=2),
+        FLOOR: floor(model, count),
+        BARE: bare_foreach(model, count),
+        "torch AveragedModel": averaged_model(model, count),
+        "timm ModelEmaV3 (foreach)": timm_ema(model, count),
+        "ema-pytorch EMA (foreach)": ema_pytorch(model, count, use_foreach=True),
+        "ema-pytorch EMA": ema_pytorch(model, count, use_foreach=False),
+        DIFFUSERS: diffusers_ema(model, count, foreach=True),
+        "diffusers EMAModel": diffusers_ema(model, count, foreach=False),
     }
 
 
@@ -147,10 +147,10 @@ def measure(updates: dict[str, Update], rounds: int, device: torch.device) -> di
     return times
 
 
-def one_process(copies: int, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def one_process(count: int, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Each contender's median and fastest milliseconds, and its median ratio to ours, as this process has them."""
     torch.manual_seed(0)
-    times = measure(contenders(UNet2DModel(**CIFAR10_UNET).to(device), copies), rounds, device)
+    times = measure(contenders(UNet2DModel(**CIFAR10_UNET).to(device), count), rounds, device)
     return {
         name: {
             "median_ms": statistics.median(seconds) * 1e3,
@@ -161,11 +161,11 @@ def one_process(copies: int, rounds: int, device: torch.device) -> dict[str, dic
     }
 
 
-def fresh_process(copies: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def fresh_process(count: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`one_process` in a new interpreter."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         options = ("rounds", "threads", "device")
-        command = [sys.executable, __file__, "--one", "--copies", str(copies), "--output", file.name]
+        command = [sys.executable, __file__, "--one", "--averages", str(count), "--output", file.name]
         command += [word for option in options for word in (f"--{option}", str(getattr(arguments, option)))]
         subprocess.run(command, check=True)
         found: dict[str, dict[str, float]] = json.loads(Path(file.name).read_text())
@@ -218,7 +218,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--copies", type=int, nargs="+", default=[1, 3, 8], help="averaged copies kept")
+    parser.add_argument("--averages", type=int, nargs="+", default=[1, 3, 8], help="numbers of averages")
     parser.add_argument(
         "--processes", type=int, default=None, help="fresh ones that measure (7; on CUDA, which recycles all, 3)"
     )
@@ -230,30 +230,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "averaging.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not 1 <= min(arguments.copies) <= max(arguments.copies) <= len(DECAYS):
-        parser.error(f"--copies: 1 to {len(DECAYS)}")
+    if not 1 <= min(arguments.averages) <= max(arguments.averages) <= len(DECAYS):
+        parser.error(f"--averages: 1 to {len(DECAYS)}")
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     processes = arguments.processes or (7 if device.type == "cpu" else 3)
     if arguments.one:
-        arguments.output.write_text(json.dumps(one_process(arguments.copies[0], arguments.rounds, device)))
+        arguments.output.write_text(json.dumps(one_process(arguments.averages[0], arguments.rounds, device)))
         return
     numel = sum(parameter.numel() for parameter in UNet2DModel(**CIFAR10_UNET).parameters())
     counts = {"processes": processes, "rounds": arguments.rounds}
-    report: dict[str, Any] = {"environment": environment(device), "parameters": numel, **counts, "copies": {}}
-    for copies in arguments.copies:
-        rows = summarise([fresh_process(copies, arguments) for _ in range(processes)])
-        report["copies"][str(copies)] = {"rows": rows} | ({"targets": targets(rows)} if copies == 3 else {})
-        show(copies, numel, report)
+    report: dict[str, Any] = {"environment": environment(device), "parameters": numel, **counts, "averages": {}}
+    for count in arguments.averages:
+        rows = summarise([fresh_process(count, arguments) for _ in range(processes)])
+        report["averages"][str(count)] = {"rows": rows} | ({"targets": targets(rows)} if count == 3 else {})
+        show(count, numel, report)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nwritten to {arguments.output}")
 
 
-def show(copies: int, numel: int, report: dict[str, Any]) -> None:
+def show(count: int, numel: int, report: dict[str, Any]) -> None:
     counts = f"{report['processes']} processes, {report['rounds']} rounds each"
-    print(f"\nK = {copies} copies of {numel / 1e6:.1f} M parameters, {counts}, {report['environment']['device']}")
-    found = report["copies"][str(copies)]
+    print(f"\nK = {count} averages of {numel / 1e6:.1f} M parameters, {counts}, {report['environment']['device']}")
+    found = report["averages"][str(count)]
     for row in sorted(found["rows"], key=lambda row: row["times_ours"]):
         ratios = row["times_ours_in_each_process"]
         ratio = f"{row['times_ours']:6.2f} x ours ({ratios[0]:.2f} to {ratios[-1]:.2f})"

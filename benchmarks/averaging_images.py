@@ -2,7 +2,7 @@
 
     python benchmarks/averaging_images.py [--folder docs/images]
 
-`averaging_profiles.png`: what each rule gives every step; `averaging_posthoc.png`: which averages can be had after the fact.
+`averaging_profiles.png`: the weight that each rule gives to every step; `averaging_posthoc.png`: predicted errors of reconstructions.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def profiles_picture(path: Path) -> None:
         axis.set(title=title, xlim=(0, 1.02), ylim=(0, top), xlabel="time, as a share of training")
         axis.set_ylabel("weight" if title == "snapshots" else "weight x steps")
         axis.legend(fontsize=8, loc="upper left" if title != "snapshots" else "center left")
-    figure.suptitle(f"What each rule gives the parameters after every one of {STEPS:,} steps")
+    figure.suptitle(f"The weight that each rule gives to the parameters after each of {STEPS:,} steps")
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
 def predicted(stored: list[Profile], count: int, target: Profile, steps: int = 100_000) -> float:
-    """Predicted error of `target` from averages stored `count` times, evenly, and from the initial weights."""
+    """Predicted error of `target` from the initial weights and averages stored `count` times, evenly."""
     at = [0, *(steps * (i + 1) // count for i in range(count) for _ in stored)]
     return posthoc_coefficients(at, [RAW, *stored * count], steps, target).predicted_relative_error or 0.0
 

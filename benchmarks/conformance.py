@@ -1,10 +1,10 @@
-"""Which weighting each library really gives, beside the one its documentation names.
+"""Measured weighting of each library's averages beside the documented one.
 
     python benchmarks/conformance.py [--steps 10000] [--plot FILE.png] [--output FILE.json]
 
-After step t the parameters are the t-th unit vector, so an average of them *is* its weighting. The table says where the weight
-sits (its centre, as a share of training), how many steps are averaged, and how far the weight is displaced on average (the
-Wasserstein distance between the two weightings, as a share of training). Needs the extra `bench`.
+After step t the parameters are the t-th unit vector, so an average of them *is* its weighting. The table has the centre of the weight
+(as a share of training), the number of steps averaged, and the mean displacement of the weight (the Wasserstein distance between the
+two weightings, as a share of training). Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from matplotlib import pyplot as plt
 
 Average = Callable[[], torch.Tensor]
 TOLERANCE = 0.01
-"""Mean displacement that still counts as documented: updating every 100 of 10,000 steps displaces by up to half of it."""
+"""Largest mean displacement that counts as documented; updates every 100 of 10,000 steps displace by up to half of it."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A library, the profile its documentation names for these settings, and how it is used as its documentation shows.
+    """A library, the profile that its documentation gives for some settings, and its use as documented.
 
     `follow(module)` returns a function to call after every step, which updates the average and returns its only tensor.
     """
@@ -127,7 +127,7 @@ def contenders() -> list[Contender]:
 
 
 def measured_weighting(contender: Contender, steps: int) -> np.ndarray:
-    """float64 [steps + 1]: what the average after `steps` steps gives the initial parameters and those after each step."""
+    """float64 [steps + 1]: weight of the initial parameters and of those after each step in the average after `steps` steps."""
     module = nn.Linear(steps + 1, 1, bias=False)
     with torch.no_grad():
         module.weight.zero_()

@@ -1,14 +1,14 @@
-"""Learning-rate decays that were really made, beside the averages that emulate them.
+"""Learning-rate decays beside the averages that emulate them.
 
     python benchmarks/cooldowns.py FOLDER [--steps 1500] [--num-images 1797] [--only window_150_1500 ...] [--output FILE.json]
 
 Trains the network of `configs/digits.yaml` at a constant rate (after a warm-up of a tenth), and keeps averages that emulate a
 linear, a cosine and a 1-sqrt decay over the last tenth and the last three tenths of the steps. For each of them the run is forked:
 its checkpoint before those steps is copied and resumed exactly, on the same images and noise, with the learning rate times
-r((t - (T - D)) / D). The fork's last raw weights are then scored beside the average, over the same noise. What is in FOLDER already
-is taken as it is, so a benchmark that was stopped goes on.
+r((t - (T - D)) / D). The fork's last raw weights are then scored beside the average, over the same noise. Results in FOLDER are
+reused, so a benchmark that was stopped continues.
 
-`weights_apart` is ||fork - average|| / ||fork - raw||: 0 where the average is the fork, 1 where it lies as far from it as raw does.
+`weights_apart` is ||fork - average|| / ||fork - raw||: 0 if the average equals the fork, 1 if it is as far from it as raw is.
 """
 
 from __future__ import annotations

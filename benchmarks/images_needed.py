@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
         place = arguments.index("--bench.output")
         output = Path(arguments[place + 1])
         arguments = arguments[:place] + arguments[place + 2 :]
-    return cli.guard(lambda: bench(cli.parse(arguments, __doc__ or ""), output))
+    return cli.guard(lambda: bench(config.parse(arguments), output))
 
 
 if __name__ == "__main__":

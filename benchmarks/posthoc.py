@@ -1,11 +1,11 @@
-"""Averages made after the fact against the same averages kept during training; EDM2's fit beside ours; and where the model breaks.
+"""Reconstructed averages against the same averages kept during training; EDM2's fit beside ours; limits of the model.
 
     python benchmarks/posthoc.py FOLDER [--runs constant cosine ...] [--counts 5 10 20 50] [--output FILE.json] [--figure FILE.png]
 
 Trains the network of `configs/digits.yaml` 3,000 steps at a constant rate, with cosine decay, with a warm-up of a tenth, and at batch
-size 4 (a run that is in FOLDER already is taken as it is). Every average below is kept; power functions .05 and .10, `uniform` and raw
-are stored every 30 steps. Each kept average is then made from 5, 10, 20 and 50 of the stored ones. The error is that of all weights
-as a share of the average's distance from the raw weights; `predicted` is what the library says before it reads a tensor.
+size 4 (a finished run in FOLDER is reused). Every average below is kept; power functions .05 and .10, `uniform` and raw are stored
+every 30 steps. Each kept average is then reconstructed from 5, 10, 20 and 50 of the stored ones. The error is that of all weights as a
+share of the average's distance from the raw weights; `predicted` is known before any tensor is read.
 
 EDM2's fit is that of Karras et al. 2024, appendix C.3: least squares of the weightings. The paper solves it for power functions by
 closed forms of continuous time and normal equations; here it is solved over the discrete weightings, for any target, by an orthogonal
@@ -13,7 +13,7 @@ factorisation, and its coefficients are held to sum to 1, which is in its favour
 
     python benchmarks/posthoc.py --simulate [--output FILE.json]
 
-makes weights that move otherwise than the model has it, and prints actual / predicted.
+simulates weights that do not move as the model assumes, and prints actual / predicted.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ SETS = {
 
 
 def train(folder: Path, name: str) -> Path:
-    """The run directory of one run, trained if it is not there."""
+    """The run directory of one run; trains it if it does not exist."""
     run = folder / name
     if (run / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").exists():
         return run
@@ -163,11 +163,11 @@ def measure(run: Path, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
                 yield cell | {"actual": float(distance) / scale[cell["target"]]}
 
 
-FLOOR = 1e-5  # of predicted errors: below there is rounding alone
+FLOOR = 1e-5  # of predicted errors: below it the error is rounding alone
 
 
 def has_ratio(names: Sequence[str], target: str, predicted: float | None) -> bool:
-    """Not where the target is a combination of what was stored, 5 U(T) - 4 U(0.8 T): there is nothing to predict."""
+    """False if the target is an exact combination of stored averages, 5 U(T) - 4 U(0.8 T): nothing to predict."""
     return predicted is not None and predicted >= FLOOR and not ("uniform" in names and target == "last_20")
 
 
@@ -195,8 +195,18 @@ def key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("run", "stored", "snapshots", "target"))
 
 
+COLUMNS = ("run", "stored", "snapshots", "target", "step_variance", "predicted", "actual", "edm2_actual")
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Our cells as rows of `COLUMNS`, with the error of EDM2's fit beside ours."""
+    theirs = {key(c): c["actual"] for c in cells if c["predicted"] is None}
+    ours = (cell | {"edm2_actual": theirs[key(cell)]} for cell in cells if cell["predicted"] is not None)
+    return [[cell[column] for column in COLUMNS] for cell in ours]
+
+
 def simulate(steps: int = 3000, count: int = 10, size: int = 2000) -> list[dict[str, Any]]:
-    """Actual over predicted where weights move otherwise than the model has it; the least and most over the targets."""
+    """Actual over predicted for weights that do not move as the model assumes; minimum and maximum over the targets."""
     random, time = np.random.default_rng(0), np.arange(steps)
     moves = random.standard_normal((steps, size))
     rate = 0.5 * (1 + np.cos(np.pi * time / steps))
@@ -289,7 +299,7 @@ def one_row_per_line(results: Mapping[str, Any]) -> str:
     shown = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
     parts = [
         f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        if isinstance(value, list)
+        if isinstance(value, list) and name != "columns"
         else f" {json.dumps(name)}: {json.dumps(value)}"
         for name, value in shown.items()
     ]
@@ -315,7 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="+", default=[5, 10, 20, 50], help="snapshots of each stored average"
     )
-    parser.add_argument("--simulate", action="store_true", help="also make weights that move otherwise")
+    parser.add_argument("--simulate", action="store_true", help="also simulate weights that do not move as assumed")
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="reconstruction is a sum on the CPU")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "posthoc.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "averaging_predicted.png")
@@ -326,7 +336,7 @@ def main() -> None:
     if arguments.folder:
         cells = [c for name in arguments.runs for c in measure(train(arguments.folder, name), arguments.counts)]
         environment = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
-        results |= {"environment": environment, "summary": summary(cells), "cells": cells}
+        results |= {"environment": environment, "summary": summary(cells), "columns": COLUMNS, "cells": table(cells)}
         draw(cells, arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(one_row_per_line(results))

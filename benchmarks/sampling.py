@@ -117,10 +117,10 @@ def inception(device: torch.device) -> Extractor:
     ):
         network = cls("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
     return Extractor(
-        network,
+        network=network,
         name="inception-v3-compat",
         sha256="random",
-        layers=("2048", "logits_unbiased"),
+        feature_layer="2048",
         channels=3,
         is_published_inception=False,
         device=device,

@@ -1,88 +1,171 @@
-"""Command line → settings, and errors → exit codes. What every script under `scripts/` calls."""
+"""`ddpm-ema COMMAND ...`: the one entry to every stage. Errors that a person can cause become a message and an exit code.
+
+A stage is imported when it runs, so that `--help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ddpm_ema import config as settings
-from ddpm_ema.errors import EXIT_DONE, UserError
+from ddpm_ema import options
+from ddpm_ema.errors import EXIT_DONE, UserError, nearest
 from ddpm_ema.messages import to_stderr
+
+if TYPE_CHECKING:
+    from ddpm_ema.config import Config
+
+
+def _features(config: Config) -> object:
+    from ddpm_ema.classifier_training import train_features
+
+    return train_features(config)
+
+
+def _train(config: Config) -> None:
+    from ddpm_ema import score, train
+
+    train.run(config, evaluate=score.while_training)
+
+
+def _score(config: Config) -> object:
+    from ddpm_ema import score
+
+    return score.run(config)
+
+
+def _sweep(config: Config) -> object:
+    sweep = config.evaluation.sweep
+    if not (sweep.stds or sweep.decays or sweep.cooldowns):
+        raise UserError(
+            "sweep: name a range: --evaluation.sweep.stds 0.02:0.25:12, or decays or cooldowns (see --help)"
+        )
+    return _score(config)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command that takes settings; `--help` shows the sections of `first` before the others."""
+
+    summary: str
+    run: Callable[[Config], object]
+    first: tuple[str, ...]
+
+
+STAGES = {
+    "features": Stage(
+        "Train a feature classifier on the labels of the data set, for scoring.", _features, ("data", "")
+    ),
+    "train": Stage(
+        "Train a DDPM U-Net and keep averages of its weights; resume if the run directory has checkpoints.",
+        _train,
+        ("training", "", "checkpoints", "data", "model", "diffusion", "machine"),
+    ),
+    "score": Stage(
+        "Sample from every average with the same noise, score the samples, and say which differences are significant.",
+        _score,
+        ("evaluation", "evaluation.sweep", "machine"),
+    ),
+    "sweep": Stage(
+        "Score reconstructed averages over a range of widths, beside the weights that `score` takes.",
+        _sweep,
+        ("evaluation.sweep", "evaluation", "machine"),
+    ),
+}
+# Commands without settings: summary, the module with `main(arguments)`, and its options if the module is slow to import.
+TOOLS: dict[str, tuple[str, str, Callable[[], Any] | None]] = {
+    "report": ("Write one HTML page about a run: which weights to ship, and why.", "report", options.report),
+    "export": ("Write weights of a run as a diffusers pipeline folder.", "export", options.export),
+    "reconstruct": (
+        "Make averages from the snapshots of a run, or plan snapshots.",
+        "reconstruction",
+        options.reconstruct,
+    ),
+    "import": ("Make a run directory from checkpoints of another program.", "importing", options.importing),
+    "doctor": ("Check whether this machine or image can train.", "doctor", None),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 2 bad input, 3 diverged, 75 stopped and saved."""
+    return guard(_dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
 def guard(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Calls `function`; an error a person can cause becomes one message on stderr and its exit code."""
+    """Calls `function` and returns its exit code, if it returns an int; a UserError becomes one message on stderr."""
     to_stderr()
     try:
-        function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"{error.prefix}{error}", file=sys.stderr, flush=True)
         return error.exit_code
-    return EXIT_DONE
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing fails at exit
+        return EXIT_DONE
+    return result if isinstance(result, int) else EXIT_DONE
 
 
-def main(run: Callable[[settings.Config], Any], description: str, argv: Sequence[str] | None = None) -> int:
-    """Parses `--config FILE --section.setting value ...`, calls `run(config)` and returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return guard(lambda: run(parse(arguments, description)))
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def parse(arguments: Sequence[str], description: str) -> settings.Config:
-    """`--config FILE` and dotted overrides -> settings. Raises UserError that lists every error; `--help` ends the program.
-
-    Overrides are laid over the file before one validation sees the whole, so that errors of both come at once; tyro, which
-    stops at its first, renders the help.
-    """
-    wants_help = any(a in ("-h", "--help") for a in arguments)
-    path, overrides = split([a for a in arguments if a not in ("-h", "--help")])
-    config = settings.load(path, overrides)
-    if wants_help:
-        _print_help(config, description)
-    return config
-
-
-def split(arguments: Sequence[str]) -> tuple[str | None, dict[str, list[str]]]:
-    """["--config", "a.yaml", "--training.steps", "5"] -> ("a.yaml", {"training.steps": ["5"]}). Both `--a b` and `--a=b`."""
-    overrides: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    stray: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            key, equals, value = argument[2:].partition("=")
-            name = key if key.startswith("averages.") else key.replace("-", "_")
-            key, switched_off = _positive(name)
-            current = overrides[key] = ["false"] if switched_off else [value] if equals else []
-        elif current is None:
-            stray.append(argument)
-        else:
-            current.append(argument)
-    if stray:
-        raise UserError(
-            f"{stray[0]!r}: not a setting; write --config FILE or --section.setting value (--help lists them)"
-        )
-    paths = overrides.pop("config", [])
-    if len(paths) > 1 or (not paths and "config" in overrides):
-        raise UserError("--config: takes one file")
-    return (paths[0] if paths else None), overrides
+def _dispatch(arguments: list[str]) -> object:
+    if not arguments:
+        raise UserError(f"name a command\n\n{_usage()}")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(_usage())
+        return EXIT_DONE
+    if name in STAGES:
+        return _run_stage(name, rest)
+    if name not in TOOLS:
+        raise UserError(f"{name!r} is not a command{nearest(name, [*STAGES, *TOOLS])}")
+    _, module, parser = TOOLS[name]
+    if parser is not None:
+        parser().parse_args(rest)  # answers --help and refuses wrong options before torch is imported
+    return import_module(f"ddpm_ema.{module}").main(rest)
 
 
-def _positive(key: str) -> tuple[str, bool]:
-    """tyro's switches: "training.no_compile" -> ("training.compile", True)."""
-    section, dot, name = key.rpartition(".")
-    return f"{section}{dot}{name.removeprefix('no_')}", name.startswith("no_")
+def _usage() -> str:
+    summaries = {name: stage.summary for name, stage in STAGES.items()} | {
+        name: tool[0] for name, tool in TOOLS.items()
+    }
+    lines = [f"  {name:<12} {summary}" for name, summary in summaries.items()]
+    return "\n".join(
+        ["usage: ddpm-ema COMMAND ...", "", *lines, "", "ddpm-ema COMMAND --help lists the options of a command."]
+    )
 
 
-def _print_help(config: settings.Config, description: str) -> None:
-    """tyro lists every setting with its meaning and the value the file gives it."""
-    import tyro
-    from pydantic import create_model
+def _run_stage(name: str, arguments: list[str]) -> object:
+    try:
+        from ddpm_ema import config
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: pip install 'ddpm_ema[train]'") from None
+    stage, given = STAGES[name], [word for word in arguments if word not in ("-h", "--help")]
+    if given != arguments:
+        config.show_help(f"ddpm-ema {name}", stage.summary, config.parse(given), stage.first)
+        return EXIT_DONE
+    run, path, _ = config.split(given)
+    if name == "train" and run is None and path is None:
+        raise UserError(f"train: name the settings with --config FILE; these come with the program:\n{_shipped()}")
+    return stage.run(config.parse(given))
 
-    # tyro needs one type an option; an average is shown as the profile it is.
-    shown = create_model("Config", __base__=settings.Config, averages=(dict[str, str], {}))
-    profiles = {name: str(profile) for name, profile in config.averages.items()}
-    default = shown.model_construct(**{**dict(config), "averages": profiles})
-    text = f"{description}\n\n--config FILE names the settings; the options below override it."
-    program = os.path.basename(sys.argv[0])
-    tyro.cli(shown, default=default, args=["--help"], prog=program, description=text, use_underscores=True)
+
+def _shipped() -> str:
+    """The configurations that were installed, or those of this checkout."""
+    folders = (Path(sys.prefix, "share", "ddpm_ema", "configs"), Path(__file__).parents[1] / "configs")
+    return "\n".join(f"  {path}" for folder in folders for path in sorted(folder.glob("*.yaml")))

@@ -1,7 +1,7 @@
-"""torch.compile on machines that stop programs: libraries cut off in its cache, stops while it compiles, one message where it fails.
+"""torch.compile on machines that stop programs: truncated libraries in its cache, stops while it compiles, one message if it fails.
 
-A program that is killed while the linker writes leaves a cut-off library in torch's cache. torch finds it there at every later
-start, and loading it ends the program, by a signal if need be; so it is looked for and deleted before anything is compiled.
+A kill while the linker writes leaves a truncated library in torch's cache, and every later start crashes when it loads it. So
+truncated libraries are deleted before anything is compiled.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.messages import logger
 
 LINKING_SECONDS = 10.0
-"""A library that was written to this recently may be another program's, whose linker is at work."""
+"""A library modified this recently may still be written by another program's linker."""
 
 
 def prepare(setting: str, tell: Callable[[str], object] = logger.info) -> None:
-    """Call before the first compiled call: says that it takes long, and deletes cut-off libraries from torch's cache.
+    """Deletes truncated libraries from torch's cache and says that compiling takes long; call it before the first compiled call.
 
     Args:
-        setting: key path of the setting that switches compiling on, for the message.
-        tell: takes a line for the user; ranks but the first are silent.
+        setting: key path of the setting that switches compiling on.
+        tell: takes a line for the user; only the first rank passes one that prints.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -47,7 +47,7 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file reaches to the end of its table of sections, which linkers write last (64-bit ELF)."""
+    """Whether the file contains its whole section table, which linkers write last (64-bit ELF)."""
     with open(path, "rb") as file:
         header = file.read(64)
     if len(header) < 64 or header[:5] != b"\x7fELF\x02":
@@ -58,20 +58,20 @@ def _is_whole(path: Path) -> bool:
 
 @contextlib.contextmanager
 def explained(setting: str, stop: StopFlag | None = None) -> Iterator[None]:
-    """Around calls that may compile: turns torch's errors into one message.
+    """Turns torch's errors in calls that may compile into one message.
 
     Args:
         setting: key path of the setting that switches compiling on.
-        stop: whether a stop was asked for; signals that go to the whole process group kill the compiler first.
+        stop: says whether a stop was requested; a signal to the whole process group kills the compiler first.
 
     Raises:
-        StoppedError: a stop was asked for while it compiled.
+        StoppedError: a stop was requested while it compiled.
         UserError: the network cannot be compiled here.
     """
     try:
         yield
     except Exception as error:
-        # By the name of its class, whose import takes seconds.
+        # By name, because importing the class takes seconds.
         if all(base.__name__ != "TorchDynamoException" for base in type(error).__mro__):
             raise
         if stop is not None and stop.requested:

@@ -28,7 +28,7 @@ _VLB_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
 
 
 def noise_scheduler(settings: DiffusionSettings) -> DDPMScheduler:
-    """The scheduler that training, sampling and export share: the only place where settings become betas."""
+    """The scheduler of training, sampling and export: the only place where settings become betas."""
     return DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
         beta_schedule=SCHEDULES[settings.schedule],
@@ -41,13 +41,13 @@ def noise_scheduler(settings: DiffusionSettings) -> DDPMScheduler:
 
 
 class Objective:
-    """What is minimised: noised images in, one loss an image out. Noising and loss are fp32, also inside autocast."""
+    """The training loss, one value per image. Noising and loss are fp32, also under autocast."""
 
     def __init__(self, settings: DiffusionSettings) -> None:
         self.settings = settings
         self.num_train_timesteps = settings.num_train_timesteps
         scheduler: Any = noise_scheduler(settings)
-        # Derived in float64 from the scheduler's own fp32 table, rounded once: training and sampling agree on x_t.
+        # In float64 from the scheduler's fp32 table, rounded once, so that training and sampling agree on x_t.
         alphas_cumprod = scheduler.alphas_cumprod.double()
         self._signal = alphas_cumprod.sqrt().float()
         self._sigma = (1 - alphas_cumprod).sqrt().float()
@@ -55,7 +55,7 @@ class Objective:
         self._posterior = _Posterior(alphas_cumprod) if settings.variance == "learned" else None
 
     def to(self, device: torch.device | str) -> Objective:
-        """Move the tables to `device`, in place; returns self."""
+        """Moves the tables to `device`, in place; returns self."""
         self._signal, self._sigma = self._signal.to(device), self._sigma.to(device)
         self._weight = self._weight.to(device)
         if self._posterior is not None:
@@ -63,7 +63,7 @@ class Objective:
         return self
 
     def timesteps(self, seed: int, step: int, positions: Tensor) -> Tensor:
-        """A timestep in [0, T) for every position (int64 `[n]`) of the global batch: int64 `[n]`."""
+        """A timestep in [0, T) per position (int64 `[n]`) in the global batch: int64 `[n]`."""
         return keyed_random.integers(seed, keyed_random.Purpose.TIMESTEP, step, positions, self.num_train_timesteps)
 
     def drop_labels(self, labels: Tensor, no_label: int, seed: int, step: int, positions: Tensor) -> Tensor:
@@ -79,11 +79,19 @@ class Objective:
     def loss(
         self, predict: Predict, x_0: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """Loss of every image, fp32 `[n]`, a mean over C, H, W.
+        """The simple loss, a mean over C, H, W; for a learned variance the hybrid loss (Nichol & Dhariwal 2021, eq. 16).
 
-        `x_0` `[n, C, H, W]` in [-1, 1] and `noise` of the same shape, `timesteps` int64 `[n]`, on one device.
-        With learned variance the hybrid loss of Nichol & Dhariwal 2021, eq. 16: the simple loss, plus 0.001 times the
-        variational bound in bits a dimension, in which the mean's gradient is stopped.
+        The hybrid loss adds 0.001 times the variational bound in bits per dimension, without the mean's gradient.
+
+        Args:
+            predict: the network.
+            x_0: images `[n, C, H, W]` in [-1, 1].
+            noise: standard normal, of the same shape.
+            timesteps: int64 `[n]`.
+            labels: int64 `[n]`, or None for an unconditional network.
+
+        Returns:
+            fp32 `[n]`.
         """
         x_0, noise = x_0.float(), noise.float()
         x_t = self.add_noise(x_0, noise, timesteps)
@@ -102,7 +110,7 @@ class Objective:
             return loss
 
     def _target(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a perfect network would say."""
+        """The output of a perfect network."""
         if self.settings.prediction == "epsilon":
             return noise
         if self.settings.prediction == "sample":
@@ -111,7 +119,7 @@ class Objective:
         return signal * noise - sigma * x_0  # Salimans & Ho 2022, appendix D
 
     def predicted_x_0(self, prediction: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The x_0 that a prediction amounts to, not clipped."""
+        """The x_0 that a prediction implies, not clipped."""
         if self.settings.prediction == "sample":
             return prediction
         signal, sigma = _per_image(self._signal, timesteps), _per_image(self._sigma, timesteps)
@@ -125,7 +133,7 @@ def _per_image(table: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def _loss_weight(alphas_cumprod: Tensor, settings: DiffusionSettings) -> Tensor:
-    """Weight of each timestep's squared error (Hang et al. 2023, section 3.4): min(SNR, gamma) in units of x_0's error."""
+    """Weight of the squared error per timestep (Hang et al. 2023, section 3.4): min(SNR, gamma) in units of x_0's error."""
     if settings.min_snr_gamma is None:
         return torch.ones_like(alphas_cumprod)
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -139,12 +147,12 @@ class _Posterior:
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
-        # Of the same table as diffusers' samplers; the scheduler's betas differ in rounding, and then x_0 at t = 0, too.
+        # From the table that diffusers' samplers use; the scheduler's betas differ in rounding, and so would x_0 at t = 0.
         betas = 1 - alphas_cumprod / previous
         self._from_x_0 = (betas * previous.sqrt() / (1 - alphas_cumprod)).float()
         self._from_x_t = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float()
         variance = betas * (1 - previous) / (1 - alphas_cumprod)
-        variance[0] = variance[1]  # the last denoising step has none; its logarithm must be finite
+        variance[0] = variance[1]  # zero at the last denoising step, but its logarithm must be finite
         self._log_small, self._log_large = variance.log().float(), betas.log().float()
 
     def to(self, device: torch.device | str) -> None:
@@ -154,9 +162,9 @@ class _Posterior:
     def bits_per_dimension(
         self, x_0: Tensor, x_t: Tensor, predicted_x_0: Tensor, variance: Tensor, timesteps: Tensor
     ) -> Tensor:
-        """L_t of every image in bits a dimension, fp32 `[n]`: KL(q || p) for t > 0, -log p(x_0 | x_1) for t = 0.
+        """L_t per image in bits per dimension, fp32 `[n]`: KL(q || p) for t > 0, -log p(x_0 | x_1) for t = 0.
 
-        `variance` in [-1, 1] goes from the posterior's to beta_t in the logarithm (Nichol & Dhariwal 2021, eq. 15).
+        `variance` in [-1, 1] interpolates the logarithm from the posterior's variance to beta_t (Nichol & Dhariwal 2021, eq. 15).
         """
         log_small, log_large = _per_image(self._log_small, timesteps), _per_image(self._log_large, timesteps)
         fraction = (variance + 1) / 2
@@ -180,8 +188,8 @@ def _gaussian_divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor,
 def _discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-probability of each 8-bit level's bin under a Gaussian; the end bins are open (Ho et al. 2020, eq. 13).
 
-    `x_0` is k / 127.5 - 1. A bin is measured from the mean towards x_0 and integrated as a difference of upper tails,
-    in logarithms, so that a far bin keeps its value and its gradient instead of underflowing.
+    `x_0` is k / 127.5 - 1. A bin is integrated as a difference of upper tails, from the mean towards x_0 and in logarithms, so that
+    the value and gradient of a far bin do not underflow.
     """
     inverse_std = (-log_std).exp()
     distance = (x_0 - mean).abs() * inverse_std

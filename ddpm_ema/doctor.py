@@ -1,12 +1,13 @@
-"""Is this machine, or image, fit to train? `python -m ddpm_ema.doctor` tries what a run needs and says what is wrong.
+"""Is this machine or image fit to train? `ddpm-ema doctor` (`python -m ddpm_ema.doctor`) tries what a run needs.
 
-Each check does the thing (allocates, reduces, writes, syncs, renames) where it costs little, instead of asking whether it
-could. Exit code 0: fit, perhaps with warnings; 2: a check failed. Takes seconds, and on CUDA some hundred MB of each GPU.
+Each check does what a run does (allocates, reduces, writes, syncs, renames). Exit code 0: fit, perhaps with warnings; 2: a check
+failed. Takes seconds, and some hundred MB of each GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -33,27 +34,20 @@ SLOW_MIB_PER_SECOND = 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was tried, how it went, and for a problem what to do."""
+    """One line of the report: what was tried, how it went, and what to do about a problem."""
 
     level: Literal["ok", "warning", "failure"]
     subject: str
     text: str
 
 
-def ok(subject: str, text: str) -> Finding:
-    return Finding("ok", subject, text)
-
-
-def warning(subject: str, text: str) -> Finding:
-    return Finding("warning", subject, text)
-
-
-def failure(subject: str, text: str) -> Finding:
-    return Finding("failure", subject, text)
+ok = functools.partial(Finding, "ok")
+warning = functools.partial(Finding, "warning")
+failure = functools.partial(Finding, "failure")
 
 
 def check_packages() -> Iterator[Finding]:
-    """Versions of the packages that pyproject.toml names. Without those of `train` nothing can train; `score` may be missing."""
+    """Versions of the required packages. A missing one of `train` is a failure, of `score` a warning."""
     found = [f"python {sys.version.split()[0]}"]
     missing: dict[str, list[str]] = {"train": [], "score": []}
     for name, extra in _requirements():
@@ -80,7 +74,7 @@ def _requirements() -> list[tuple[str, str | None]]:
 
 
 def check_device(wanted: str) -> Iterator[Finding]:
-    """A matrix product on every device; CUDA that is there but cannot be used is a failure, not a quiet run on CPU."""
+    """A matrix product on every device. CUDA that is present but unusable is a failure, not a silent run on CPU."""
     import torch
 
     if wanted != "cpu" and torch.cuda.is_available():
@@ -105,12 +99,12 @@ def _check_gpu(index: int) -> Finding:
     memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     text = f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}, bf16 {torch.cuda.is_bf16_supported(including_emulation=False)}"
     if bool((ones @ ones != 64).any()):
-        return failure(f"cuda:{index}", f"{text}: a product of ones came out wrong; take this GPU out of service")
+        return failure(f"cuda:{index}", f"{text}: a product of ones is wrong; take this GPU out of service")
     return ok(f"cuda:{index}", text)
 
 
 def check_communication() -> Iterator[Finding]:
-    """An all-reduce in a group of one over gloo, and over NCCL where there is a GPU; the interfaces that are named."""
+    """An all-reduce in a group of one over gloo, and over NCCL with a GPU; the network interfaces that are set."""
     import torch
     import torch.distributed as dist
 
@@ -163,7 +157,7 @@ def _check_interfaces() -> Iterator[Finding]:
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Data workers hand over batches, and NCCL its buffers, through /dev/shm, of which containers get 64 MiB unasked."""
+    """Data workers and NCCL exchange data through /dev/shm, which has 64 MiB in a container by default."""
     try:
         usage = shutil.disk_usage(path)
         with tempfile.TemporaryFile(dir=path) as file:
@@ -194,7 +188,7 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_output(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
-    """What a checkpoint does: write beside the target, sync, rename; MiB/s to stable storage, from one stream."""
+    """What a checkpoint does: write beside the target, sync, rename; measures MiB/s to stable storage."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
@@ -215,16 +209,16 @@ def check_output(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
         return
     text = f"{folder}: {speed:,.0f} MiB/s written and synced, {free / GIB:,.1f} GiB free"
     if speed < SLOW_MIB_PER_SECOND:
-        yield warning("output folder", f"{text}; slow: save more rarely (checkpoints.every)")
+        yield warning("output folder", f"{text}; slow: save less often (checkpoints.every)")
     elif free < GIB:
-        yield warning("output folder", f"{text}; a run keeps two checkpoints or more, each of all copies")
+        yield warning("output folder", f"{text}; a run keeps at least two checkpoints, each with all averages")
     else:
         yield ok("output folder", text)
 
 
 def check_caches() -> Iterator[Finding]:
-    """Folders that libraries write to on first use must take a file from this user; whether downloads are off."""
-    folders = {name: os.environ[name] for name in CACHES if os.environ.get(name)} or {"HOME": os.path.expanduser("~")}
+    """The cache folders of libraries must be writable by this user; says whether downloads are off."""
+    folders = {name: os.environ[name] for name in CACHES if os.environ.get(name)} or {"HOME": str(Path.home())}
     bad = [f"{name}={folder}" for name, folder in folders.items() if not _writable(Path(folder))]
     if bad:
         hint = "point them at a writable folder"
@@ -236,7 +230,7 @@ def check_caches() -> Iterator[Finding]:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether a file can be made in the folder, or in the nearest one above it that exists."""
+    """Whether a file can be made in the folder, or in its nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -247,32 +241,34 @@ def _writable(folder: Path) -> bool:
 
 
 def examine(output_dir: Path, device: str = "auto") -> list[Finding]:
-    """Every check. One that breaks in a way it did not expect is a failure that says so, not the end of the report."""
-    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("packages", check_packages),
-        ("device", lambda: check_device(device)),
-        ("communication", check_communication),
-        ("shared memory", check_shared_memory),
-        ("compiler", check_compiler),
-        ("caches", check_caches),
-        ("output folder", lambda: check_output(output_dir)),
-    ]
+    """Runs every check. An unexpected error in one is a failure of that check; the others still run."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "packages": check_packages,
+        "device": lambda: check_device(device),
+        "communication": check_communication,
+        "shared memory": check_shared_memory,
+        "compiler": check_compiler,
+        "caches": check_caches,
+        "output folder": lambda: check_output(output_dir),
+    }
     findings: list[Finding] = []
-    for subject, check in checks:
+    for subject, check in checks.items():
         try:
             findings.extend(check())
-        except Exception as error:  # a broken driver raises what it likes; the other checks still tell something
+        except Exception as error:  # a broken driver raises anything
             findings.append(failure(subject, f"{type(error).__name__}: {error}"))
     return findings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ddpm_ema.doctor", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where runs will go (made if missing)")
+    parser = argparse.ArgumentParser(
+        prog="ddpm-ema doctor", description="Checks whether this machine or image can train."
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the runs; made if missing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: fail without one")
     parser.add_argument("--strict", action="store_true", help="warnings fail too")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
 
     findings = examine(options.output_dir, options.device)

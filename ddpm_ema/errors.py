@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
@@ -40,3 +43,14 @@ class LostRankError(StoppedError):
     """Ranks lost each other: likewise a reason to start again."""
 
     prefix = UserError.prefix
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: `; did you mean 'x'?`, or if none is near, all that are known."""
+    known = list(known)
+    near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(
+        str(name), known, n=1, cutoff=0.5
+    )
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known here: {', '.join(known)}" if known else ""

@@ -1,10 +1,9 @@
-"""torchrun as a scheduler needs it: `python -m ddpm_ema.launch [torchrun's options] scripts/train.py --config ...`.
+"""torchrun for schedulers: `python -m ddpm_ema.launch [torchrun's options] scripts/train.py --config ...`.
 
-torchrun itself answers SIGTERM by killing its ranks 30 seconds later, which may be in the middle of a save, and ends with
-exit code 1 whatever theirs were, so that a scheduler cannot tell "start me again" from "the settings are wrong". Here a stop
-is passed to the ranks and waited for, as long as the scheduler lets it, and the exit code is theirs: 0 done, 2 bad input, 3
-diverged, 75 saved and to be started again, 128 + n killed by signal n, anything else a crash. Options, rendezvous and
-environment are torchrun's own. Restarts are the scheduler's: leave --max-restarts at 0.
+torchrun kills its ranks 30 seconds after SIGTERM, perhaps in the middle of a save, and always ends with exit code 1, so that a
+scheduler cannot distinguish "start again" from "bad settings". This launcher passes a stop to the ranks, waits for them, and ends
+with their exit code: 0 done, 2 bad input, 3 diverged, 75 saved and to be started again, 128 + n killed by signal n, anything else a
+crash. Options, rendezvous and environment are torchrun's. The scheduler restarts: leave --max-restarts at 0.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRelay:
-    """Passes a stop on to the ranks, whatever the main thread is doing, and remembers that there was one.
+    """Passes a stop on to the ranks and remembers it. Before there are ranks, a stop ends the launcher.
 
-    A signal wakes a thread through a pipe (signal.set_wakeup_fd), because the main thread may sit in a rendezvous for
-    minutes without running a line of Python. Before there are ranks, a stop ends the launcher at once.
+    A signal wakes a thread through a pipe (signal.set_wakeup_fd), because the main thread may wait in a rendezvous for minutes
+    without running Python code.
     """
 
     def __init__(self) -> None:
@@ -48,18 +47,14 @@ class StopRelay:
                 self.stopped = True
                 ranks = children(os.getpid())
                 for pid in ranks:
-                    _ask_to_stop(pid)
+                    with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                        os.kill(pid, signal.SIGTERM)
                 if not ranks:
                     os._exit(EXIT_STOPPED)
 
 
-def _ask_to_stop(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it ended by itself
-        os.kill(pid, signal.SIGTERM)
-
-
 def children(parent: int) -> list[int]:
-    """Ids of the processes that `parent` started and that run, from /proc."""
+    """Ids of the running processes that `parent` started, from /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -72,10 +67,15 @@ def children(parent: int) -> list[int]:
 
 
 def exit_code(codes: Iterable[int], stopped: bool) -> int:
-    """One exit code for the scheduler out of those of the ranks that failed here (negative: the signal that killed it).
+    """One exit code for the scheduler.
 
-    What will not go away by starting again comes first, then a crash, which is the cause where its peers only report a lost
-    rank, then 75. A rank that was killed by the stop itself, before it could catch signals, lost nothing: 75 as well.
+    Args:
+        codes: of the ranks that failed here; negative is the signal that killed a rank.
+        stopped: whether a stop was passed on.
+
+    Returns:
+        2 or 3 if a rank has it, because starting again does not help; else the code of a crash, which is the cause when peers report a
+        lost rank; else 75, also for a rank that the stop killed before it could catch signals.
     """
     codes = list(codes)
     own = [code for code in codes if code > 0]
@@ -92,11 +92,10 @@ def exit_code(codes: Iterable[int], stopped: bool) -> int:
 
 
 def _stay_on_this_host(options: argparse.Namespace) -> None:
-    """One node: no name of its own is needed (a container's may not resolve), and never torchrun's c10d store.
+    """One node: needs no host name (a container's may not resolve), and must not use torchrun's c10d store.
 
-    torchrun takes that store for `--standalone`, and where no master port is named. It listens on every interface, and the
-    launcher unpickles what it finds there, so that whoever reaches the port would run code as the user who trains. The
-    static rendezvous on a free port reads no pickle.
+    torchrun uses that store for `--standalone` and without a master port. It listens on every interface, and the launcher unpickles
+    what it holds, so that anyone who reaches the port runs code as this user. The static rendezvous on a free port reads no pickle.
     """
     if options.local_addr is None:
         options.local_addr = "127.0.0.1"
@@ -114,12 +113,12 @@ def _free_port() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs torchrun's launcher in this process and returns the exit code of its ranks."""
-    relay = StopRelay()  # before torch, whose import takes long enough for a stop to fall into it
+    relay = StopRelay()  # before torch is imported, which takes seconds
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
-    # torchrun insists on handling some signal; the ones that mean "stop" are the relay's.
+    # torchrun must handle some signal; those that mean "stop" are the relay's.
     options.signals_to_handle = "SIGUSR2"
     if options.nnodes in ("1", "1:1"):
         _stay_on_this_host(options)
@@ -131,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"launch: rank {rank} ended with {how}", file=sys.stderr)
         code = exit_code((failure.exitcode for failure in error.failures.values()), relay.stopped)
         if code not in (EXIT_DONE, EXIT_STOPPED):
-            # `error` keeps the rendezvous store of node 0 alive: ranks on other nodes read there why this one ended.
+            # `error` keeps the rendezvous store of node 0 alive, in which ranks on other nodes read why this one ended.
             time.sleep(LINGER_SECONDS if options.nnodes not in ("1", "1:1") else 0)
         return code
     return EXIT_DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from diffusers import UNet2DModel
@@ -16,21 +17,27 @@ from ddpm_ema.keyed_random import Purpose
 
 # Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
 NEAR_ZERO = ("conv2", "to_out.0", "conv_out")
-# What google/ddpm-cifar10-32 has and diffusers does not default to.
+# Of google/ddpm-cifar10-32; diffusers has other defaults.
 PAPER_LAYOUT = {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
 
 
 def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
     """The untrained network, fp32 on the CPU; its weights are a function of the settings and `config.seed` alone.
 
-    Takes x_t `[n, C, H, W]`, timesteps int64 `[n]` and, where `model.class_conditional`, labels int64 `[n]`, in which
-    `num_classes` itself means "no label". Gives `[n, C, H, W]`, or `[n, 2C, H, W]` where the variance is learned.
-    The default settings at 3 channels are the network of google/ddpm-cifar10-32 (35,746,307 parameters).
+    The default settings with 3 channels give the network of google/ddpm-cifar10-32 (35,746,307 parameters).
 
-    Raises UserError with every setting that does not fit the others.
+    Args:
+        config: its data, model and diffusion settings.
+        num_classes: of the data set; None without labels.
+
+    Returns:
+        A network of x_t `[n, C, H, W]`, timesteps int64 `[n]` and, with `model.class_conditional`, labels int64 `[n]`, in which
+        `num_classes` means "no label". It returns `[n, C, H, W]`, or `[n, 2C, H, W]` for a learned variance.
+
+    Raises:
+        UserError: lists every setting that does not fit the others.
     """
-    problems = _problems(config, num_classes)
-    if problems:
+    if problems := list(_problems(config, num_classes)):
         raise UserError("\n".join(["the network cannot be built:", *(f"  {problem}" for problem in problems)]))
     model, channels = config.model, config.data.channels
     with torch.random.fork_rng(devices=[]):
@@ -56,12 +63,11 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
 
 @torch.no_grad()
 def _initialize(network: UNet2DModel, seed: int) -> None:
-    """First weights as in the code of Ho et al. 2020 (https://github.com/hojonathanho/diffusion, `nn.py` and `unet.py`).
+    """Initial weights as in the code of Ho et al. 2020 (https://github.com/hojonathanho/diffusion, `nn.py` and `unet.py`).
 
     Weights are uniform with variance scale / fan_avg (Glorot & Bengio 2010), scale 1 or near zero; biases are zero.
-    That code knows no classes; their embeddings are standard normal, as in its class-conditional successor (Nichol &
-    Dhariwal 2021). Each weight depends on the seed and its own name alone: not on the layers around it, nor on torch's
-    generators.
+    That code has no classes; class embeddings are standard normal, as in Nichol & Dhariwal 2021. Each weight depends only on the
+    seed and its own name, not on other layers or torch's generators.
     """
     for name, module in network.named_modules():
         match module:
@@ -97,45 +103,29 @@ def no_label(model: UNet2DModel) -> int | None:
     return None if num_class_embeds is None else num_class_embeds - 1
 
 
-def _problems(config: Config, num_classes: int | None) -> list[str]:
-    """What in the settings contradicts something else: one line a setting, with what to do."""
+def _problems(config: Config, num_classes: int | None) -> Iterator[str]:
+    """Settings that do not fit each other or the data: one line per setting, with what to do."""
     model, size = config.model, config.data.image_size
-    problems = []
-    if not model.block_out_channels:
-        return ["model.block_out_channels: name the channels of at least one resolution"]
-    levels = len(model.block_out_channels)
-    if len(model.attention) != levels:
-        problems.append(
-            f"model.attention has {len(model.attention)} entries and model.block_out_channels {levels}: give as many"
-        )
-    uneven = [channels for channels in model.block_out_channels if channels % model.norm_num_groups]
-    if uneven:
-        problems.append(
+    channels, head = model.block_out_channels, model.attention_head_dim
+    if uneven := [n for n in channels if n % model.norm_num_groups]:
+        yield (
             f"model.norm_num_groups: {model.norm_num_groups} does not divide {_listed(uneven)} of "
             "model.block_out_channels: lower it, or make the channels its multiples"
         )
     # The middle block, at the coarsest resolution, always has attention.
-    attending = {channels for channels, here in zip(model.block_out_channels, model.attention, strict=False) if here}
-    attending.add(model.block_out_channels[-1])
-    head = model.attention_head_dim
-    uneven = sorted(channels for channels in attending if head is not None and channels % head)
-    if uneven:
-        problems.append(
-            f"model.attention_head_dim: {head} does not divide {_listed(uneven)} channels, which have attention"
-        )
-    if model.block_out_channels[0] % 2:
-        problems.append(
-            f"model.block_out_channels: the first, {model.block_out_channels[0]}, must be even for the time embedding"
-        )
-    stride = 2 ** (levels - 1)
+    attending = {n for n, here in zip(channels, model.attention, strict=True) if here} | {channels[-1]}
+    if head is not None and (uneven := sorted(n for n in attending if n % head)):
+        yield f"model.attention_head_dim: {head} does not divide {_listed(uneven)} channels, which have attention"
+    if channels[0] % 2:
+        yield f"model.block_out_channels: the first, {channels[0]}, must be even for the time embedding"
+    stride = 2 ** (len(channels) - 1)
     if size % stride:
-        problems.append(
-            f"data.image_size: {size} is not a multiple of {stride}, by which {levels} resolutions scale it down: "
+        yield (
+            f"data.image_size: {size} is not a multiple of {stride}, by which {len(channels)} resolutions scale it down: "
             f"take {-(-size // stride) * stride}, or fewer model.block_out_channels"
         )
     if model.class_conditional and num_classes is None:
-        problems.append("model.class_conditional: this data set has no labels: set it to false, or take labelled data")
-    return problems
+        yield "model.class_conditional: this data set has no labels: set it to false, or take labelled data"
 
 
 def _listed(numbers: list[int]) -> str:

@@ -1,14 +1,13 @@
-"""The command line of scripts/reconstruct.py: a run's snapshots → files of averages that no one kept."""
+"""The command `ddpm-ema reconstruct`: a run's snapshots → files of averages that no one kept."""
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddpm_ema import config as settings
+from ddpm_ema import options
 from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.plan import plans
@@ -115,38 +114,9 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
     return "\n".join(lines)
 
 
-def _amount(text: str) -> float:
-    """20GB, 35.7M, 800k -> a number; for argparse."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kMGT]?)B?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 20GB, 35.7M or 800000")
-    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
-
-
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """The command line of scripts/reconstruct.py: one file a target, then a table of how far each can be trusted; or a plan."""
-    parser = argparse.ArgumentParser(
-        prog="reconstruct.py",
-        description="Reconstructs averages that no one kept, from the snapshots of a run; --plan says before a run what to store.",
-    )
-    parser.add_argument("run", type=Path, nargs="?", help="the run directory, such as runs/digits")
-    parser.add_argument(
-        "--target",
-        action="append",
-        default=[],
-        help="a name (power_0_075, bias_corrected_0_9999, uniform) or its fields (power_function:std=0.075); may be repeated",
-    )
-    parser.add_argument("--step", type=int, default=None, help="step it would stand at (default: the last snapshot's)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the files (default: RUN/reconstructed/step-N)"
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="which averages to store of a run, how often, and what they give"
-    )
-    parser.add_argument("--steps", type=_amount, default=None, help="--plan: steps of the run (default: --config's)")
-    parser.add_argument("--config", type=Path, default=None, help="--plan: settings, whose learning rates count")
-    parser.add_argument("--budget", type=_amount, default=20e9, help="--plan: bytes for snapshots (default: 20GB)")
-    parser.add_argument("--parameters", type=_amount, default=35.7e6, help="--plan: of the model (default: 35.7M)")
+    """The command `ddpm-ema reconstruct`: one file a target, then a table of how far each can be trusted; or a plan."""
+    parser = options.reconstruct()
     arguments = parser.parse_args(argv)
     targets = [parse_target(text) for text in arguments.target]
     if arguments.plan:

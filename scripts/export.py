@@ -1,8 +1,8 @@
-"""python scripts/export.py RUN NAME [--output FOLDER --step N --variant]: a named copy as a diffusers pipeline folder."""
+"""ddpm-ema export: python scripts/export.py RUN NAME [--output FOLDER --step N --variant]."""
 
 import sys
 
-from ddpm_ema import cli, export
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.guard(export.main))
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""python scripts/import_run.py SOURCE --output-dir RUN [--pattern 'step_{step}.safetensors' --profile constant:decay=0.999 ...]."""
+"""ddpm-ema import: python scripts/import_run.py SOURCE --output-dir RUN [--pattern 'step_{step}.safetensors' ...]."""
 
 import sys
 
-from ddpm_ema import cli, importing
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.guard(importing.main))
+    sys.exit(main(["import", *sys.argv[1:]]))

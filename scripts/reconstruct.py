@@ -1,8 +1,8 @@
-"""python scripts/reconstruct.py RUN --target power_function:std=0.075 [--target constant:decay=0.999 --step N --out DIR]."""
+"""ddpm-ema reconstruct: python scripts/reconstruct.py RUN --target power_function:std=0.075 [--step N --out DIR]."""
 
 import sys
 
-from ddpm_ema import cli, reconstruction
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.guard(reconstruction.main))
+    sys.exit(main(["reconstruct", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""python scripts/report.py RUN [--output FILE --scoring FOLDER]: one HTML page that says which weights to ship, and why."""
+"""ddpm-ema report: python scripts/report.py RUN [--output FILE --scoring FOLDER]."""
 
 import sys
 
-from ddpm_ema import cli, report
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.guard(report.main))
+    sys.exit(main(["report", *sys.argv[1:]]))

@@ -1,11 +1,8 @@
-"""Sample every averaged copy from the same noise, score each, and say which differences are real.
-
-accelerate launch scripts/sample_and_score.py --config configs/digits.yaml --evaluation.weights raw ema_0_999
-"""
+"""ddpm-ema score, as a file for launchers: accelerate launch scripts/sample_and_score.py --config configs/digits.yaml."""
 
 import sys
 
-from ddpm_ema import cli, score
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main(score.run, __doc__))
+    sys.exit(main(["score", *sys.argv[1:]]))

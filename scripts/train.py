@@ -1,13 +1,8 @@
-"""Train a DDPM U-Net while averaged copies of its weights are kept, and go on where the run directory stands.
+"""ddpm-ema train, as a file for launchers: accelerate launch scripts/train.py --config configs/digits.yaml --training.steps 500."""
 
-accelerate launch scripts/train.py --config configs/digits.yaml --training.steps 500 --output-dir runs/x
-"""
-
-import functools
 import sys
 
-from ddpm_ema import cli, score, train
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    run = functools.partial(train.run, evaluate=score.while_training)
-    sys.exit(cli.main(run, __doc__))
+    sys.exit(main(["train", *sys.argv[1:]]))

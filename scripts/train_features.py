@@ -1,11 +1,8 @@
-"""Train the feature classifier that scoring uses where ImageNet features do not suit, or where there is no network.
-
-python scripts/train_features.py --config configs/digits.yaml
-"""
+"""ddpm-ema features: python scripts/train_features.py --config configs/digits.yaml."""
 
 import sys
 
-from ddpm_ema import classifier_training, cli
+from ddpm_ema.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main(classifier_training.train_features, __doc__))
+    sys.exit(main(["features", *sys.argv[1:]]))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, cli, config
+from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, config
+from ddpm_ema.config.__main__ import page
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import Checkpoint
 from ddpm_ema.train.resume import check_resume
@@ -100,11 +101,27 @@ def test_all_errors_of_a_file_come_at_once_with_key_path_and_nearest_name(tmp_pa
     assert "'constant'" in message
 
 
-def test_errors_of_the_file_and_of_the_command_line_come_together(tmp_path: Path) -> None:
-    message = problems("seed: -1\n", tmp_path, training__batch_sise=["8"])
-    assert "2 bad settings" in message
-    assert "seed:" in message
-    assert "training.batch_sise: unknown setting; did you mean 'batch_size'?" in message
+def test_errors_of_the_file_and_of_the_command_line_come_together_each_under_its_source(tmp_path: Path) -> None:
+    text = "seed: -1\naverages: {a: {kind: constant, decay: 2}, b: {kind: constant, decay: 0.9}}\n"
+    message = problems(text, tmp_path, training__batch_sise=["8"], averages__b__decay=["7"], data__channels=["2"])
+    file, command_line = message.split("command line: 3 bad settings\n")
+    assert file.startswith(f"{tmp_path / 'settings.yaml'}: 2 bad settings\n  seed: ")
+    assert "  averages.a: decay: " in file
+    assert "  training.batch_sise: unknown setting; did you mean 'batch_size'?" in command_line
+    assert "  averages.b: decay: " in command_line
+    assert "  data.channels: input should be 1 or 3" in command_line
+
+
+def test_a_disagreement_is_of_the_command_line_where_one_of_its_values_is_named(tmp_path: Path) -> None:
+    text = "model: {block_out_channels: [8, 16], attention: [false, true]}\n"
+    message = problems(text, tmp_path, model__block_out_channels=["8"])
+    assert message == (
+        "command line: 1 bad setting\n  model.attention: needs one entry for each of model.block_out_channels"
+    )
+    message = problems(text + "training: {batch_size: 4, micro_batch_size: 8}\n", tmp_path, seed=["1"])
+    assert message.startswith(
+        f"{tmp_path / 'settings.yaml'}: 1 bad setting\n  training.micro_batch_size: 8 is more than"
+    )
 
 
 def test_a_setting_in_the_wrong_section_is_told_its_place(tmp_path: Path) -> None:
@@ -183,11 +200,15 @@ def test_a_bad_name_of_an_average_is_an_error(name: str, tmp_path: Path) -> None
     assert "averages" in problems(f"averages: {{{name}: {{kind: uniform}}}}\n", tmp_path)
 
 
+def test_an_average_that_is_no_profile_is_an_error(tmp_path: Path) -> None:
+    assert "averages.a: profile: expected a mapping with a 'kind'" in problems("averages: {a: 3}\n", tmp_path)
+
+
 def test_a_repeated_name_is_an_error_where_yaml_alone_would_keep_the_last(tmp_path: Path) -> None:
     text = "averages:\n  ema: {kind: constant, decay: 0.9}\n  ema: {kind: constant, decay: 0.99}\n"
     message = problems(text, tmp_path)
     assert "line 3" in message
-    assert "'ema' stands there twice" in message
+    assert "'ema' is repeated" in message
 
 
 def test_weights_that_nobody_keeps_are_an_error_that_names_the_nearest(tmp_path: Path) -> None:
@@ -249,22 +270,19 @@ def test_an_alias_that_is_no_bomb_is_read(tmp_path: Path) -> None:
     assert config.to_dict(config.load(tmp_path / "settings.yaml"))["averages"]["b"]["decay"] == 0.99
 
 
-def test_a_missing_file_is_one_message() -> None:
-    with pytest.raises(UserError, match=r"--config nowhere\.yaml: No such file"):
-        config.load("nowhere.yaml")
-
-
 def test_the_command_line_takes_both_forms_lists_switches_and_dashes() -> None:
     arguments = (
-        "--config=a.yaml --training.steps 5 --training.batch-size=7 --evaluation.weights raw ema --training.no-compile"
+        "runs/x --config=a.yaml --training.steps 5 --training.batch-size=7 --evaluation.weights raw ema --training.compile "
+        "--averages.my-ema.decay 0.9"
     )
-    path, overrides = cli.split(arguments.split())
-    assert path == "a.yaml"
+    run, path, overrides = config.split(arguments.split())
+    assert (run, path) == ("runs/x", "a.yaml")
     assert overrides == {
         "training.steps": ["5"],
         "training.batch_size": ["7"],
         "evaluation.weights": ["raw", "ema"],
-        "training.compile": ["false"],
+        "training.compile": [],
+        "averages.my-ema.decay": ["0.9"],
     }
 
 
@@ -275,31 +293,28 @@ def test_one_value_for_a_setting_that_takes_several_is_a_list_of_one() -> None:
     assert config.load(None, {"evaluation.steps": ["all"]}).evaluation.steps == "all"
 
 
-def test_a_stray_word_is_an_error() -> None:
-    with pytest.raises(UserError, match="'steps': not a setting"):
-        cli.split(["steps", "5"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runs/x", "5"], "'5': not a setting; write RUN, --config FILE"),
+        (["--config"], "--config: takes one file"),
+        (["--config", "a", "b"], "--config: takes one file"),
+        (["--config", "nowhere.yaml"], r"--config nowhere\.yaml: No such file"),
+        (["nowhere"], r"nowhere: no run directory: it holds no config\.yaml; name the settings with --config FILE"),
+    ],
+)
+def test_a_command_line_that_names_no_settings_is_one_message(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        config.parse(arguments)
 
 
-def test_guard_prints_one_message_and_returns_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        raise UserError("what, where, what to do")
-
-    assert cli.guard(fail) == 2
-    captured = capsys.readouterr()
-    assert captured.err == "error: what, where, what to do\n"
-    assert captured.out == ""
-
-
-def test_help_lists_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.parse(["--config", str(ROOT / "configs" / "digits.yaml"), "--help"], "What it does.")
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for section, field in config.Config.model_fields.items():
-        for setting in getattr(field.annotation, "model_fields", {}):
-            assert f"--{section}.{setting}" in text
-    assert "--averages.power_0_05" in text
-    assert "(default: 64)" in " ".join(text.split())
+def test_a_run_directory_gives_its_settings_where_it_lies_now(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("output_dir: runs/where-it-was\nseed: 7\n")
+    found = config.parse([str(tmp_path), "--training.steps", "5"])
+    assert (found.output_dir, found.seed, found.training.steps) == (tmp_path, 7, 5)
+    assert config.parse([str(tmp_path), "--output-dir", "elsewhere"]).output_dir == Path("elsewhere")
+    other = config.parse(["2024-01-31", "--config", str(tmp_path / "config.yaml")])
+    assert (other.output_dir, other.seed) == (Path("2024-01-31"), 7)
 
 
 def test_every_setting_has_a_description() -> None:
@@ -312,3 +327,15 @@ def test_every_setting_has_a_description() -> None:
 def test_a_seed_beyond_32_bits_is_an_error_because_it_is_half_of_a_key(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: input should be less than 4294967296"):
         config.load(None, {key: [str(2**32)]})
+
+
+def test_the_settings_page_of_the_documentation_is_the_one_that_the_code_makes() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python -m ddpm_ema.config > docs/settings.md"
+
+
+def test_cached_data_go_to_one_folder_that_the_environment_can_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert config.DataSettings().cache_folder == Path("/caches/ddpm_ema")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert config.DataSettings().cache_folder == Path.home() / ".cache" / "ddpm_ema"
+    assert config.DataSettings(cache_dir=Path("mine")).cache_folder == Path("mine")

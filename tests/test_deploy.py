@@ -302,6 +302,7 @@ class FakeSlurm:
             "SLURM_JOB_ID": "4242",
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_NNODES": "2",
+            "SLURM_SUBMIT_DIR": str(self.folder),
             **variables,
         }
         command = [str(SLURM / "run.sh"), "scripts/train.py", *arguments]
@@ -340,6 +341,29 @@ def test_only_a_stop_after_a_save_puts_the_job_back_into_the_queue(slurm: FakeSl
 def test_a_job_that_was_requeued_often_enough_is_not_again(slurm: FakeSlurm):
     slurm.start("exit=75", SLURM_RESTART_COUNT="3", MAX_REQUEUES="3").communicate(timeout=30)
     assert "scontrol requeue 4242" not in slurm.lines()
+
+
+@pytest.mark.parametrize("named", ["output_dir", "run", "config"])
+def test_a_job_that_stops_four_times_with_nothing_new_saved_stays_out_of_the_queue(slurm: FakeSlurm, named: str):
+    run = slurm.folder / "a run"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (slurm.folder / "a.yaml").write_text(f"seed: 1\noutput_dir: {run}\n")
+    arguments = {
+        "output_dir": ["--output-dir", str(run)],
+        "run": [str(run)],
+        "config": ["--config", str(slurm.folder / "a.yaml")],
+    }
+
+    def requeued() -> bool:
+        before = slurm.lines().count("scontrol requeue 4242")
+        output, _ = slurm.start(*arguments[named], "exit=75").communicate(timeout=30)
+        again = slurm.lines().count("scontrol requeue 4242") > before
+        assert again or f"with nothing new in '{run}'" in output
+        return again
+
+    assert [requeued() for _ in range(3)] == [True] * 3
+    (run / "checkpoints" / "step-00000001" / "raw.safetensors").touch()  # a step was saved: the count begins anew
+    assert [requeued() for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_stop_of_the_batch_script_alone_reaches_the_tasks_and_is_waited_for(slurm: FakeSlurm):

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: ["averaging", "errors", "lost_ranks", "messages", "weight_names"],
+    0: ["averaging", "errors", "lost_ranks", "messages", "options", "weight_names"],
     1: ["config", "numbers", "keyed_random", "rundir", "distributed"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["image_grid", "named_weights"],
+        *["capabilities", "image_grid", "named_weights"],
     ],
     3: [
         "train",
@@ -25,10 +25,11 @@ FLOORS = {
         "reconstruction",
         "importing",
         "classifier_training",
-        "cli",
         "doctor",
         "launch",
     ],
+    4: ["cli"],
+    5: ["__main__"],
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 SOURCES = sorted((ROOT / "ddpm_ema").rglob("*.py"))

@@ -205,10 +205,3 @@ def test_every_misfit_is_named_at_once() -> None:
         model.build(bad)
     for key in ("model.norm_num_groups", "data.image_size", "model.class_conditional"):
         assert key in str(error.value)
-
-
-def test_lists_of_unequal_length_are_refused() -> None:
-    section = config.ModelSettings.model_validate({**SMALL, "attention": [True]})
-    bad = config.Config().model_copy(update={"model": section})  # as `validate` itself would not let through
-    with pytest.raises(UserError, match=r"attention has 1 entries and model\.block_out_channels 2"):
-        model.build(bad)

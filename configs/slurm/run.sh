@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# One launcher a node, joined by torchrun's rendezvous on the first; what the .sbatch files here start. Not called by hand.
+# One launcher per node, joined by torchrun's rendezvous on the first; what the .sbatch files here start. Not called by hand.
 #
 #   PYTHON          interpreter on every node          (.venv/bin/python)
-#   NPROC_PER_NODE  processes a node: a number or gpu  (gpu: one for each GPU)
+#   NPROC_PER_NODE  processes per node: a number or gpu  (gpu: one for each GPU)
 #   SRUN_OPTIONS    more options of srun, such as "--container-image=registry.example.com/ddpm_ema:0.1.0"
 #   MAX_REQUEUES    how often a job may go back into the queue by itself  (1000)
+#   MAX_IDLE        how often in a row without anything new in the run directory  (3)
 #
 # Exit code 75 means "saved, start me again", and 143 "stopped before it could catch a signal": the job is put back into the
 # queue under its own id, and appends to its log.
@@ -38,7 +39,40 @@ while kill -0 "$step" 2>/dev/null; do # the wait was interrupted by the trap, an
     wait "$step" || code=$?
 done
 
-if [[ ($code == 75 || $code == 143) && ${SLURM_RESTART_COUNT:-0} -lt ${MAX_REQUEUES:-1000} ]]; then
+run_directory() { # of the program and its arguments: --output-dir, a run as first argument, or what the settings file names
+    local previous="" config="" argument
+    for argument; do
+        case $previous in
+            --output-dir | --output_dir) echo "$argument" && return ;;
+            --config) config=$argument ;;
+        esac
+        case $argument in
+            --output-dir=* | --output_dir=*) echo "${argument#*=}" && return ;;
+            --config=*) config=${argument#*=} ;;
+        esac
+        previous=$argument
+    done
+    if [[ -d ${2:-} ]]; then
+        echo "$2"
+    elif [[ -f $config ]]; then
+        sed -n 's/^output_dir: *//p' "$config"
+    fi
+}
+
+# A job that stops again and again with nothing new saved would go round for ever. What was newest, and how often it still was:
+memory=${SLURM_SUBMIT_DIR:-.}/.requeued-$SLURM_JOB_ID
+run=$(run_directory "$@")
+newest=$(find "$run/checkpoints" "$run/scores" -name '*.safetensors' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1) || true
+idle=0
+if [[ -f $memory && $(tail -n +2 "$memory") == "$newest" ]]; then idle=$(($(head -n 1 "$memory") + 1)); fi
+
+if [[ $code != 75 && $code != 143 ]]; then
+    rm -f "$memory"
+elif ((idle >= ${MAX_IDLE:-3})); then
+    echo "job $SLURM_JOB_ID stopped $((idle + 1)) times in a row with nothing new in '$run'; not put back into the queue: read the log above"
+    rm -f "$memory"
+elif ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-1000})); then
+    printf '%s\n%s\n' "$idle" "$newest" >"$memory"
     echo "job $SLURM_JOB_ID stopped; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -47,41 +47,21 @@ _NEEDS_TORCH = {
     "write_snapshot": "snapshots",
 }
 
-__all__ = [
-    "PROFILES",
-    "RAW",
-    "AverageBank",
+__all__ = ["AverageBank", "merge_states", "update_batch_norm"]
+__all__ += ["PROFILES", "Profile", "profile_from_dict", "profile_to_dict", "resolve_lengths", "summarize"]
+__all__ += [
     "BiasCorrected",
-    "Coefficients",
     "ConstantDecay",
-    "CosineCooldown",
     "Delayed",
     "DiffusersDecay",
-    "HalfLife",
-    "HalfLifeShare",
     "HardCopy",
-    "PowerFunction",
-    "Profile",
-    "Reconstruction",
-    "Snapshot",
-    "SqrtCooldown",
     "StochasticWeightAverage",
-    "Uniform",
     "Warmup",
-    "Window",
-    "exponent_to_std",
-    "find_snapshots",
-    "merge_states",
-    "posthoc_coefficients",
-    "profile_from_dict",
-    "profile_to_dict",
-    "reconstruct",
-    "resolve_lengths",
-    "std_to_exponent",
-    "summarize",
-    "update_batch_norm",
-    "write_snapshot",
 ]
+__all__ += ["HalfLife", "HalfLifeShare", "PowerFunction", "Uniform", "exponent_to_std", "std_to_exponent"]
+__all__ += ["CosineCooldown", "SqrtCooldown", "Window"]
+__all__ += ["RAW", "Coefficients", "Reconstruction", "posthoc_coefficients", "reconstruct"]
+__all__ += ["Snapshot", "find_snapshots", "write_snapshot"]
 
 
 def __getattr__(name: str) -> Any:

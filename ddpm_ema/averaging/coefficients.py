@@ -1,13 +1,13 @@
-"""Post-hoc EMA: which combination of stored averages is nearest to one that was never kept, and how near it is.
+"""Post-hoc EMA: the combination of stored averages with the least expected distance from another average.
 
 An average is A = sum_t w(t) theta_t over the initial parameters theta_0 and those after each step, with weights that sum to 1. With
 cumulative weightings P(t) = w(0) + ... + w(t) and coefficients c that sum to 1, summation by parts gives
 
     sum_i c_i A_i - A = -sum_{t < T} E(t) (theta_{t+1} - theta_t),        E(t) = sum_i c_i P_i(t) - P(t).
 
-Where the steps are uncorrelated and step t + 1 has variance v(t), the expected squared error is sum_t v(t) E(t)^2: that is what is
-minimised here. The idea of combining stored averages is that of Karras et al. 2024 (arXiv 2312.02696, section 3.2); they minimise
-the L2 distance of the weightings themselves (appendix C.3), which would be the expected error if the parameters were white noise.
+If steps are uncorrelated and step t + 1 has variance v(t), the expected squared error is sum_t v(t) E(t)^2, which is minimised
+here. Karras et al. 2024 (arXiv 2312.02696, section 3.2) introduced combining stored averages; they minimise the L2 distance of the
+weightings (appendix C.3), which is the expected error if the parameters are white noise.
 """
 
 from __future__ import annotations
@@ -54,12 +54,11 @@ class Coefficients:
         weights: float64 [num_in], summing to 1.
         predicted_relative_error: expected error of the combination (root mean square under the model of `posthoc_coefficients`,
             rounding included) as a share of the expected distance of the target from the raw weights. None where it is raw.
-        profile_error: relative L2 distance between the weighting asked for and the one got, over steps 1..step_out.
-        initial_weight_error: how far the weight of the *initial* parameters is from the one asked for.
-        amplification: L1 norm of the weights: what rounding errors in the stored averages are multiplied by, at most.
-        rounding: the sum of |weight| x roundoff: the rounding error of the result as a share of a weight, at most.
-        condition_number: of the fit (largest singular value / smallest, with the ridge): how delicate the coefficients are. The
-            ridge keeps delicate coefficients small, so that it says nothing of the error.
+        profile_error: relative L2 distance between the weightings of target and result, over steps 1..step_out.
+        initial_weight_error: absolute difference in the weight of the *initial* parameters.
+        amplification: L1 norm of the weights: largest factor on rounding errors in the stored averages.
+        rounding: sum of |weight| x roundoff: largest rounding error of the result, as a share of a weight.
+        condition_number: of the fit with its ridge, largest singular value / smallest; unrelated to the error.
     """
 
     weights: FloatArray
@@ -71,7 +70,7 @@ class Coefficients:
     condition_number: float
 
     def warnings(self) -> list[str]:
-        """Plain sentences on why the result should not be trusted; none if it may be."""
+        """Reasons not to trust the result, in plain sentences."""
         warnings = []
         predicted = self.predicted_relative_error
         if predicted is None and self.profile_error > MAX_PREDICTED_ERROR:
@@ -80,11 +79,11 @@ class Coefficients:
             initial = self.initial_weight_error
             held = (
                 f" The target holds {initial:.1%} more or less of the initial parameters than the stored averages can: "
+                "store those once (step 0), or ask for the debiased profile (bias_corrected)."
             )
-            cure = "store those once (step 0), or ask for the debiased profile (bias_corrected)."
             warnings.append(
                 f"Predicted error {predicted:.1%} of the average's distance from the raw weights. Store more snapshots, or keep "
-                f"this average while training.{held + cure if initial >= MAX_INITIAL_WEIGHT_ERROR else ''}"
+                f"this average while training.{held if initial >= MAX_INITIAL_WEIGHT_ERROR else ''}"
             )
         if self.rounding >= MAX_ROUNDING:
             warnings.append(
@@ -96,7 +95,7 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Stored:
-    """An average as the fit sees it: the step it was stored at, its profile, the steps between its updates, its roundoff."""
+    """A stored average without its tensors: its step, profile, steps between updates, and relative roundoff."""
 
     step: int
     profile: Profile
@@ -109,7 +108,7 @@ class Stored:
         return self.step // self.every * self.every
 
     def cumulative(self, step: int, t: FloatArray) -> FloatArray:
-        """`Profile.cumulative`; updated every N steps, all weight lies on multiples of N."""
+        """`Profile.cumulative`; for updates every N steps a staircase, since all weight is on multiples of N."""
         return self.profile.cumulative(step, np.floor(t / self.every) * self.every if self.every > 1 else t)
 
 
@@ -127,9 +126,9 @@ def posthoc_coefficients(
 ) -> Coefficients:
     """The combination of stored averages with the least expected distance from the target.
 
-    The model: steps of training are uncorrelated, with the variance given. Every update of an fp32 average rounds it, and so does
-    storing it. An update's error is kept like the average that it fell on, so that files of one average share it. That makes the
-    fit a least squares with a ridge, solved by an orthogonal factorisation.
+    The model: steps of training are uncorrelated, with the given variance. Every update of an fp32 average rounds it, and so does
+    storing it; later files of one average share its updates' rounding errors. The fit is a least-squares problem with a ridge,
+    solved by orthogonal factorisation.
 
     Args:
         steps_in: steps at which the averages were stored, [num_in], none after `step_out`; at step 0 they are the initial parameters.
@@ -138,11 +137,11 @@ def posthoc_coefficients(
         target: a profile, or a power-function width.
         step_variance: variance of each step in any unit; None for a constant one. Proportional to learning_rate(t)^2 where
             that changes.
-        white_noise: variance of the noise of raw parameters about the wandering ones, in steps: that of step t is white_noise * v(t).
-            It adds white_noise * sum_t v(t) (sum_i c_i w_i(t) - w(t))^2 to the expected squared error.
+        white_noise: variance of white noise on raw parameters, in steps: that on step t is white_noise * v(t). It adds
+            white_noise * sum_t v(t) (sum_i c_i w_i(t) - w(t))^2 to the expected squared error.
         every: steps between updates of the stored averages, [num_in] or one for all.
         roundoff: largest relative rounding error of the stored averages (2^-24 for fp32, 2^-8 for bf16), [num_in] or one for all.
-        magnitude: length of the weights over that of the way they went, |theta| / sqrt(sum v), which rounding is relative to.
+        magnitude: |theta| / sqrt(sum v), the size of the weights relative to their random walk; rounding is relative to it.
 
     Raises:
         ValueError: no averages, lengths that differ, a step out of range, one average given twice, a bad width or variance.
@@ -208,7 +207,7 @@ def solve(
 
 
 def expected_distance(a: Stored, b: Stored, step_variance: StepVariance | None = None) -> float:
-    """Of two averages, the second no earlier than the first: as a share of the way the weights went, sqrt(sum v)."""
+    """Expected distance of two averages, the second no earlier than the first, as a share of sqrt(sum v)."""
     errors, *_, total = _equations([a], [b], step_variance)
     return float(np.linalg.norm(errors[:, 0] - errors[:, 1]) / np.sqrt(total))
 
@@ -216,16 +215,15 @@ def expected_distance(a: Stored, b: Stored, step_variance: StepVariance | None =
 def _equations(
     stored: Sequence[Stored], goals: Sequence[Stored], step_variance: StepVariance | None
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray, float]:
-    """Rows whose squares sum to what sums over all steps would, columns [stored | goals].
+    """Matrices with columns [stored | goals] whose few rows have the same inner products as one row per step would have.
 
-    Between two steps of storing, first <= t < last, an average stored later is P_last(t) of its rule times the share that is left of
-    it, since profiles compose; one stored earlier is 1. So each interval has as many columns as there are rules and goals, and its
-    rows are compressed to as many by a QR factorisation.
+    In an interval first <= t < last between two stored steps, P(t) of an average stored later is P_last(t) of its rule times the
+    share of it that survives, since profiles compose; of one stored earlier it is 1. So an interval has one independent column per
+    rule and goal, and a QR factorisation compresses its rows to as many.
 
     Returns:
-        of sqrt(v) P(t), float64 [num_rows, num_in + num_goals]; of the weightings w(t + 1), and
-        of sqrt(v) w(t + 1); of what is left of the rounding of update
-        t + 1, for the stored ones of each rule; P(0) [num_in + num_goals]; and the sum of v.
+        sqrt(v(t)) P(t), float64 [num_rows, num_in + num_goals]; the weightings w(t + 1), same shape; sqrt(v(t)) w(t + 1), same shape;
+        the surviving share of the rounding of update t + 1, per rule, same columns; P(0) [num_in + num_goals]; the sum of v.
     """
     step_out, num_goals = goals[0].step, len(goals)
     edges = sorted({0, step_out, *(one.updated for one in stored)})
@@ -268,8 +266,7 @@ def _nodes(first: int, last: int, every_step: bool) -> tuple[FloatArray, FloatAr
     """t and counts such that the sum of f(t) over first <= t < last is counts @ f(t).
 
     A sum over whole t is the integral from half a step before the first to half a step after the last, up to f'' / 24. The last
-    steps are taken one by one; panels before them are three times as far from the end as the panel after: narrow averages
-    change by a bounded factor over any of them.
+    steps are exact; the panels before them widen by a factor of three, so narrow averages change by a bounded factor over each.
     """
     tail = max(first, last - _LAST_STEPS)
     if every_step or tail == first:

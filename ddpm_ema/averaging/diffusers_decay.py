@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ddpm_ema.averaging.profiles import FloatArray, ScheduledDecay, check_positive, check_real, check_share
+from ddpm_ema.averaging.checks import check_positive, check_real, check_share
+from ddpm_ema.averaging.profiles import Checks, FloatArray, ScheduledDecay
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +29,10 @@ class DiffusersDecay(ScheduledDecay):
     """
 
     kind: ClassVar[str] = "diffusers_ema"
+    checks: ClassVar[Checks] = {
+        **dict.fromkeys(("max_decay", "min_decay"), check_share),
+        **dict.fromkeys(("inv_gamma", "power"), check_positive),
+    }
     max_decay: float = 0.9999
     min_decay: float = 0.0
     update_after_step: int = 0
@@ -36,10 +41,7 @@ class DiffusersDecay(ScheduledDecay):
     power: float = 2.0 / 3.0
 
     def __post_init__(self) -> None:
-        for name in ("max_decay", "min_decay"):
-            check_share(name, getattr(self, name))
-        for name in ("inv_gamma", "power"):
-            check_positive(name, getattr(self, name))
+        super().__post_init__()
         check_real("update_after_step", self.update_after_step, -1.0, math.inf, "a number of at least -1")
 
     def decays(self, first: int, last: int) -> FloatArray:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD_BYTES = 9
-"""How many first bytes `is_pickle` asks for."""
+"""Number of first bytes that `is_pickle` needs."""
 
 
 @contextlib.contextmanager
@@ -95,8 +95,8 @@ def open_safetensors(path: Path) -> safe_open:
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether a file that begins so is a pickle, or the zip archive of one that `torch.save` writes.
+    """Whether a file with this beginning is a pickle, or the zip archive of one that `torch.save` writes.
 
-    safetensors begins with its header's length in eight bytes, which may be those of a pickle, and then an opening brace.
+    safetensors begins with its header's length in eight bytes, which may look like a pickle, and then an opening brace.
     """
     return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")

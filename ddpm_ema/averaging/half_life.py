@@ -1,4 +1,4 @@
-"""Averages whose half-life is a length or a share of training: what EDM, FastGen and torchtitan keep."""
+"""Averages defined by their half-life, a length or a share of training: the rules of EDM, FastGen and torchtitan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ddpm_ema.averaging.profiles import ClosedForm, FloatArray, Lengths, check_positive
+from ddpm_ema.averaging.checks import check_positive
+from ddpm_ema.averaging.profiles import Checks, ClosedForm, FloatArray, Lengths
 
 
 def _digamma(x: FloatArray) -> FloatArray:
@@ -21,11 +22,11 @@ def _digamma(x: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True, repr=False)
 class HalfLife(ClosedForm):
-    """A constant decay by its half-life, shorter while training is young: min(`half_life`, `ramp_up` x steps before this one).
+    """A constant decay by its half-life, ramped up: decay 0.5^(1 / min(half_life, ramp_up (t - 1))) at step t.
 
-    What EDM (Karras et al. 2022) keeps, and after it FastGen, by default with 500 kimg and 0.05. The decay of step t is
-    0.5^(1 / min(half_life, ramp_up (t - 1))), so step 1 copies and no initial weights are held. Until the ramp ends, at
-    step half_life / ramp_up, it is `HalfLifeShare(ramp_up)` but for O(1/t). Without a ramp it is ConstantDecay(0.5^(1 / half_life)).
+    The rule of EDM (Karras et al. 2022) and FastGen, by default with 500 kimg and 0.05. Step 1 copies the parameters, so it holds
+    nothing of the initial weights. Until the ramp ends, at step half_life / ramp_up, it equals `HalfLifeShare(ramp_up)` up to
+    O(1/t). Without a ramp it is ConstantDecay(0.5^(1 / half_life)).
 
     Args:
         half_life: in steps (EDM's images / batch size), positive.
@@ -34,12 +35,9 @@ class HalfLife(ClosedForm):
 
     kind: ClassVar[str] = "half_life"
     lengths: ClassVar[Lengths] = {"half_life": float}
+    checks: ClassVar[Checks] = {"half_life": check_positive, "ramp_up": check_positive}
     half_life: float
     ramp_up: float = 0.05
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "half_life", check_positive("half_life", self.half_life))
-        object.__setattr__(self, "ramp_up", check_positive("ramp_up", self.ramp_up))
 
     def log_mass(self, t: FloatArray) -> FloatArray:
         ramped = np.minimum(t, np.floor(self.half_life / self.ramp_up) + 1.0)
@@ -49,20 +47,18 @@ class HalfLife(ClosedForm):
 
 @dataclass(frozen=True, repr=False)
 class HalfLifeShare(ClosedForm):
-    """An average whose half-life is always the same share of the steps so far: decay 2^(-1 / (share t)) at step t.
+    """An average whose half-life is a constant share of the steps so far: decay 2^(-1 / (share t)) at step t.
 
-    torchtitan's `half_life_fraction`. Nearly a power function (its cumulative weighting is t^(ln 2 / share) but for
-    O(1/t)): gamma = ln 2 / share - 1, 12.86 for 0.05, which is std 0.0629. At step 1 it holds 2^(-1 / share) of the initial weights.
+    torchtitan's `half_life_fraction`. Up to O(1/t) its cumulative weighting is t^(ln 2 / share), that of a power function with
+    gamma = ln 2 / share - 1: 12.86 for 0.05, which is std 0.0629. At step 1 it holds 2^(-1 / share) of the initial weights.
 
     Args:
         share: the half-life as a share of the steps so far, positive.
     """
 
     kind: ClassVar[str] = "half_life_share"
+    checks: ClassVar[Checks] = {"share": check_positive}
     share: float = 0.05
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "share", check_positive("share", self.share))
 
     def log_mass(self, t: FloatArray) -> FloatArray:
         return math.log(2.0) / self.share * _digamma(t + 1.0)

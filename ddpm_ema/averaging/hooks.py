@@ -1,4 +1,4 @@
-"""Run something once after every real optimizer step."""
+"""Call a function after every optimizer step that was not skipped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,42 @@ from typing import Any
 import torch
 
 
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer in wrappers that hold it as `.optimizer`: they are called on micro-batches and skipped steps, too."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
 class UpdateHandle:
-    """A running count of an optimizer's real steps, and the way to stop counting.
+    """Calls `update(step, every)` after every `every`-th step of an optimizer; steps that were skipped do not count.
 
     Attributes:
-        step: optimizer steps completed so far, skipped ones not counted.
+        step: optimizer steps completed so far.
+        active: whether it is still called.
     """
 
-    def __init__(self, update: Callable[[int, int], None], start_step: int, every: int) -> None:
-        self.step = start_step
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, update: Callable[[int, int], None], start_step: int, every: int
+    ) -> None:
+        """Attach to an unwrapped optimizer.
+
+        Raises:
+            ValueError: `every` or `start_step` is out of range.
+        """
+        if every < 1:
+            raise ValueError(f"every: expected at least 1 step, got {every!r}")
+        if start_step < 0 or start_step % every:
+            raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
+        self.step, self.active = start_step, True
         self._update, self._every = update, every
-        self._hook: Any = None
+        self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
         """Stop updating."""
         self._hook.remove()
+        self.active = False
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         # A fused optimizer under a GradScaler is *called* on an overflowing step and skips it on the device. The scaler
@@ -33,29 +54,3 @@ class UpdateHandle:
         self.step += 1
         if self.step % self._every == 0:
             self._update(self.step, self._every)
-
-
-def update_after_steps(
-    optimizer: torch.optim.Optimizer, update: Callable[[int, int], None], *, start_step: int = 0, every: int = 1
-) -> UpdateHandle:
-    """Call `update(step, every)` after every `every`-th real step of the optimizer.
-
-    Args:
-        optimizer: any torch optimizer, or a wrapper that keeps the real one as `.optimizer`.
-        update: takes the steps completed so far and the number of steps since the last call.
-        start_step: steps completed before now (when a run goes on); a multiple of `every`.
-        every: steps between updates.
-
-    Raises:
-        ValueError: `every` or `start_step` is out of range.
-    """
-    if every < 1:
-        raise ValueError(f"every: expected at least 1 step, got {every!r}")
-    if start_step < 0 or start_step % every:
-        raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
-    inner: Any = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-        inner = inner.optimizer  # the wrapper is called on micro-batches and skipped steps too, the real one is not
-    handle = UpdateHandle(update, start_step, every)
-    handle._hook = inner.register_step_post_hook(handle._after_step)
-    return handle

@@ -1,7 +1,7 @@
-"""To and from other libraries' averages, with the profile that their weights really have.
+"""Averages of other libraries, read and written with the profile that they really have.
 
-diffusers' `EMAModel` names a decay and warms it up by a schedule of its own, always; torch's `AveragedModel` copies at its
-first call. Both are profiles like any other once written down, so that a bank can go on with them exactly.
+diffusers' `EMAModel` always warms its decay up, whatever `decay` is; torch's `AveragedModel` copies at its first call. A bank with
+the profile of a `ForeignAverage` continues it exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
 from ddpm_ema.averaging.files import open_safetensors, save_tensors
-from ddpm_ema.averaging.naming import check_tensors, clean_named
+from ddpm_ema.averaging.naming import check_tensors, clean_name, clean_named
 from ddpm_ema.averaging.profiles import ConstantDecay, Delayed, Profile, Uniform, Warmup
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,13 +28,13 @@ _INDEX = _WEIGHTS + ".index.json"
 
 @dataclass(frozen=True)
 class ForeignAverage:
-    """An average read from another library.
+    """An average from another library.
 
     Attributes:
-        weights: clean parameter name -> fp32 CPU tensor; `AverageBank.load_weights` takes it.
-        step: updates that it has seen.
-        profile: the one the weights really have; a bank made with it goes on exactly.
-        claimed: the decay it goes by.
+        weights: clean parameter name -> fp32 CPU tensor, for `AverageBank.load_weights`.
+        step: number of its updates.
+        profile: its true profile.
+        claimed: the decay in its settings.
         notes: in plain sentences, how the two differ.
         buffers: clean buffer name -> tensor.
     """
@@ -51,7 +51,7 @@ def read_diffusers_ema(folder: str | Path) -> ForeignAverage:
     """An average from a folder that diffusers' `EMAModel.save_pretrained` (or `write_diffusers_ema`) wrote.
 
     Raises:
-        ValueError: the folder holds no EMA state, its weights are only there as a pickle (refused), or a file is broken.
+        ValueError: the folder holds no EMA state, its weights are a pickle (refused), or a file is broken.
         OSError: it cannot be read.
     """
     folder = Path(folder)
@@ -69,15 +69,14 @@ def read_diffusers_ema(folder: str | Path) -> ForeignAverage:
 
 
 def read_diffusers_state(state: Mapping[str, Any], named_parameters: Iterable[tuple[str, Tensor]]) -> ForeignAverage:
-    """An average from `EMAModel.state_dict()`, whose tensors have no names: paired in order, strictly.
+    """An average from `EMAModel.state_dict()`, whose tensors have no names and are paired with the model's in order.
 
     Args:
         state: the state dict, with its list `shadow_params`.
-        named_parameters: `model.named_parameters()` of the model it was made for.
+        named_parameters: `model.named_parameters()` of the model that it was made for.
 
     Raises:
-        ValueError: another number of tensors than the model has, or one of another shape (diffusers itself takes as many as
-            there are, and says nothing).
+        ValueError: number or shapes of the tensors differ from the model's (diffusers itself truncates silently).
     """
     parameters = list(named_parameters)
     shadow = state.get("shadow_params") if isinstance(state, Mapping) else None
@@ -87,8 +86,7 @@ def read_diffusers_state(state: Mapping[str, Any], named_parameters: Iterable[tu
         raise ValueError(f"shadow_params: {len(shadow)} tensors for a model of {len(parameters)} parameters")
     named = [(name, tensor) for (name, _), tensor in zip(parameters, shadow, strict=True)]
     check_tensors(dict(named), {name: parameter.shape for name, parameter in parameters}, "shadow_params")
-    weights = {name: t.detach().float().cpu().clone() for name, t in clean_named(named, "shadow_params").items()}
-    return _from_diffusers(weights, state)
+    return _from_diffusers(_fp32(clean_named(named, "shadow_params")), state)
 
 
 def _from_diffusers(weights: dict[str, Tensor], state: Mapping[str, Any]) -> ForeignAverage:
@@ -96,28 +94,25 @@ def _from_diffusers(weights: dict[str, Tensor], state: Mapping[str, Any]) -> For
     settings = {name: value for name, value in state.items() if name in known}
     profile = DiffusersDecay(max_decay=state["decay"], **settings)
     step = int(state["optimization_step"])
-    return ForeignAverage(weights, step, profile, float(state["decay"]), _diffusers_notes(profile, step))
+    return ForeignAverage(weights, step, profile, float(state["decay"]), [_diffusers_note(profile, step)])
 
 
-def _diffusers_notes(profile: DiffusersDecay, step: int) -> list[str]:
-    """Where the last step's decay, and the whole average, are not what the claimed decay would give."""
+def _diffusers_note(profile: DiffusersDecay, step: int) -> str:
+    """How the decay at `step` and the average differ from those of the claimed decay."""
     if step < 1:
-        return ["It has seen no step: its weights are the initial ones."]
-    claimed, real = profile.max_decay, profile.decay(step)
+        return "It has seen no step: its weights are the initial ones."
+    claimed, reached = profile.max_decay, profile.decay(step)
     constant = ConstantDecay(claimed)
     initial = constant.initial_weight(step)
     rest = f" and still be {initial:.1%} initial weights" if initial >= 0.0005 else ""
-    if math.isclose(real, claimed, rel_tol=1e-12):
-        reached = int(np.argmax(profile.decays(1, step) >= claimed)) + 1
-        return [
-            f"EMAModel's warm-up ended at step {reached} of {step}: since then the decay is the claimed {claimed:g}."
-        ]
-    sentence = (
-        f"It claims a decay of {claimed:g}, but EMAModel's warm-up has only reached {real:.6g} at step {step}: it averages "
+    if math.isclose(reached, claimed, rel_tol=1e-12):
+        end = int(np.argmax(profile.decays(1, step) >= claimed)) + 1
+        return f"EMAModel's warm-up ended at step {end} of {step}: since then the decay is the claimed {claimed:g}."
+    return (
+        f"It claims a decay of {claimed:g}, but EMAModel's warm-up has only reached {reached:.6g} at step {step}: it averages "
         f"about {profile.effective_window(step):.0f} steps, centred at {profile.centre(step):.1%} of training, where a "
         f"constant {claimed:g} would average about {constant.effective_window(step):.0f}{rest}."
     )
-    return [sentence]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -126,8 +121,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise ValueError(
             f"{folder}: its weights are a pickle ({pickles[0]}), refused. Save it with safe_serialization=True"
         )
@@ -142,24 +136,23 @@ def write_diffusers_ema(
     step: int,
     model_config: Mapping[str, Any],
 ) -> None:
-    """Write a folder that `EMAModel.from_pretrained(folder, model_cls)` reads and goes on from with the same profile.
+    """Write a folder that `EMAModel.from_pretrained(folder, model_cls)` reads and continues with the same profile.
 
     Args:
-        folder: made if need be.
+        folder: created if it does not exist.
         weights: parameter name -> tensor; stored as fp32.
-        profile: `ConstantDecay` or `Warmup`, also `Delayed`, or `DiffusersDecay`: an `EMAModel` follows no other.
+        profile: `ConstantDecay` or `Warmup`, also `Delayed`, or `DiffusersDecay`: an `EMAModel` has no other.
         step: updates so far.
         model_config: the model's configuration, `dict(model.config)`.
 
     Raises:
-        ValueError: an `EMAModel` cannot go on with this profile.
+        ValueError: an `EMAModel` cannot continue with this profile.
         OSError: it cannot be written.
     """
     state = {**_diffusers_settings(profile), "optimization_step": int(step)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().float().cpu() for name, tensor in weights.items()}
-    save_tensors(folder / _WEIGHTS, stored, {"format": "pt"})
+    save_tensors(folder / _WEIGHTS, _fp32(weights), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**model_config, **state}, indent=2, sort_keys=True) + "\n")
 
 
@@ -187,8 +180,8 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
 
     Args:
         state: the state dict (from a file: `torch.load(path, weights_only=True)`).
-        model: a model of the architecture it averages, for the names; wrapped or not.
-        decay: the decay of its EMA function, which the state does not tell; None for its default, equal averaging.
+        model: a model of the averaged architecture, for the names; wrapped or not.
+        decay: the decay of its EMA function, which the state does not hold; None for its default, equal averaging.
 
     Raises:
         ValueError: not such a state, or a tensor is missing, unknown or misshaped (named, with both shapes).
@@ -205,7 +198,7 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
     if decay is not None:
         notes.append("Its first call copied the parameters, so the average began there and holds no initial weights.")
     return ForeignAverage(
-        weights={n: tensors[n].detach().float().cpu().clone() for n in parameters},
+        weights=_fp32({n: tensors[n] for n in parameters}),
         step=step,
         profile=profile,
         claimed=decay,
@@ -215,15 +208,25 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
 
 
 def averaged_model_state(
-    weights: Mapping[str, Tensor], num_averaged: int, buffers: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor],
+    num_averaged: int,
+    buffers: Mapping[str, Tensor] | None = None,
+    *,
+    averaged_model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """A state dict that torch's `AveragedModel(model).load_state_dict` takes.
+    """A state dict for the `load_state_dict` of torch's `AveragedModel`.
 
     Args:
         weights: parameter name -> tensor, `bank.weights(name)`.
-        num_averaged: updates so far; equal averaging goes on from it.
+        num_averaged: updates so far; equal averaging continues from it.
         buffers: buffer name -> tensor, `bank.buffers(name)`.
+        averaged_model: the `AveragedModel` to load into, for its names; needed if it averages a wrapped model.
     """
     named = {**weights, **(buffers or {})}
-    counter = {"n_averaged": torch.tensor(num_averaged, dtype=torch.long)}
-    return counter | {f"module.{name}": tensor.detach().clone() for name, tensor in named.items()}
+    names = averaged_model.state_dict() if averaged_model else [f"module.{name}" for name in named]
+    state = {name: named[clean_name(name)].detach().clone() for name in names if name != "n_averaged"}
+    return {"n_averaged": torch.tensor(num_averaged, dtype=torch.long)} | state
+
+
+def _fp32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Lengths of averages in steps, in images, or as a share of a run: turned into steps once, before the profile is made."""
+"""Lengths of averages in steps, in images, or as a share of a run, converted to steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def resolve_lengths(settings: Mapping[str, Any], *, num_steps: int, batch_size: 
     Lengths that must be whole are rounded to the nearest step.
 
     Args:
-        settings: what YAML holds, such as {"kind": "half_life", "half_life": "500kimg"}.
+        settings: from YAML, such as {"kind": "half_life", "half_life": "500kimg"}.
         num_steps: steps of the whole run.
-        batch_size: images in a step, over all processes.
+        batch_size: images per step, over all processes.
 
     Raises:
         ValueError: a length is text of another form.

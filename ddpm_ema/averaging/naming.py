@@ -1,8 +1,9 @@
-"""Names of tensors: cleaned of wrappers, dealt out to ranks, and compared strictly."""
+"""Named tensors: names without wrapper prefixes, shares of ranks, bounded parts, and strict comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -10,10 +11,11 @@ WRAPPERS = frozenset({"_orig_mod", "module"})
 """Name components that torch.compile and (Distributed)DataParallel put in front of what they wrap."""
 
 _SHOWN = 8  # tensors listed in a message before it counts the rest
+Key = TypeVar("Key")
 
 
 def clean_name(name: str) -> str:
-    """`module._orig_mod.conv.weight` and `conv._orig_mod.weight` -> `conv.weight`: the name in the bare model."""
+    """`module._orig_mod.conv.weight` and `conv._orig_mod.weight` -> `conv.weight`: the name in the unwrapped model."""
     *path, leaf = name.split(".")
     return ".".join([part for part in path if part not in WRAPPERS] + [leaf])
 
@@ -29,17 +31,17 @@ def clean_named(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> dict[
     for name, tensor in tensors:
         short = clean_name(name)
         if short in cleaned:
-            raise ValueError(
-                f"{what}: {name!r} and {original[short]!r} are both called {short!r} without wrapper prefixes"
-            )
+            both = f"{name!r} and {original[short]!r} are both called {short!r} without wrapper prefixes"
+            twice = f"{name!r} is given twice; join several models in one torch.nn.ModuleDict"
+            raise ValueError(f"{what}: {twice if name == original[short] else both}")
         cleaned[short], original[short] = tensor, name
     return cleaned
 
 
 def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Deal whole tensors out to ranks: the largest first, each to the rank that has least so far (Graham 1969).
+    """Assign whole tensors to ranks: the largest first, each to the rank with the least so far (Graham 1969).
 
-    Depends on names and sizes alone, so every rank finds the same answer; no rank has more than the least loaded one
+    The result depends on names and sizes alone, so it is the same on every rank. No rank has more than the least loaded one
     plus the largest tensor.
 
     Args:
@@ -58,18 +60,35 @@ def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     return {name: owners[name] for name in sizes}
 
 
-def check_tensors(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
-    """Refuse any set of tensors that is not exactly the expected one.
+def parts(sizes: Mapping[Key, int], limit: int) -> Iterator[list[Key]]:
+    """Consecutive runs of keys whose sizes sum to at most `limit`; a key of larger size is a part of its own."""
+    part: list[Key] = []
+    total = 0
+    for key, size in sizes.items():
+        if part and total + size > limit:
+            yield part
+            part, total = [], 0
+        part.append(key)
+        total += size
+    if part:
+        yield part
+
+
+def check_tensors(
+    given: Mapping[str, torch.Tensor | torch.Size], expected: Mapping[str, torch.Size], what: str
+) -> None:
+    """Refuse any set of tensors (or of their shapes) that is not exactly the expected one.
 
     Raises:
         ValueError: names every missing, extra and misshaped tensor, the latter with both shapes.
     """
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in given.items()}
     problems = [f"{name!r} is missing (expected {tuple(expected[name])})" for name in expected if name not in given]
-    problems += [f"{name!r} is not known here ({tuple(given[name].shape)})" for name in given if name not in expected]
+    problems += [f"{name!r} is not known here ({shapes[name]})" for name in given if name not in expected]
     problems += [
-        f"{name!r} has shape {tuple(given[name].shape)}, expected {tuple(expected[name])}"
+        f"{name!r} has shape {shapes[name]}, expected {tuple(expected[name])}"
         for name in expected
-        if name in given and given[name].shape != expected[name]
+        if name in given and shapes[name] != expected[name]
     ]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

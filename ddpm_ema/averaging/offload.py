@@ -1,4 +1,4 @@
-"""Averages in host memory of a model on an accelerator, with the transfer behind the next step's computation."""
+"""Averages in host memory of a model on an accelerator; the transfer overlaps the next step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class HostMirror:
-    """The latest values of some tensors in (pinned) host memory, and one background thread that works on them.
+    """Values of tensors in (pinned) host memory, and one background thread that works on them.
 
     `submit` clones the sources on their device in stream order (the optimizer may change them right afterwards), copies the
-    clones to pinned memory on a stream of its own, and hands the rest to the thread. The caller waits for nothing but an
-    earlier submission that is still running, so a host too slow for the training slows it down instead of falling behind.
+    clones to pinned memory on another stream, and leaves the rest to the thread. The caller waits only for an earlier submission
+    that still runs, so a slow host slows training down instead of falling behind.
 
-    Costs one copy of the sources on their device and one in pinned memory, whatever the number of averages.
+    Memory: one clone of the sources on their device and one in pinned memory, for any number of averages.
     """
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
@@ -36,11 +36,7 @@ class HostMirror:
         self.wait()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Bring `values` up to date and run `work` on them, both behind the caller's back.
-
-        Raises:
-            Exception: whatever an earlier `work` raised.
-        """
+        """Update `values` and then run `work`, both in the background. Raises what an earlier `work` raised."""
         self.wait()
         with torch.no_grad():
             if self._sources:
@@ -65,7 +61,7 @@ class HostMirror:
         work()
 
     def wait(self) -> None:
-        """Until nothing is pending. Raises what the work raised."""
+        """Wait for the last submission. Raises what its `work` raised."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()

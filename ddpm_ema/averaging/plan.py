@@ -1,4 +1,4 @@
-"""What to store of a training run that has not begun: which averages, how often, and what can be made of them afterwards."""
+"""What to store of a future training run: which averages, how often, and the predicted errors of reconstructions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddpm_ema.averaging.coefficients import MAX_PREDICTED_ERROR, RAW, StepVarian
 from ddpm_ema.averaging.profiles import PowerFunction, Profile, Uniform
 
 GOAL = 0.01
-"""Predicted relative error that is good enough to rather save disk."""
+"""Predicted relative error below which a plan saves disk instead."""
 SETS: tuple[tuple[Profile, ...], ...] = (
     (PowerFunction(0.05), PowerFunction(0.10)),
     (PowerFunction(0.05), Uniform()),
@@ -17,19 +17,19 @@ SETS: tuple[tuple[Profile, ...], ...] = (
     (RAW, Uniform()),
     (RAW,),
 )
-"""Averages that are considered for storing together."""
+"""Sets of averages to choose from."""
 COUNTS = (5, 10, 20, 50, 100, 200)
-"""How often they are stored in all."""
+"""Numbers of snapshots per average to choose from."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Averages to store, every so many steps and at the last one, beside the initial weights once.
+    """Averages to store every `every` steps and at the last one, and the initial weights once.
 
     Attributes:
         stored: their profiles.
         every: steps between snapshots.
-        num_files: how many files that makes.
+        num_files: number of files, initial weights included.
         errors: predicted relative error of each target at the last step; None where it is raw.
     """
 
@@ -39,12 +39,12 @@ class Plan:
     errors: tuple[float | None, ...]
 
     def beyond(self, error: float) -> list[int]:
-        """The places of the targets whose error is not below this."""
+        """Indices of the targets whose error is not below this."""
         return [place for place, found in enumerate(self.errors) if found is not None and found >= error]
 
     @property
     def badness(self) -> tuple[int, int, int]:
-        """What the best plan has least of: targets that warn, targets that miss the goal, files."""
+        """Sort key, the best plan first: targets with a warning, targets that miss the goal, files."""
         return len(self.beyond(MAX_PREDICTED_ERROR)), len(self.beyond(GOAL)), self.num_files
 
 
@@ -54,7 +54,6 @@ def plans(
     max_files: int,
     *,
     step_variance: StepVariance | None = None,
-    sets: Sequence[tuple[Profile, ...]] = SETS,
 ) -> list[Plan]:
     """The best plan for each set of averages that fits into `max_files` files, the best of all first.
 
@@ -63,15 +62,14 @@ def plans(
         targets: profiles wanted at the last step.
         max_files: files that may be stored, each as large as the model.
         step_variance: as of `posthoc_coefficients`.
-        sets: averages to consider.
 
     Raises:
-        ValueError: a bad number of steps, or not even the smallest plan fits.
+        ValueError: no steps, no targets, or too few files for the smallest plan.
     """
     if steps < 1 or not targets:
         raise ValueError(f"steps, targets: expected at least one of each, got {steps} and {len(targets)}")
     best = []
-    for stored in sets:
+    for stored in SETS:
         spacings = sorted({max(1, steps // count) for count in COUNTS})
         made = [
             _plan(steps, targets, stored, every, step_variance)

@@ -1,6 +1,6 @@
-"""Post-hoc EMA on files: any averaging profile as a linear combination of stored averages, and a check of what was predicted.
+"""Post-hoc EMA on files: any averaging profile as a linear combination of stored averages.
 
-The coefficients are those of `coefficients.py`. The tensors are read one file at a time, a bounded part of the model at a time.
+`coefficients.py` computes the coefficients. Tensors are read one file at a time, a bounded part of the model at a time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from ddpm_ema.averaging.coefficients import (
     solve,
     variance_between,
 )
-from ddpm_ema.averaging.naming import check_tensors
+from ddpm_ema.averaging.naming import check_tensors, parts
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.averaging.snapshots import Snapshot
 
 MAX_MISPREDICTION = 2.0
-"""Actual error of a check over the predicted one from which a reconstruction warns, where it is"""
+"""A check warns where the actual error is this many times the predicted one, and"""
 MIN_CHECKED_ERROR = 0.01
-"""at least this share of the distance from raw."""
+"""at least this share of the average's distance from the raw weights."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A stored average, rebuilt from the others and compared with itself.
+    """A stored average, reconstructed from the others and compared with itself.
 
     Attributes:
         name: its file's name.
@@ -68,13 +68,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an average is made from stored ones; no tensors yet.
+    """How an average is made from stored ones, without tensors.
 
     Attributes:
-        step: the step it is the average at.
-        target: the profile asked for.
-        snapshots: what it is made from, in the order of `coefficients.weights`.
-        coefficients: how it is made.
+        step: the step of the average.
+        target: its profile.
+        snapshots: the stored averages, in the order of `coefficients.weights`.
+        coefficients: how they are combined.
         step_variance: as given to `fit`.
         white_noise: as given to `fit`, or estimated.
         magnitude: estimated, as of `posthoc_coefficients`.
@@ -90,13 +90,13 @@ class Fit:
 
     @property
     def identity(self) -> list[Any]:
-        """What the coefficients follow from beside the files and the target: changes whenever they would."""
+        """What the coefficients depend on beside the files and the target, as plain values."""
         steps = [snapshot.step for snapshot in self.snapshots]
         moved = [variance_between(self.step_variance, a, b) for a, b in itertools.pairwise([0, *dict.fromkeys(steps)])]
         return [FIT_VERSION, self.step, *(f"{variance:.9g}" for variance in moved)]
 
     def warnings(self, check: Check | None = None) -> list[str]:
-        """Why it should not be trusted, in plain sentences; empty if it may be."""
+        """Reasons not to trust it, in plain sentences."""
         return [*self.coefficients.warnings(), *(check.warnings() if check else [])]
 
     def summary(self, check: Check | None = None) -> dict[str, Any]:
@@ -113,17 +113,17 @@ class Fit:
     def combined(self) -> dict[str, Tensor]:
         """Parameter name -> fp32 CPU tensor, in the order of the newest file. Raises as `reconstruct`."""
         shapes = self.snapshots[-1].shapes()
-        combined = dict(combine(self.snapshots, self.coefficients.weights, shapes))
+        combined = {n: t.float() for n, t in combine(self.snapshots, self.coefficients.weights, shapes)}
         return {name: combined[name] for name in shapes}
 
     def checked(self, kept: Iterable[Snapshot] = ()) -> Check | None:
-        """Rebuild the stored average whose weighting is nearest to the target's from the other snapshots; reads every file once.
+        """Reconstruct the stored average whose profile is nearest to the target from the other snapshots; reads all files once.
 
         Args:
             kept: averages and raw weights that were stored at `step`, but are not among the snapshots.
 
         Returns:
-            None where raw or every average is missing at `step`, or there is nothing to rebuild one from.
+            None where raw or every average is missing at `step`, or there is nothing to reconstruct one from.
 
         Raises: as `reconstruct`.
         """
@@ -134,8 +134,9 @@ class Fit:
         if raw is None or candidate is None or not rest:
             return None
         found = solve([_stored(s) for s in rest], [_stored(candidate)], *self._model)[0]
-        files = (*rest, candidate, raw)
-        actual = _off_by(files, tuple(found.weights.tolist()), tuple(s.path.stat().st_mtime_ns for s in files))
+        unit = _norm([raw, candidate], [1.0, -1.0])
+        error = _norm([*rest, candidate], [*found.weights.tolist(), -1.0])
+        actual = error / unit if unit else 0.0
         return Check(candidate.path.stem, candidate.profile, found.predicted_relative_error or 0.0, actual)
 
     @property
@@ -148,29 +149,14 @@ class Fit:
         return alone.predicted_relative_error or 0.0
 
 
-@functools.lru_cache(maxsize=64)
-def _off_by(files: tuple[Snapshot, ...], weights: tuple[float, ...], modified: tuple[int, ...]) -> float:
-    """How far the combination of all files but two is from the last but one, as a share of its distance from the last.
-
-    Remembered, since the candidates of a sweep share their checks; `modified` are the files' times.
-    """
-    *rest, stored, other = files
-    error = distance = 0.0
-    for name, rebuilt in combine(rest, weights, stored.shapes()):
-        (_, exact), (_, apart) = *stored.tensors([name]), *other.tensors([name])
-        error += float((rebuilt.double() - exact).square().sum())
-        distance += float((apart.double() - exact).square().sum())
-    return float(np.sqrt(error / distance)) if distance else 0.0
-
-
 @dataclass(frozen=True)
 class Reconstruction:
-    """An average made after the fact.
+    """A reconstructed average.
 
     Attributes:
         weights: parameter name -> fp32 CPU tensor, in the order of the files: pair them by name.
         fit: how it was made.
-        check: what the prediction was worth for another average, that was stored; None where there was none.
+        check: how well another average, which was stored, was predicted; None where there was none.
     """
 
     weights: dict[str, Tensor]
@@ -184,7 +170,7 @@ class Reconstruction:
 
     @property
     def warnings(self) -> list[str]:
-        """Why it should not be trusted, in plain sentences; empty if it may be."""
+        """Reasons not to trust it, in plain sentences."""
         return self.fit.warnings(self.check)
 
 
@@ -196,15 +182,15 @@ def fit(
     step_variance: StepVariance | None = None,
     white_noise: float | None = None,
 ) -> Fit:
-    """`reconstruct` without the tensors: which snapshots, which coefficients, how good. Arguments and errors are the same."""
+    """`reconstruct` without the tensors: snapshots, coefficients and predicted error. Same arguments and errors."""
     snapshots = sorted(snapshots, key=lambda snapshot: snapshot.step)
     steps = sorted({snapshot.step for snapshot in snapshots if snapshot.step > 0})
     if step_out not in steps:
         raise ValueError(f"step {step_out} was not stored; {_nearest_steps(step_out, steps)}")
     used = tuple(snapshot for snapshot in snapshots if snapshot.step <= step_out)
-    shapes = used[-1].shapes()
     for snapshot in used:
-        _check_shapes(snapshot, shapes)
+        what = f"{snapshot.path}: not of the same model as the other snapshots"
+        check_tensors(snapshot.shapes(), used[-1].shapes(), what)
     if white_noise is None:
         white_noise = estimate_white_noise([s for s in used if s.profile == RAW and s.step > 0], step_variance)
     magnitude = _magnitude(used[0], used[-1], step_variance)
@@ -232,20 +218,19 @@ def reconstruct(
     check: bool = True,
     kept: Iterable[Snapshot] = (),
 ) -> Reconstruction:
-    """The average with the target profile at `step_out`, from stored ones, never kept during training.
+    """The average with the target profile at `step_out`, from stored averages of other profiles.
 
-    Snapshots are read one file at a time, a bounded part of the tensors at a time; memory is at most that of two models
-    (or of three and a half times the largest tensor beyond the result, if a single tensor is most of the model).
+    Memory is at most that of two models (or the result and three and a half times the largest tensor).
 
     Args:
-        snapshots: stored averages, in any order, of any profiles, `RAW` included; those after `step_out` are left aside.
+        snapshots: stored averages, in any order, of any profiles, `RAW` included; later ones than `step_out` are not used.
         step_out: a step at which a snapshot was stored.
         target: a power-function width, or any profile.
         step_variance: as of `posthoc_coefficients`: give learning_rate(t)^2 where the rate warms up or decays.
-        white_noise: as of `posthoc_coefficients`; None estimates it where three raw snapshots or more are there.
-        check: also rebuild an average that was stored at `step_out` from the others, where raw was stored there, too. Reads every
-            file once more.
-        kept: what else was stored at `step_out`, raw or averages: used for the check alone.
+        white_noise: as of `posthoc_coefficients`; None estimates it from three raw snapshots or more.
+        check: also reconstruct an average that was stored at `step_out` from the others, if raw weights were stored there, too.
+            Reads every file once more.
+        kept: other raw weights or averages that were stored at `step_out`, for the check alone.
 
     Raises:
         ValueError: no snapshot was stored at `step_out` (the nearest steps are named), one is given twice, two hold different
@@ -257,28 +242,17 @@ def reconstruct(
 
 
 def _magnitude(first: Snapshot, last: Snapshot, step_variance: StepVariance | None) -> float:
-    """|theta| / sqrt(sum v), from how far apart two stored averages are."""
-    size, moved = _lengths(first, last, (first.path.stat().st_mtime_ns, last.path.stat().st_mtime_ns))
+    """|theta| / sqrt(sum v), from the distance between two stored averages."""
+    moved = _norm([first, last], [-1.0, 1.0])
     expected = expected_distance(_stored(first), _stored(last), step_variance)
-    return size * expected / moved if moved > 0.0 else 1.0
-
-
-@functools.lru_cache(maxsize=64)
-def _lengths(first: Snapshot, last: Snapshot, modified: tuple[int, ...]) -> tuple[float, float]:
-    """L2 norms of the last and of the difference. Remembered as `_off_by` is."""
-    size = moved = 0.0
-    for name in last.shapes():
-        (_, before), (_, after) = *first.tensors([name]), *last.tensors([name])
-        size += float(after.double().square().sum())
-        moved += float((after.double() - before).square().sum())
-    return math.sqrt(size), math.sqrt(moved)
+    return _norm([last], [1.0]) * expected / moved if moved > 0.0 else 1.0
 
 
 def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | None = None) -> float:
-    """Variance of the noise of raw weights about the wandering ones, in steps (white_noise * v(t)); reads every file once.
+    """Variance of white noise on raw weights that follow a random walk, in steps: that on step t is white_noise * v(t).
 
-    Of a random walk plus white noise, |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j,
-    plus white_noise (v_i + v_j). Neighbours and neighbours but one give the two unknowns. 0 for fewer than three checkpoints.
+    |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j plus white_noise (v_i + v_j). Its means
+    over neighbours and over next neighbours give the two unknowns. 0 for fewer than three checkpoints.
 
     Args:
         raw: checkpoints of one run, by step.
@@ -286,74 +260,47 @@ def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | 
     """
     if len(raw) < 3:
         return 0.0
-    squares = np.asarray(_moved(tuple(raw), tuple(s.path.stat().st_mtime_ns for s in raw)))
-    steps = [snapshot.step for snapshot in raw]
-    between = [variance_between(step_variance, a, b) for a, b in itertools.pairwise(steps)]
+    lags = (1, 2)
+    squares = [np.mean([_norm([a, b], [-1.0, 1.0]) ** 2 for a, b in zip(raw, raw[n:], strict=False)]) for n in lags]
+    between = [variance_between(step_variance, a.step, b.step) for a, b in itertools.pairwise(raw)]
     walked = np.cumsum([0.0, *between])
-    walked = np.array([np.mean(walked[lag:] - walked[:-lag]) for lag in (1, 2)])
-    own = np.array([variance_between(step_variance, step - 1, step) for step in steps])
-    noise = np.array([np.mean(own[lag:] + own[:-lag]) for lag in (1, 2)])
+    walked = np.array([np.mean(walked[lag:] - walked[:-lag]) for lag in lags])
+    own = np.array([variance_between(step_variance, snapshot.step - 1, snapshot.step) for snapshot in raw])
+    noise = np.array([np.mean(own[lag:] + own[:-lag]) for lag in lags])
     rate = (squares[1] * noise[0] - squares[0] * noise[1]) / (walked[1] * noise[0] - walked[0] * noise[1])
     rate = max(rate, 1e-3 * squares[1] / walked[1])
     return max(0.0, float((squares[0] / rate - walked[0]) / noise[0])) if rate > 0.0 else 0.0
 
 
-@functools.lru_cache(maxsize=64)
-def _moved(raw: tuple[Snapshot, ...], modified: tuple[int, ...]) -> tuple[float, float]:
-    """Mean squared distance of neighbours, and of neighbours but one. Remembered as `_off_by` is."""
-    sums, shapes = [0.0, 0.0], raw[0].shapes()
-    for part in _parts(shapes):
-        before: list[dict[str, Tensor]] = []
-        for snapshot in raw:
-            now = {name: tensor.double() for name, tensor in snapshot.tensors(part)}
-            for lag, earlier in enumerate(reversed(before)):
-                sums[lag] += sum(float((now[name] - earlier[name]).square().sum()) for name in part)
-            before = [*before[-1:], now]
-    return sums[0] / (len(raw) - 1), sums[1] / (len(raw) - 2)
+def _norm(files: Sequence[Snapshot], coefficients: Sequence[float]) -> float:
+    """L2 norm of a combination of files, over all tensors; remembered until a file changes."""
+    modified = tuple(snapshot.path.stat().st_mtime_ns for snapshot in files)
+    return _remembered_norm(tuple(files), tuple(coefficients), modified)
+
+
+@functools.lru_cache(maxsize=1024)  # the targets of a sweep share their checks, and the fits of a run its magnitude
+def _remembered_norm(files: tuple[Snapshot, ...], coefficients: tuple[float, ...], modified: tuple[int, ...]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for _, t in combine(files, coefficients, files[-1].shapes())))
 
 
 def combine(
     snapshots: Sequence[Snapshot], coefficients: Sequence[float] | FloatArray, shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The sum of coefficient x snapshot, tensor by tensor, fp32 on the CPU, summed in float64.
+    """The sum of coefficient x snapshot, tensor by tensor, float64 on the CPU; the next tensors overwrite the last.
 
-    The tensors go through in parts of at most an eighth of the model, so that the float64 sums take a quarter of it, in one
-    buffer for all parts; only one file is open at a time.
+    Parts of at most an eighth of the model are summed in one buffer, a quarter of the model in float64. One file is open at a
+    time.
     """
-    parts = list(_parts(shapes))
-    buffer = torch.empty(max((_numel(part, shapes) for part in parts), default=0), dtype=torch.float64)
-    for part in parts:
-        zeros = buffer[: _numel(part, shapes)].zero_()
-        slices = torch.split(zeros, [shapes[name].numel() for name in part])
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    split = [{name: sizes[name] for name in part} for part in parts(sizes, sum(sizes.values()) // 8)]
+    buffer = torch.empty(max((sum(part.values()) for part in split), default=0), dtype=torch.float64)
+    for part in split:
+        slices = torch.split(buffer[: sum(part.values())].zero_(), list(part.values()))
         sums = {name: flat.view(shapes[name]) for name, flat in zip(part, slices, strict=True)}
         for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
-            for name, tensor in snapshot.tensors(part):
+            for name, tensor in snapshot.tensors(list(part)):
                 sums[name].add_(tensor, alpha=float(coefficient))  # promotes block-wise, without a float64 copy
-        for name, total in sums.items():
-            yield name, total.float()
-
-
-def _numel(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> int:
-    return sum(shapes[name].numel() for name in names)
-
-
-def _parts(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-    limit = sum(shape.numel() for shape in shapes.values()) // 8
-    part: list[str] = []
-    numel = 0
-    for name, shape in shapes.items():
-        if part and numel + shape.numel() > limit:
-            yield part
-            part, numel = [], 0
-        part.append(name)
-        numel += shape.numel()
-    if part:
-        yield part
-
-
-def _check_shapes(snapshot: Snapshot, expected: Mapping[str, torch.Size]) -> None:
-    given = {name: torch.empty(shape, device="meta") for name, shape in snapshot.shapes().items()}
-    check_tensors(given, expected, f"{snapshot.path}: not of the same model as the other snapshots")
+        yield from sums.items()
 
 
 def _nearest_steps(step: int, steps: Sequence[int]) -> str:

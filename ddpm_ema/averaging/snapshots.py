@@ -1,4 +1,4 @@
-"""Snapshots: stored averages with the step and the profile they were taken with, as safetensors files."""
+"""Snapshots: stored averages as safetensors files whose metadata holds step, profile and update interval."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Snapshot:
 
     Attributes:
         step: completed optimizer steps when it was stored; 0 for the initial weights.
-        profile: how it was averaged.
+        profile: its profile.
         path: its safetensors file.
         every: steps between its updates.
     """
@@ -38,10 +38,10 @@ class Snapshot:
 
     @classmethod
     def open(cls, path: str | Path) -> Snapshot:
-        """Read what a snapshot is from its file's metadata; no tensor is loaded.
+        """Read a file's metadata; no tensor is loaded.
 
         Raises:
-            ValueError: not a safetensors file (pickles are refused unread), or no snapshot's metadata in it.
+            ValueError: not a safetensors file (pickles are refused unread), or without a snapshot's metadata.
             OSError: it cannot be read.
         """
         path = Path(path)
@@ -50,14 +50,14 @@ class Snapshot:
         try:
             described = json.loads(metadata["snapshot"])
             step, every, settings = int(described["step"]), int(described["every"]), described["profile"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"{path}: not a snapshot: its metadata has no valid 'snapshot' with step, every and profile"
-            ) from error
+            ) from None
         try:
-            return cls(step=step, profile=profile_from_dict(settings), path=path, every=every)
+            return cls(step, profile_from_dict(settings), path, every)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}") from None
 
     def shapes(self) -> dict[str, torch.Size]:
         """Name -> shape of every tensor, from the header alone."""
@@ -84,7 +84,7 @@ def find_snapshots(folder: str | Path) -> list[Snapshot]:
 
 
 def snapshot_metadata(step: int, profile: Profile, every: int = 1, **more: Any) -> dict[str, str]:
-    """What a snapshot's file says of it: one entry, since safetensors writes several in random order."""
+    """Metadata of a snapshot's file, in one entry, since safetensors writes several in random order."""
     described = {"step": step, "every": every, "profile": profile_to_dict(profile), **more}
     return {"snapshot": json.dumps(described, sort_keys=True)}
 
@@ -100,15 +100,15 @@ def write_snapshot(
     """Store an average, whole or not at all (`files.save_tensors`). Equal ones give equal bytes.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is created if it does not exist.
         tensors: name -> tensor of any dtype, layout and device.
         step: completed optimizer steps; 0 for the initial weights, with any profile.
-        profile: how it was averaged; `RAW` for parameters that are not averaged.
-        dtype: torch.float32, or torch.bfloat16 for half the bytes (docs/averaging.md says what is lost).
+        profile: its profile; `RAW` for parameters that are not averaged.
+        dtype: torch.float32, or torch.bfloat16 for half the bytes and a larger rounding error.
         every: steps between updates of the average, `num_steps` of `AverageBank.update`.
 
     Raises:
-        ValueError: another dtype, a negative step, or no steps between updates.
+        ValueError: another dtype, a negative step, no steps between updates, or a profile that could not be read back.
         OSError: it cannot be written.
     """
     if dtype not in _DTYPES:

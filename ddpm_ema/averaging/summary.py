@@ -1,4 +1,4 @@
-"""What averages will be worth after a number of steps, told before the first one."""
+"""A table of averages as they will be at the end of a run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from ddpm_ema.averaging.profiles import Profile
 
 MAX_INITIAL_WEIGHT = 0.01
-"""Share of the initial weights from which an average is called too long for its run."""
+"""Share of the initial weights from which `summarize` warns that an average is too long for its run."""
 
 
 def summarize(profiles: Mapping[str, Profile], num_steps: int) -> list[str]:
-    """A table of averages as they will stand after `num_steps` steps, and a warning for each that is too long for the run.
+    """A table of averages after `num_steps` steps, and a warning for each that is too long for the run.
 
     Columns: the time constant 1 / (1 - decay) and the equal-weight window in steps, the centre as a share of the run, and the
     share of the initial weights still held.
@@ -21,7 +21,7 @@ def summarize(profiles: Mapping[str, Profile], num_steps: int) -> list[str]:
         num_steps: steps of the whole run, at least 1.
 
     Returns:
-        lines of text; none where there are no averages.
+        lines of text; none without averages.
     """
     rows = [("average", "time constant (steps)", "window (steps)", "centred at", "initial weights")]
     warnings = []

@@ -125,7 +125,7 @@ def load(settings: DataSettings, *, split: str | None = None) -> ImageDataset:
     Raises:
         UserError: the images are missing, unreadable or too few, or cannot be kept.
     """
-    cache_dir = settings.cache_dir or Path.home() / ".cache" / "ddpm_ema"
+    cache_dir = settings.cache_folder
     source = _open(settings, split or settings.split, cache_dir)
     conversion = Conversion(settings.image_size, settings.channels, settings.background)
     storage = _storage(settings, len(source))

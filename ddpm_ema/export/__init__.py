@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, model, sampling
+from ddpm_ema import diffusion, model, options, sampling
 from ddpm_ema.averaging.profiles import profile_from_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
@@ -144,17 +143,8 @@ def _sync(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """The command line of scripts/export.py."""
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        description="Writes one copy of a run's weights as a diffusers pipeline folder with a model card.",
-    )
-    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
-    parser.add_argument("name", help="raw, an average, a profile to reconstruct such as power_0_075, or NAME@STEP")
-    parser.add_argument("--output", type=Path, default=None, help="the folder to write (default: RUN/export/NAME)")
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
-    parser.add_argument("--variant", action="store_true", help="store the weights as diffusers' variant=NAME")
-    arguments = parser.parse_args(argv)
+    """The command `ddpm-ema export`."""
+    arguments = options.export().parse_args(argv)
     folder = arguments.output or arguments.run / "export" / arguments.name.replace("@", "-step-")
     path = export(arguments.run, arguments.name, folder, arguments.step, arguments.variant)
     print(f"wrote {path}; load it with diffusers.DiffusionPipeline.from_pretrained({str(path)!r})")

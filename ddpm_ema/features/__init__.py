@@ -1,8 +1,7 @@
 """Images → features, by torch-fidelity's extractors or by a classifier trained on the data set itself.
 
-`extractor` (the object scoring uses), `weights` (published files, their sha256 checked before they are opened), `classifier`
-(our own network and its training), `fidelity` (the classifier registered with torch-fidelity; not imported here, because that
-takes a second).
+`extractor` (the object that scoring uses), `published_weights` (files whose sha256 is checked before they are opened), `classifier`
+(our own network and its training).
 """
 
 from __future__ import annotations

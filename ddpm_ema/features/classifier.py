@@ -1,4 +1,4 @@
-"""A small classifier trained on the data set itself: features for images that ImageNet's do not suit, and with no download."""
+"""A small classifier trained on the data set itself: features for images unlike ImageNet's, without a download."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 
 FORMAT = "ddpm_ema feature classifier 1"
 THUMBNAIL = 8
-THUMBNAIL_WEIGHT = 4.0  # its squared error against the cross-entropy: the two are then of like size
+THUMBNAIL_WEIGHT = 4.0  # of its squared error against the cross-entropy: makes them similar in size
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the network looks like; kept in the weights file."""
+    """Shape of the network; stored in the weights file."""
 
     channels: int
     image_size: int
@@ -33,12 +35,12 @@ class Architecture:
 
 
 class Classifier(nn.Module):
-    """Convolutions at 16×16 pixels or fewer and at half of that, a linear layer to `dim` features, one more to logits.
+    """Convolutions at 16×16 pixels or fewer and at half of that, a linear layer to `dim` features, another to logits.
 
-    Training also asks that a linear map rebuild an 8×8 thumbnail from the features. Without that, the features of a good
-    classifier collapse onto one point a class (Papyan et al. 2020, "neural collapse"), and a distance over them would see
-    class proportions and little else. Features have zero mean and unit variance over the training set, whatever the data:
-    the scale at which the cubic kernel of the kernel distance is meant to work.
+    Training also asks a linear map to rebuild an 8×8 thumbnail from the features. Without it, the features of a good classifier
+    collapse to one point per class (Papyan et al. 2020, "neural collapse"), and a distance between them shows little but class
+    proportions. Over the training set features have zero mean and unit variance, the scale that the kernel distance's cubic
+    kernel is meant for.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -56,7 +58,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes].
 
-        Colour images given to a network for grey ones count as the mean of their channels, and the reverse is repeated.
+        A network for grey images takes the mean over colour channels; one for colour images repeats the grey channel.
         """
         x = images.to(self.logits.weight.dtype)
         if x.shape[1] != self.architecture.channels:
@@ -69,7 +71,7 @@ class Classifier(nn.Module):
 
 
 def _stem(architecture: Architecture) -> nn.Sequential:
-    """To `width` channels of at most 16×16 pixels: the cost of an image does not grow with its size beyond that."""
+    """To `width` channels of at most 16×16 pixels, so that the cost per image does not grow with its size."""
     layers: list[nn.Module] = []
     channels, size = architecture.channels, architecture.image_size
     while size > 16:
@@ -91,15 +93,10 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network (eval mode, CPU) and its accuracy on the tenth of the images it never saw."""
+    """A trained network (eval mode, CPU) and its accuracy on the tenth of the images that was held out."""
 
     network: Classifier
     accuracy: float
-
-
-def epochs_for(num_images: int, visits: int) -> int:
-    """Passes over the set: about `visits` images in all for a small set, 3 passes for a large one."""
-    return max(3, min(40, round(visits / num_images)))
 
 
 def train_classifier(
@@ -108,16 +105,21 @@ def train_classifier(
     *,
     seed: int,
     num_classes: int | None = None,
-    batch_size: int = 64,
     visits: int = 32_000,
     device: torch.device | str = "cpu",
-    progress: Any = None,
 ) -> Trained:
-    """Cross-entropy on nine tenths of `images` uint8 [n, c, h, w] with `labels` int64 [n]; seeded, global generators untouched.
+    """Trains with AdamW under a one-cycle rate; shifts are the augmentation (no flips: a mirrored 2 is no digit). Shows a bar.
 
-    AdamW under a one-cycle rate, shifts by up to a tenth of the size as augmentation (no flips: a mirrored 2 is no digit).
-    `visits` is how many images are looked at in all, within 3 to 40 passes; `progress(step, steps, loss)` is called after each
-    step. Raises UserError for fewer than 20 images or 2 classes.
+    Args:
+        images: uint8 [n, c, h, w]; a tenth is held out.
+        labels: int64 [n].
+        seed: of weights, order and shifts; torch's global generators are left as they are.
+        num_classes: None means the largest label + 1.
+        visits: images in all, within 3 to 40 passes.
+        device: where it trains.
+
+    Raises:
+        UserError: fewer than 20 images or 2 classes.
     """
     classes = int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
@@ -131,20 +133,13 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(architecture).to(device).to(memory_format=torch.channels_last)
-    _optimize(
-        network,
-        images,
-        labels,
-        _batches(kept, epochs_for(len(kept), visits), batch_size, generator),
-        generator,
-        progress,
-    )
+    epochs = max(3, min(40, round(visits / len(kept))))
+    _optimize(network, images, labels, _batches(kept, epochs, generator), generator)
     with torch.inference_mode():
         _standardize(network, images, kept)
-        parts = [
-            network(images[part].to(device))[1].argmax(dim=1).cpu() == labels[part] for part in held_out.split(512)
-        ]
-    return Trained(network.cpu().requires_grad_(False), float(torch.cat(parts).double().mean()))
+        logits = torch.cat([network(images[part].to(device))[1].cpu() for part in held_out.split(512)])
+    accuracy = float((logits.argmax(dim=1) == labels[held_out]).double().mean())
+    return Trained(network.cpu().requires_grad_(False), accuracy)
 
 
 def _optimize(
@@ -153,26 +148,25 @@ def _optimize(
     labels: Tensor,
     batches: list[Tensor],
     generator: torch.Generator,
-    progress: Any,
 ) -> None:
     """One step for each of `batches` (image indices), then evaluation mode."""
     device = network.logits.weight.device
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches), pct_start=0.2)
     network.train()
-    for step, batch in enumerate(batches, start=1):
+    bar = tqdm(batches, desc="feature classifier", unit="step", dynamic_ncols=True, mininterval=0.5)
+    for batch in bar:
         loss = _loss(network, _shift(images[batch], generator).to(device), labels[batch].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress(step, len(batches), float(loss.detach()))
+        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
     network.eval()
 
 
 def _standardize(network: Classifier, images: Tensor, kept: Tensor) -> None:
-    """Sets mean and variance of the features over the images `kept` exactly; training left a moving average of shifted ones."""
+    """Sets mean and variance of the features to those over the images `kept`, where training left moving averages."""
     norm, device = network.standardize, network.logits.weight.device
     norm.running_mean.zero_()  # type: ignore[union-attr]
     norm.running_var.fill_(1)  # type: ignore[union-attr]
@@ -188,15 +182,15 @@ def _loss(network: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels) + THUMBNAIL_WEIGHT * F.mse_loss(network.thumbnail(features), thumbnail)
 
 
-def _batches(kept: Tensor, epochs: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Whole batches of a fresh order each epoch."""
-    size = min(batch_size, len(kept))
+def _batches(kept: Tensor, epochs: int, generator: torch.Generator) -> list[Tensor]:
+    """Whole batches in a new order per epoch."""
+    size = min(64, len(kept))
     orders = [kept[torch.randperm(len(kept), generator=generator)] for _ in range(epochs)]
     return [batch for order in orders for batch in order.split(size) if len(batch) == size]
 
 
 def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch moved by one random offset of up to a tenth of its size, edges repeated."""
+    """The batch shifted by one random offset of up to a tenth of its size, edges repeated."""
     size = images.shape[-1]
     most = max(1, size // 10)
     padded = F.pad(images.float(), (most,) * 4, mode="replicate")
@@ -205,7 +199,7 @@ def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def save_classifier(path: Path, trained: Trained, *, fingerprint: str, seed: int) -> None:
-    """Atomically, as safetensors; the metadata says what it is and what it was trained on."""
+    """Writes a safetensors file atomically; its metadata says what it was trained on."""
     metadata = {
         "format": FORMAT,
         "architecture": asdict(trained.network.architecture),
@@ -218,33 +212,29 @@ def save_classifier(path: Path, trained: Trained, *, fingerprint: str, seed: int
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Of a classifier's file: format, architecture, fingerprint, seed, accuracy. Raises UserError where it is missing or other."""
+    """Format, architecture, fingerprint, seed and accuracy in a classifier's file. Raises UserError for a missing or another file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("ddpm_ema", "{}"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
-            f"the feature classifier is not at {path}: make it with scripts/train_features.py --config ..., "
+            f"the feature classifier is not at {path}: make it with ddpm-ema features --config ..., "
             "or name another file with --evaluation.extractor-path"
         ) from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} is no whole safetensors file ({error}); delete it and run scripts/train_features.py"
-        ) from None
+        raise UserError(f"{path} is no whole safetensors file ({error}); delete it and run ddpm-ema features") from None
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no feature classifier of this program: make one with scripts/train_features.py")
+        raise UserError(f"{path} is no feature classifier of this program: make one with ddpm-ema features")
     return metadata
 
 
 def load_classifier(path: Path) -> tuple[Classifier, str]:
     """A classifier (eval mode, CPU) and the sha256 of its file. Raises UserError that says what is wrong with the file."""
-    from safetensors.torch import load
-
     metadata = read_metadata(path)
     content = path.read_bytes()
     try:
         network = Classifier(Architecture(**metadata["architecture"]))
         network.load_state_dict(load(content))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run scripts/train_features.py") from None
+        raise UserError(f"{path} is damaged ({error}); delete it and run ddpm-ema features") from None
     return network.eval().requires_grad_(False), hashlib.sha256(content).hexdigest()

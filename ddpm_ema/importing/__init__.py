@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ddpm_ema import config as settings
+from ddpm_ema import options
 from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.averaging.profiles import profile_to_dict
@@ -195,31 +196,8 @@ def _unet(newest: Found) -> Tree:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """The command line of scripts/import_run.py."""
-    parser = argparse.ArgumentParser(
-        prog="import_run.py",
-        description="Makes a run directory from the checkpoints of another program, to average, score, sweep and export.",
-    )
-    parser.add_argument("source", type=Path, help="the output folder of diffusers' train_unconditional.py, or of files")
-    parser.add_argument("--output-dir", type=Path, required=True, help="the run directory to write")
-    parser.add_argument(
-        "--pattern", action="append", default=[], help="file names, such as step_{step}.safetensors; may be repeated"
-    )
-    parser.add_argument(
-        "--profile", action="append", default=[], help="how they were averaged (constant:decay=0.999; default: raw)"
-    )
-    parser.add_argument("--prefix", action="append", default=[], help="of the tensors to take, such as ema_model.")
-    parser.add_argument(
-        "--key", action="append", default=[], help="where a torch file holds its state dict (default: state_dict)"
-    )
-    parser.add_argument("--unet", type=Path, help="config.json of the UNet2DModel that the files belong to")
-    parser.add_argument(
-        "--config", type=Path, help="settings (YAML): the data, and what SOURCE does not say of the network"
-    )
-    parser.add_argument(
-        "--checkpoints", type=int, default=1, help="how many of the newest steps can be scored (default: 1)"
-    )
-    arguments = parser.parse_args(argv)
+    """The command `ddpm-ema import`."""
+    arguments = options.importing().parse_args(argv)
     found, notes = _find(arguments)
     tree = _settings(arguments, found[-1], notes)
     import_run(arguments.output_dir, found, str(arguments.source), tree, max(0, arguments.checkpoints))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddpm_ema import options
 from ddpm_ema.errors import UserError
 from ddpm_ema.report import choice
 from ddpm_ema.report.page import render
@@ -59,15 +59,8 @@ def _write(target: Path, page: bytes) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """The command line of scripts/report.py: writes the page, prints the answer and where the page is."""
-    parser = argparse.ArgumentParser(prog="report.py", description="Writes report.html for a run directory.")
-    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
-    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: RUN/report.html)")
-    parser.add_argument(
-        "--scoring",
-        help="folder name or digest of the scoring that answers (default: the newest that compares raw with an average)",
-    )
-    arguments = parser.parse_args(argv)
+    """The command `ddpm-ema report`: writes the page, prints the answer and where the page is."""
+    arguments = options.report().parse_args(argv)
     path, answer = write(arguments.run, arguments.output, arguments.scoring)
     _print(f"{answer}\nwrote {path}")
     return path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,23 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ema import model
-from ddpm_ema.config import Config, EvaluationSettings
+from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.sampling import Predict, guided
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_capabilities(config: Config) -> None:
-    """Raises UserError for what this machine cannot do, before any data is read."""
-    settings = config.evaluation
-    on_cuda = config.machine.device != "cpu" and torch.cuda.is_available()
-    if settings.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("evaluation.mixed_precision: this GPU has no bf16; use fp16 or no")
-    if settings.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError(
-            "evaluation.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ here; set it to false"
-        )
 
 
 class Network:

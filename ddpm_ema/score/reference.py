@@ -24,8 +24,6 @@ from ddpm_ema.score.blocks import pixel_figures
 from ddpm_ema.score.studio import rounds
 from ddpm_ema.score.together import on_main
 
-DEFAULT_CACHE = Path("~/.cache/ddpm_ema")
-
 
 def is_file(config: Config) -> bool:
     """Whether `evaluation.reference` is a file of statistics rather than a split."""
@@ -64,7 +62,7 @@ def open_reference(
         path = Path(config.evaluation.reference)
         origin = on_main(processes, lambda: remember(lambda: metrics.read_published(path, extractor.dim)))
     else:
-        cache = config.data.cache_dir or DEFAULT_CACHE
+        cache = config.data.cache_folder
         resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
         split = reference_split(config)
         key = metrics.content_key(fingerprint=dataset.fingerprint, split=split, resize=resize, extractor=extractor)

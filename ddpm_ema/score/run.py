@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ddpm_ema import capabilities
 from ddpm_ema.config import Config, Effect, differing, to_dict
 from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import UserError
@@ -15,7 +16,6 @@ from ddpm_ema.features import open_extractor
 from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.rundir import Checkpoint
-from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.reference import is_file, load_split, open_reference, reference_split
 from ddpm_ema.score.results import heading, table
 from ddpm_ema.score.scoring import Scoring, checkpoints
@@ -30,7 +30,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
     Goes on with what earlier starts finished. Raises UserError, or StoppedError after a signal.
     """
-    check_capabilities(config)
+    capabilities.check("evaluation", config.evaluation, config.machine)
     candidates(config.evaluation.sweep)  # a range that cannot be is an error before anything is read
     processes = Processes.start(config.machine.device, timeout=config.machine.timeout)
     with StopFlag() as stop, processes.telling_peers():

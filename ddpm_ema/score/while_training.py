@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from ddpm_ema import capabilities
 from ddpm_ema.averaging import profile_to_dict
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.features import open_extractor
 from ddpm_ema.score.blocks import Block, MemoryStore
 from ddpm_ema.score.measure import Measure, Score, rows
-from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.reference import is_file, load_split, open_reference, reference_split
 from ddpm_ema.score.results import metric_of
 from ddpm_ema.score.studio import Studio
@@ -30,7 +30,7 @@ def while_training(
     Scores raw and every average over `evaluation.every_num_images` images, the same ones at every step. It has a network of
     its own and touches no random generator, so training goes on bit-equal to a run that does not score.
     """
-    check_capabilities(config)
+    capabilities.check("evaluation", config.evaluation, config.machine)
     count = config.evaluation.every_num_images
     settings = config.evaluation.model_copy(update={"num_images": count, "grid_images": 0})
     config = config.model_copy(update={"evaluation": settings})

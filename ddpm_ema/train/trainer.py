@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ddpm_ema import batch_order, data, diffusion, model
+from ddpm_ema import batch_order, capabilities, data, diffusion, model
 from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
@@ -144,15 +143,8 @@ def describe(trainer: Trainer) -> str:
 
 def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
-    training = config.training
-    on_cuda = config.machine.device != "cpu" and torch.cuda.is_available()
-    if training.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("training.mixed_precision: this GPU has no bf16; use fp16 or no")
-    if training.compile and not on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError(
-            "training.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ here; set it to false"
-        )
-    names = [name for name in training.trackers if name not in _known_trackers()]
+    capabilities.check("training", config.training, config.machine)
+    names = [name for name in config.training.trackers if name not in _known_trackers()]
     if names:
         raise UserError(
             f"training.trackers: {', '.join(names)} unknown; accelerate knows {', '.join(_known_trackers())}"

@@ -31,13 +31,7 @@ def move(net: nn.Module, step: int) -> None:
 
 
 def bank_of(net: nn.Module, rank: int = 0, world_size: int = 1) -> AverageBank:
-    return AverageBank(
-        net.named_parameters(remove_duplicate=False),
-        PROFILES,
-        named_buffers=net.named_buffers(),
-        rank=rank,
-        world_size=world_size,
-    )
+    return AverageBank(net, PROFILES, rank=rank, world_size=world_size)
 
 
 def main(rank: int, port: int, folder: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from onehot import peer_weighting
+import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -43,40 +45,26 @@ def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_every_copy_starts_at_the_parameters_and_shares_no_memory_with_them() -> None:
+@pytest.mark.parametrize(
+    ("profile", "peer_settings", "taken"),
+    [
+        # AveragedModel's first call copies: the initial parameters (step 0) for an EMA, the first of the mean for SWA.
+        (ConstantDecay(0.9), {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, range(101)),
+        (ConstantDecay(0.99), {"multi_avg_fn": get_ema_multi_avg_fn(0.99)}, range(101)),
+        (StochasticWeightAverage(start=30, every=7), {}, range(30, 101, 7)),
+    ],
+)
+def test_it_is_torchs_averaged_model_to_1e_6(profile, peer_settings, taken) -> None:
     model = small_model()
-    bank = AverageBank(model.named_parameters(), {"a": ConstantDecay(0.9), "b": Uniform()})
-    before = parameters_of(model)
-    move(model)
-    assert equal(bank.weights("a"), before)
-    assert equal(bank.weights("b"), before)
-
-
-@pytest.mark.parametrize("decay", [0.9, 0.99])
-def test_a_constant_decay_is_torchs_averaged_model_to_1e_6(decay: float) -> None:
-    model = small_model()
-    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(decay)})
-    peer = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    peer.update_parameters(model)  # its first call copies: the initial parameters, as ours
-    for step in range(1, 101):
-        move(model, seed=step)
-        bank.update(step)
-        peer.update_parameters(model)
-    for name, theirs in peer.module.named_parameters():
-        torch.testing.assert_close(bank.weights("ema")[name], theirs.detach(), rtol=1e-6, atol=1e-6)
-
-
-def test_a_stochastic_weight_average_is_torchs_to_1e_6() -> None:
-    model = small_model()
-    bank = AverageBank(model.named_parameters(), {"swa": StochasticWeightAverage(start=30, every=7)})
-    peer = AveragedModel(model)
-    for step in range(1, 101):
-        move(model, seed=step)
-        bank.update(step)
-        if step >= 30 and (step - 30) % 7 == 0:
+    bank, peer = AverageBank(model, {"average": profile}), AveragedModel(model, **peer_settings)
+    for step in range(101):
+        if step:
+            move(model, seed=step)
+            bank.update(step)
+        if step in taken:
             peer.update_parameters(model)
     for name, theirs in peer.module.named_parameters():
-        torch.testing.assert_close(bank.weights("swa")[name], theirs.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(bank.weights("average")[name], theirs.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_average_of_a_bf16_model_moves_over_10_000_steps_where_a_bf16_average_freezes() -> None:
@@ -93,7 +81,7 @@ def test_the_average_of_a_bf16_model_moves_over_10_000_steps_where_a_bf16_averag
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copies_kept_together_are_those_kept_alone_bit_for_bit(dtype: torch.dtype) -> None:
+def test_averages_kept_together_are_those_kept_alone_bit_for_bit(dtype: torch.dtype) -> None:
     model = small_model().to(dtype)
     profiles = {
         "a": ConstantDecay(0.9),
@@ -131,7 +119,11 @@ def test_a_compiled_model_is_paired_by_its_bare_names_and_follows_it() -> None:
     move(model)
     bank.update(1)
     assert equal(bank.weights("last"), parameters_of(model))
-    bank.load_weights("last", dict(compiled.named_parameters()))  # prefixed names are understood on the way in, too
+    shuffled = dict(
+        reversed([(name, torch.full_like(p, i)) for i, (name, p) in enumerate(compiled.named_parameters())])
+    )
+    bank.load_weights("last", shuffled)  # prefixed names in any order
+    assert equal(bank.weights("last"), {name: shuffled[f"_orig_mod.{name}"] for name in bank.parameter_names})
 
 
 def test_wrapper_prefixes_are_dropped_anywhere_in_a_name() -> None:
@@ -139,14 +131,6 @@ def test_wrapper_prefixes_are_dropped_anywhere_in_a_name() -> None:
     assert bank.parameter_names == ["a.weight"]
     with pytest.raises(ValueError, match=r"'module\.a' and 'a' are both called 'a'"):
         AverageBank([("a", torch.zeros(1)), ("module.a", torch.zeros(1))], {"x": Uniform()})
-
-
-def test_parameters_are_paired_by_name_whatever_their_order() -> None:
-    model = small_model()
-    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.5)})
-    shuffled = dict(reversed([(name, torch.full_like(p, i)) for i, (name, p) in enumerate(model.named_parameters())]))
-    bank.load_weights("ema", shuffled)
-    assert equal(bank.weights("ema"), shuffled)
 
 
 def test_tied_parameters_share_one_average_under_both_names() -> None:
@@ -171,7 +155,7 @@ def test_frozen_parameters_stay_exactly_what_they_are() -> None:
     assert torch.equal(bank.weights("p")["w"], before)
 
 
-def test_a_copy_that_does_not_move_is_not_touched_and_one_that_is_replaced_forgets_a_nan() -> None:
+def test_an_average_that_does_not_move_is_not_touched_and_one_that_is_replaced_forgets_a_nan() -> None:
     parameter = torch.tensor([1.0])
     bank = AverageBank(
         [("w", parameter)], {"hard": HardCopy(2), "frozen": ConstantDecay(1.0), "debiased": BiasCorrected(0.9)}
@@ -198,26 +182,19 @@ ODD_TENSORS = {
 }
 
 
-def test_copies_are_fp32_with_the_values_and_layout_of_any_tensor_and_memory_of_their_own() -> None:
+def test_averages_are_fp32_with_the_values_and_layout_of_any_tensor_and_memory_of_their_own() -> None:
     before = {name: tensor.clone() for name, tensor in ODD_TENSORS.items()}
-    copies = AverageBank(ODD_TENSORS.items(), {"ema": ConstantDecay(0.5)}).weights("ema")
-    for name, copy_ in copies.items():
-        assert copy_.dtype is torch.float32
-        assert torch.equal(copy_, ODD_TENSORS[name].float())
+    bank = AverageBank(ODD_TENSORS.items(), {"ema": ConstantDecay(0.5), "u": Uniform()})
+    assert bank.num_bytes == 2 * 4 * sum(tensor.numel() for tensor in ODD_TENSORS.values())
+    assert all(tensor.is_contiguous() for _, tensor in bank.gather("ema"))  # as safetensors wants them
+    for name, average in bank.weights("ema").items():
+        assert average.dtype is torch.float32
+        assert torch.equal(average, ODD_TENSORS[name].float())
         if name != "expanded":  # which has no memory of its own to lay out
-            assert copy_.stride() == ODD_TENSORS[name].stride()
-        copy_.fill_(99.0)
+            assert average.stride() == ODD_TENSORS[name].stride()
+        average.fill_(99.0)
     for name, tensor in ODD_TENSORS.items():
         assert torch.equal(tensor, before[name])
-
-
-def test_channels_last_parameters_keep_their_layout_in_the_bank() -> None:
-    model = small_model().to(memory_format=torch.channels_last)
-    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.5)})
-    for name, parameter in model.named_parameters():
-        assert bank.weights("ema")[name].stride() == parameter.stride()
-    for _, tensor in bank.gather("ema"):
-        assert tensor.is_contiguous()  # as safetensors wants them
 
 
 def test_steps_left_out_are_refused_instead_of_weighted_wrongly() -> None:
@@ -231,11 +208,83 @@ def test_steps_left_out_are_refused_instead_of_weighted_wrongly() -> None:
     assert bank.step == 200
 
 
-def test_buffers_are_copied_when_a_copy_moves_or_averaged_on_request() -> None:
+@pytest.mark.parametrize("step", [1.0, 1.5, True, torch.tensor(1), "1", 0])
+def test_a_step_that_is_no_whole_number_is_refused(step) -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"u": Uniform()})
+    with pytest.raises(ValueError, match=r"^step: expected a whole number of steps of at least 1, got"):
+        bank.update(step)
+    with pytest.raises(ValueError, match=r"^num_steps: expected a whole number"):
+        bank.update(5, step)
+    bank.update(np.int64(5), 5)
+    assert type(bank.step) is int
+
+
+def test_a_step_counts_only_when_its_update_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"u": Uniform()})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bank.update(1)
+    assert bank.step is None
+    bank.update(1)
+    assert bank.step == 1
+
+
+def test_a_module_is_taken_with_its_buffers_and_all_names_of_its_tied_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[2].weight = model[0].weight
+    bank = AverageBank(nn.parallel.DataParallel(model), {"last": ConstantDecay(0.0)})
+    assert bank.parameter_names == [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert list(bank.buffers("last")) == [name for name, _ in model.named_buffers()]
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+        lambda model: setattr(model[0], "bias", nn.Parameter(torch.zeros(8))),
+        lambda model: nn.utils.parametrizations.weight_norm(model[0]),
+    ],
+)
+def test_a_parameter_of_the_model_that_was_replaced_is_noticed(replace) -> None:
+    model = small_model()
+    bank = AverageBank(model, {"ema": ConstantDecay(0.5)})
+    bank.update(1)
+    replace(model)
+    with pytest.raises(
+        ValueError, match=r"parameter '(weight|bias)' of the model was replaced .*: make a new bank and"
+    ):
+        bank.update(2)
+    assert bank.step == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_bank_is_not_copied_or_pickled_with_parameters_of_its_own(duplicate) -> None:
+    bank = AverageBank(small_model(), {"ema": ConstantDecay(0.5)})
+    with pytest.raises(TypeError, match=r"call its load_state_dict\(bank\.state_dict\(\)\)"):
+        duplicate(bank)
+
+
+def test_a_bank_of_some_layers_is_copied_back_where_the_rest_is_left_alone() -> None:
+    model, target = small_model(), small_model()
+    bank = AverageBank(
+        ((n, p) for n, p in model.named_parameters() if n.startswith("2.")), {"last": ConstantDecay(0.0)}
+    )
+    move(model)
+    move(target, seed=1)
+    bank.update(1)
+    with pytest.raises(ValueError, match=r"'0\.weight' is missing"):
+        bank.copy_to("last", target)
+    before = target[0].weight.clone()
+    bank.copy_to("last", target, strict=False)
+    assert torch.equal(target[2].weight, model[2].weight)
+    assert torch.equal(target[0].weight, before)
+
+
+def test_buffers_are_copied_when_an_average_moves_or_averaged_on_request() -> None:
     norm = nn.BatchNorm1d(3)
     profiles = {"ema": ConstantDecay(0.5), "hard": HardCopy(2)}
-    copied = AverageBank(norm.named_parameters(), profiles, named_buffers=norm.named_buffers())
-    averaged = AverageBank(norm.named_parameters(), profiles, named_buffers=norm.named_buffers(), buffers="average")
+    copied, averaged = AverageBank(norm, profiles), AverageBank(norm, profiles, buffers="average")
     with torch.no_grad():
         norm.running_mean.fill_(4.0)
         norm.num_batches_tracked.fill_(7)
@@ -249,9 +298,9 @@ def test_buffers_are_copied_when_a_copy_moves_or_averaged_on_request() -> None:
     assert set(averaged.weights("ema")) == {"weight", "bias"}
 
 
-def test_a_copy_goes_into_a_module_with_its_buffers_and_in_the_modules_dtype() -> None:
+def test_an_average_goes_into_a_module_with_its_buffers_and_in_the_modules_dtype() -> None:
     norm = nn.BatchNorm1d(3)
-    bank = AverageBank(norm.named_parameters(), {"last": ConstantDecay(0.0)}, named_buffers=norm.named_buffers())
+    bank = AverageBank(norm, {"last": ConstantDecay(0.0)})
     with torch.no_grad():
         norm.weight.fill_(3.0)
         norm.running_var.fill_(5.0)
@@ -265,7 +314,7 @@ def test_a_copy_goes_into_a_module_with_its_buffers_and_in_the_modules_dtype() -
         bank.copy_to("last", nn.BatchNorm1d(4))
 
 
-def test_a_tied_module_takes_a_copy_of_its_deduplicated_parameters() -> None:
+def test_a_tied_module_takes_an_average_of_its_deduplicated_parameters() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
     bank = AverageBank(model.named_parameters(), {"last": ConstantDecay(0.0)})
@@ -289,12 +338,6 @@ def test_distances_from_raw_are_the_float64_sums_of_squares() -> None:
     assert distances["b"].item() == 0.0
     norm = sum((p.double() ** 2).sum() for p in model.parameters())
     assert bank.squared_norm().item() == pytest.approx(norm.item(), rel=1e-12)
-
-
-def test_bytes_are_four_times_parameters_times_profiles() -> None:
-    model = small_model().bfloat16()
-    bank = AverageBank(model.named_parameters(), {"a": ConstantDecay(0.9), "b": Uniform(), "c": PowerFunction(0.1)})
-    assert bank.num_bytes == 3 * 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_a_stored_bank_goes_on_as_if_never_stopped() -> None:
@@ -341,15 +384,7 @@ def test_a_missing_extra_or_misshaped_tensor_is_named_and_nothing_is_changed() -
     assert equal(bank.weights("ema"), before)
 
 
-def test_a_state_with_three_of_many_tensors_is_refused() -> None:
-    model = small_model()
-    bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.9)})
-    three = dict(list(bank.weights("ema").items())[:3])
-    with pytest.raises(ValueError, match=r"'1\.bias' is missing"):
-        bank.load_weights("ema", three)
-
-
-def test_other_profiles_in_a_state_are_refused_field_by_field() -> None:
+def test_other_profiles_in_a_state_are_refused_one_by_one() -> None:
     model = small_model()
     stored = AverageBank(
         model.named_parameters(), {"ema": ConstantDecay(0.9), "p": PowerFunction(0.1), "old": Uniform()}
@@ -357,11 +392,12 @@ def test_other_profiles_in_a_state_are_refused_field_by_field() -> None:
     bank = AverageBank(model.named_parameters(), {"ema": ConstantDecay(0.99), "p": Uniform(), "new": Uniform()})
     with pytest.raises(ValueError, match="profiles: ") as refused:
         bank.load_state_dict(stored)
-    message = str(refused.value)
-    assert "copy 'new' is missing" in message
-    assert "copy 'old' is not known here" in message
-    assert "ema.decay is 0.99 here and 0.9 in the state" in message
-    assert "p.kind is 'uniform' here and 'power_function' in the state" in message
+    assert str(refused.value).split("; ") == [
+        "profiles: ema is {'kind': 'constant', 'decay': 0.99} here and {'kind': 'constant', 'decay': 0.9} in the state",
+        "p is {'kind': 'uniform'} here and {'kind': 'power_function', 'std': 0.1} in the state",
+        "new is {'kind': 'uniform'} here and None in the state",
+        "old is None here and {'kind': 'uniform'} in the state",
+    ]
 
 
 @pytest.mark.parametrize("state", [{}, {"version": 2}, b"\x80\x04pickle", "checkpoint.pt", None])
@@ -383,7 +419,7 @@ def test_a_name_that_cannot_be_a_files_is_refused(name: str) -> None:
         ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
         ({"rank": -1}, "rank=-1"),
         ({"buffers": "keep"}, "expected 'copy' or 'average', got 'keep'"),
-        ({"device": "meta"}, "beside their parameters .* got 'meta'"),
+        ({"device": "meta"}, "beside the parameters.* got 'meta'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
@@ -398,25 +434,50 @@ def test_a_profile_that_is_none_and_a_parameter_that_is_not_floating_are_refused
         AverageBank([("w", torch.zeros(1, dtype=torch.int64))], {"x": Uniform()})
 
 
-def test_an_unknown_copy_is_named_with_those_there_are() -> None:
+def test_parameters_without_names_and_those_of_two_models_are_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match=r"expected a module or model\.named_parameters\(\), names included"):
+        AverageBank(small_model().parameters(), {"x": Uniform()})  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' is given twice; join several models in one torch\.nn\.ModuleDict"
+    ):
+        AverageBank([*small_model().named_parameters(), *small_model().named_parameters()], {"x": Uniform()})
+
+
+def test_a_sharded_parameter_is_refused_with_the_way_round() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)))
+        with pytest.raises(
+            ValueError, match=r"'w' is a DTensor: make the bank of each rank's shards, .*p\.to_local\(\)"
+        ):
+            AverageBank([("w", sharded)], {"x": Uniform()})
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_profile_that_its_files_could_not_give_back_is_refused() -> None:
+    class Mine(ConstantDecay):
+        """A rule without a kind of its own."""
+
+        def decay(self, step: int, num_steps: int = 1) -> float:
+            return 0.5**num_steps
+
+    with pytest.raises(ValueError, match=r"Mine\(decay=0\.9\) could not be read back .*: give its class a `kind`"):
+        AverageBank(small_model(), {"x": Mine(0.9)})
+
+
+def test_the_example_of_the_bank_runs() -> None:
+    names = {"torch": torch, "AverageBank": AverageBank, "ConstantDecay": ConstantDecay, "PowerFunction": PowerFunction}
+    (example,) = (found for found in doctest.DocTestFinder(recurse=False).find(AverageBank, globs=names))
+    assert len(example.examples) >= 6
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_an_unknown_average_is_named_with_those_there_are() -> None:
     bank = AverageBank([("w", torch.zeros(1))], {"x": Uniform(), "y": Uniform()})
-    with pytest.raises(KeyError, match="no copy is called 'z'; there are x, y"):
+    with pytest.raises(KeyError, match="no average is called 'z'; there are x, y"):
         bank.weights("z")
-
-
-def test_the_one_hot_harness_finds_what_a_peer_does() -> None:
-    """The harness that benchmarks/conformance.py relies on, on a peer whose rule is plain in its source."""
-
-    def make(module: nn.Module):
-        averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-
-        def update() -> torch.Tensor:
-            averaged.update_parameters(module)
-            return averaged.module.weight
-
-        return update
-
-    measured = peer_weighting(50, make)
-    expected = np.concatenate([[0.0], ConstantDecay(0.9).weighting(50)])
-    expected[1] = 0.9**49  # its first call copies
-    np.testing.assert_allclose(measured, expected, atol=1e-6)

@@ -41,8 +41,35 @@ def test_it_can_move_every_n_steps_and_go_on_from_a_step() -> None:
         optimizer.step()
     assert handle.step == 65
     assert bank.step == 60
+    handle.remove()
+    with pytest.raises(ValueError, match="start_step: the last update was at step 60, got 70"):
+        bank.attach(optimizer, start_step=70, every=10)
+    _, optimizer, bank = make()
     with pytest.raises(ValueError, match="start_step: expected a multiple of every=10"):
         bank.attach(optimizer, start_step=45, every=10)
+
+
+def test_it_goes_on_from_the_banks_last_step_and_loaded_weights_need_theirs() -> None:
+    _, optimizer, bank = make()
+    bank.update(2800, num_steps=2800)
+    assert bank.attach(optimizer).step == 2800
+    optimizer.step()
+    assert bank.step == 2801
+    _, optimizer, loaded = make()
+    loaded.load_weights("u", {name: tensor + 1 for name, tensor in loaded.weights("u").items()})
+    with pytest.raises(ValueError, match="attach: weights were loaded: pass start_step"):
+        loaded.attach(optimizer)
+    assert loaded.attach(optimizer, start_step=2800).step == 2800
+
+
+def test_a_second_optimizer_and_one_of_another_model_are_refused() -> None:
+    model, optimizer, bank = make()
+    handle = bank.attach(optimizer)
+    with pytest.raises(ValueError, match=r"already attached: .* make one bank per optimizer"):
+        bank.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    handle.remove()
+    with pytest.raises(ValueError, match="the optimizer has none of this bank's parameters"):
+        bank.attach(make()[1])
 
 
 @pytest.mark.parametrize("fused", [False, True])

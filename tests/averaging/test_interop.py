@@ -21,10 +21,7 @@ from ddpm_ema.averaging import (
     Profile,
     Uniform,
     Warmup,
-    find_snapshots,
-    profile_from_dict,
     update_batch_norm,
-    write_snapshot,
 )
 from ddpm_ema.averaging.interop import (
     averaged_model_state,
@@ -89,15 +86,6 @@ def test_the_profile_read_from_diffusers_is_the_one_its_weights_have(settings: d
 
 def test_the_hidden_warm_up_is_found_at_step_10_000() -> None:
     assert DiffusersDecay(max_decay=0.9999).decay(10_000) == pytest.approx(0.9991, abs=5e-5)
-
-
-def test_an_average_that_was_read_can_be_stored_as_a_snapshot_and_named_in_yaml(tmp_path: Path) -> None:
-    profile = DiffusersDecay(max_decay=0.99, update_after_step=3)
-    write_snapshot(tmp_path / "step-00000010" / "ema.safetensors", {"w": torch.ones(1)}, 10, profile)
-    assert find_snapshots(tmp_path)[0].profile == profile
-    assert profile_from_dict({"kind": "diffusers_ema", "max_decay": 0.99, "update_after_step": 3}) == profile
-    with pytest.raises(ValueError, match=r"max_decay: expected a number with 0 <= max_decay <= 1, got 2"):
-        profile_from_dict({"kind": "diffusers_ema", "max_decay": 2})
 
 
 def test_a_note_on_a_young_average_does_not_count_the_initial_weights_as_a_step() -> None:
@@ -235,6 +223,26 @@ def test_torchs_averaged_model_is_read_with_its_real_profile_and_gone_on_with(de
     for name, theirs in peer.module.named_parameters():
         torch.testing.assert_close(bank.weights("ema")[name], theirs.detach(), rtol=1e-5, atol=1e-6)
         assert torch.equal(dict(back.module.named_parameters())[name], theirs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        lambda model: torch.compile(model, backend="eager"),
+        nn.parallel.DataParallel,
+        lambda model: torch.compile(nn.parallel.DataParallel(model), backend="eager"),
+    ],
+)
+def test_an_average_is_read_from_and_written_to_an_averaged_model_of_a_wrapped_model(wrap) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    peer, other = AveragedModel(wrap(model)), AveragedModel(wrap(model))
+    move(model, 1)
+    peer.update_parameters(peer.module)
+    peer.update_parameters(wrap(model))
+    read = read_averaged_model(peer.state_dict(), model)
+    other.load_state_dict(averaged_model_state(read.weights, read.step, read.buffers, averaged_model=other))
+    assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
 def test_the_profile_of_torchs_ema_is_measured_by_one_hot_parameters() -> None:

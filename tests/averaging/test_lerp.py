@@ -1,4 +1,4 @@
-"""What an update asks of a device, seen without one: nothing is read back, and all copies of all tensors are one call."""
+"""What an update asks of a device, seen without one: nothing is read back, and all averages of all tensors are one call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ema.averaging import AverageBank, BiasCorrected, ConstantDecay, HardCopy, PowerFunction, Uniform, lerp
+from ddpm_ema.averaging import AverageBank, BiasCorrected, ConstantDecay, HardCopy, PowerFunction, Uniform
+from ddpm_ema.averaging.naming import parts
 
 PROFILES = {
     "a": ConstantDecay(0.9),
@@ -47,18 +48,18 @@ def test_an_update_and_its_distances_read_no_value_back_from_the_device() -> Non
         assert all(distance.device.type == "cuda" and distance.shape == () for distance in distances)
 
 
-def test_all_moving_copies_of_all_tensors_are_one_call() -> None:
+def test_all_moving_averages_of_all_tensors_are_one_call() -> None:
     bank = AverageBank([(f"w{i}", torch.zeros(10)) for i in range(50)], PROFILES)
     bank.update(1)
     with Calls() as calls:
-        bank.update(2)  # the hard copy is replaced, the four others move
+        bank.update(2)  # the hard copy is overwritten, the four others move
     assert calls.count == {"_foreach_copy_.default": 1, "_foreach_lerp_.ScalarList": 1}
     with Calls() as calls:
         bank.update(3)
     assert calls.count == {"_foreach_lerp_.ScalarList": 1}
 
 
-def test_a_copy_that_does_not_move_costs_nothing() -> None:
+def test_an_average_that_does_not_move_costs_nothing() -> None:
     bank = AverageBank([("w", torch.zeros(10))], {"target": HardCopy(1000), "frozen": ConstantDecay(1.0)})
     with Calls() as calls:
         bank.update(1)
@@ -66,6 +67,6 @@ def test_a_copy_that_does_not_move_costs_nothing() -> None:
 
 
 def test_lower_precision_on_an_accelerator_is_converted_in_bounded_parts() -> None:
-    sources = [torch.randn(n) for n in (5, 3, 9, 2, 2)]
-    assert list(lerp._parts(range(5), sources, limit=8)) == [[0, 1], [2], [3, 4]]
-    assert list(lerp._parts(range(5), sources, limit=0)) == [[0], [1], [2], [3], [4]]
+    sizes = dict(enumerate((5, 3, 9, 2, 2)))
+    assert list(parts(sizes, 8)) == [[0, 1], [2], [3, 4]]
+    assert list(parts(sizes, 0)) == [[0], [1], [2], [3], [4]]

@@ -57,7 +57,7 @@ def test_what_went_wrong_in_the_thread_is_raised_in_the_caller() -> None:
         mirror.wait()
 
 
-def test_copies_in_host_memory_equal_those_beside_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averages_in_host_memory_equal_those_beside_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = torch.randn(50, dtype=torch.bfloat16)
     profiles = {"a": ConstantDecay(0.9), "p": PowerFunction(0.1), "h": HardCopy(4)}
     beside = AverageBank([("w", parameter)], profiles)
@@ -78,7 +78,7 @@ def test_copies_in_host_memory_equal_those_beside_the_parameters(monkeypatch: py
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copies_in_host_memory_of_a_model_on_cuda_equal_those_on_cuda(dtype: torch.dtype) -> None:
+def test_averages_in_host_memory_of_a_model_on_cuda_equal_those_on_cuda(dtype: torch.dtype) -> None:
     parameter = torch.randn(1 << 20, device="cuda", dtype=dtype)
     beside = AverageBank([("w", parameter)], {"a": ConstantDecay(0.9)})
     on_host = AverageBank([("w", parameter)], {"a": ConstantDecay(0.9)}, device="cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import resource
@@ -17,7 +16,6 @@ from onehot import unit
 from safetensors.torch import load_file, save_file
 
 from ddpm_ema.averaging import (
-    PROFILES,
     RAW,
     AverageBank,
     BiasCorrected,
@@ -228,23 +226,6 @@ def test_equal_averages_make_equal_files(tmp_path: Path) -> None:
     for path in written:
         write_snapshot(path, {"b": torch.ones(3), "a": torch.zeros(2)}, 7, PowerFunction(0.1), every=5)
     assert len({path.read_bytes() for path in written}) == 1
-
-
-@pytest.mark.parametrize("kind", sorted(PROFILES))
-def test_every_profile_can_be_stored_and_read_back(tmp_path: Path, kind: str) -> None:
-    settings = {
-        "decay": 0.9,
-        "std": 0.1,
-        "start": 10,
-        "every": 5,
-        "length": 3,
-        "end": 7,
-        "half_life": 9.0,
-        "share": 0.1,
-    }
-    fields = {name: value for name, value in settings.items() if name in inspect.signature(PROFILES[kind]).parameters}
-    written = write_snapshot(tmp_path / "x.safetensors", {"w": torch.ones(1)}, 7, PROFILES[kind](**fields))
-    assert Snapshot.open(written.path) == written
 
 
 def test_the_initial_weights_are_a_snapshot_of_step_0(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Width, exponent, weights and inner products of power functions."""
+"""Width and exponent of power functions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ema.averaging.power_function import (
-    exponent_to_std,
-    power_function_weighting,
-    std_to_exponent,
-)
+from ddpm_ema.averaging import exponent_to_std, std_to_exponent
 
 
 @given(st.floats(1e-6, 0.28867))
@@ -39,9 +35,3 @@ def test_a_width_that_no_power_function_has_is_refused(std) -> None:
 def test_an_exponent_that_no_power_function_has_is_refused(exponent) -> None:
     with pytest.raises(ValueError, match="exponent: expected a finite number of at least 0"):
         exponent_to_std(exponent)
-
-
-def test_the_weighting_sums_to_one_and_is_the_integral_of_the_continuous_profile() -> None:
-    whole = power_function_weighting(6.94, 1000)
-    edges = (np.arange(1001) / 1000) ** 7.94
-    np.testing.assert_allclose(whole, np.diff(edges), rtol=1e-9, atol=1e-18)

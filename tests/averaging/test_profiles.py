@@ -168,14 +168,6 @@ def test_the_weighting_a_profile_writes_down_is_its_closed_form(profile: Profile
     assert weighting.sum() + profile.initial_weight(steps) == pytest.approx(1.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
-@pytest.mark.parametrize("until", [0, 1, 39, 40, 41, 150, 299])
-def test_a_decay_over_the_last_n_steps_is_the_weight_of_all_that_came_before(profile: Profile, until: int) -> None:
-    """P(t), the cumulative weighting that reconstruction fits."""
-    expected = closed_form(profile, STEPS)[: until + 1].sum()
-    assert profile.decay(STEPS, STEPS - until) == pytest.approx(expected, abs=1e-12)
-
-
 def test_closed_forms_hold_at_a_million_steps() -> None:
     step, half = 1_000_000, 500_000
     t = np.arange(half + 1, step + 1, dtype=np.float64)
@@ -198,9 +190,13 @@ def test_a_half_life_that_is_a_share_of_training_is_nearly_a_power_function() ->
 
 @pytest.mark.parametrize("profile", EVERY_RULE, ids=repr)
 @pytest.mark.parametrize("steps", [1, 40, STEPS])
-def test_the_cumulative_weighting_is_the_sum_of_the_weighting_and_lies_between_it_elsewhere(profile, steps) -> None:
+def test_the_cumulative_weighting_is_what_survives_and_the_sum_of_the_weighting_and_lies_between_elsewhere(
+    profile, steps
+) -> None:
     expected = np.cumsum(closed_form(profile, steps))
     whole = np.arange(steps + 1.0)
+    survived = [profile.decay(steps, steps - until) for until in range(steps)]
+    np.testing.assert_allclose([*survived, 1.0], expected, atol=1e-12)  # the average after t steps survives as P(t)
     np.testing.assert_allclose(profile.cumulative(steps, whole), expected, atol=1e-12)
     between = profile.cumulative(steps, whole[:-1] + 0.5)
     assert np.all((between >= expected[:-1] - 1e-12) & (between <= expected[1:] + 1e-12))
@@ -235,18 +231,12 @@ def profiles(draw: st.DrawFn) -> Profile:
 
 @given(profile=profiles(), start=st.integers(0, 10**5), a=st.integers(1, 300), b=st.integers(1, 300))
 @settings(max_examples=300, deadline=None)
-def test_decays_compose(profile: Profile, start: int, a: int, b: int) -> None:
+def test_decays_are_shares_and_compose(profile: Profile, start: int, a: int, b: int) -> None:
     end = start + a + b
     together = profile.decay(end, a + b)
     apart = profile.decay(end, b) * profile.decay(start + a, a)
     assert together == pytest.approx(apart, rel=1e-9, abs=1e-300)
-
-
-@given(profile=profiles(), step=st.integers(1, 10**6), data=st.data())
-@settings(max_examples=300, deadline=None)
-def test_a_decay_is_a_share(profile: Profile, step: int, data: st.DataObject) -> None:
-    num_steps = data.draw(st.integers(1, min(step, 10**4)))
-    assert 0.0 <= profile.decay(step, num_steps) <= 1.0
+    assert 0.0 <= together <= 1.0
 
 
 def test_the_debiased_decay_is_exact_to_float64_where_the_plain_formula_cancels() -> None:
@@ -455,7 +445,8 @@ def test_a_profile_survives_json_pickle_and_comparison(profile: Profile) -> None
     assert PROFILES[stored["kind"]] is type(getattr(profile, "profile", profile))
 
 
-def test_a_profile_is_immutable() -> None:
+def test_every_kind_is_among_those_tested_and_a_profile_is_immutable() -> None:
+    assert {profile.kind for profile in EVERY_RULE} == set(PROFILES)
     with pytest.raises(AttributeError):
         ConstantDecay(0.9).decay_per_step = 0.5  # type: ignore[misc]
 

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import fidelity
 import pytest
 import torch
 from PIL import Image
@@ -21,13 +22,12 @@ from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import (
     Extractor,
-    fidelity,
     open_extractor,
     read_metadata,
     save_classifier,
     train_classifier,
-    weights,
 )
+from ddpm_ema.features import published_weights as weights
 from ddpm_ema.features.classifier import Architecture, Classifier, Trained
 
 
@@ -135,7 +135,7 @@ class TestClassifier:
         else:
             network.logits = torch.nn.Linear(64, 11)
             save_classifier(path, Trained(network, 1.0), fingerprint="x", seed=0)
-        with pytest.raises(UserError, match=r"(?s)features\.safetensors.*scripts/train_features\.py"):
+        with pytest.raises(UserError, match=r"(?s)features\.safetensors.*ddpm-ema features"):
             open_extractor(EvaluationSettings(extractor="classifier"), tmp_path)
         assert not (tmp_path / "exploded").exists()
 
@@ -161,9 +161,9 @@ class TestTrainFeatures:
         write_images(tmp_path / "images", 15, 2)
         path = classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
         first, stamp = path.read_bytes(), path.stat().st_mtime_ns
-        assert "images it never saw" in capsys.readouterr().out
+        assert "images it never saw" in capsys.readouterr().err
         assert classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run")) == path
-        assert "already complete" in capsys.readouterr().out
+        assert "already complete" in capsys.readouterr().err
         assert path.stat().st_mtime_ns == stamp
         os.remove(path)
         classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
@@ -178,12 +178,12 @@ class TestTrainFeatures:
         classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run", seed=1))
         write_images(tmp_path / "images", 15, 2, seed=5)
         classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run", seed=1))
-        assert capsys.readouterr().out.count("training it anew") == 2
+        assert capsys.readouterr().err.count("training it anew") == 2
         assert path.read_bytes() != first
 
     def test_data_without_labels_are_an_error_that_says_what_else_to_do(self, tmp_path: Path) -> None:
         write_images(tmp_path / "images", 10, 1)
-        with pytest.raises(UserError, match=r"has no labels .* one folder a class, or score with"):
+        with pytest.raises(UserError, match=r"has no labels .* one folder per class, or score with"):
             classifier_training.train_features(settings(tmp_path / "images" / "class0", tmp_path / "run"))
         assert not (tmp_path / "run" / "features.safetensors").exists()
 
@@ -206,7 +206,7 @@ class TestExtractor:
                 seen.append((*switches, torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
                 return (images.flatten(1).float(),)
 
-        plain = {"name": "spy", "sha256": "", "layers": ("x", None), "channels": 1, "is_published_inception": False}
+        plain = {"name": "spy", "sha256": "", "feature_layer": "x", "channels": 1, "is_published_inception": False}
         images = digits()[0][:50]
         expected = extractor(images)["features"]
         before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
@@ -214,7 +214,7 @@ class TestExtractor:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             with torch.autocast("cpu", torch.bfloat16):
                 found = extractor(images)["features"]
-                Extractor(Spy(), device="cpu", batch_size=50, **plain)(images)  # type: ignore[arg-type]
+                Extractor(network=Spy(), device=torch.device("cpu"), batch_size=50, **plain)(images)  # type: ignore[arg-type]
             assert torch.backends.cuda.matmul.allow_tf32
             assert torch.backends.cudnn.allow_tf32
         finally:
@@ -269,7 +269,7 @@ class TestExtractor:
             UserError, match="no extractor is called 'inception-v3'; did you mean 'inception-v3-compat'"
         ):
             open_extractor(EvaluationSettings(extractor="inception-v3"), tmp_path)
-        with pytest.raises(UserError, match="known: classifier, inception-v3-compat"):
+        with pytest.raises(UserError, match="known here: classifier, inception-v3-compat"):
             open_extractor(EvaluationSettings(extractor="qqq"), tmp_path)
 
     def test_registering_twice_with_torch_fidelity_is_no_error(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 import scored
 import yaml
 
-from ddpm_ema import cli, config, report, score
+from ddpm_ema import config, report, score
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import Trained, save_classifier
 from ddpm_ema.report import choice, commands
@@ -278,7 +278,7 @@ def parsed(command: str, script: str) -> config.Config:
     """The settings that a printed command line gives to `scripts/<script>`."""
     start, _, rest = command.partition(f"scripts/{script} ")
     assert start in ("accelerate launch ", "python ")
-    return cli.parse(shlex.split(rest), "")
+    return config.parse(shlex.split(rest))
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ import torch
 from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
-from ddpm_ema import score
+from ddpm_ema import capabilities, score
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, StoppedError, UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score import together
-from ddpm_ema.score.network import check_capabilities
 from ddpm_ema.score.studio import Studio
 from ddpm_ema.score.together import on_main
 
@@ -137,7 +136,7 @@ class TestWhatIsMissing:
     def test_a_classifier_that_was_not_trained_is_one_message(self, tmp_path):
         run = make_run(tmp_path / "run")
         (run.output_dir / "features.safetensors").unlink()
-        with pytest.raises(UserError, match="train_features"):
+        with pytest.raises(UserError, match="ddpm-ema features"):
             score.run(run)
 
     def test_a_cache_that_cannot_be_written_is_one_warning(self, tmp_path, capsys):
@@ -151,7 +150,7 @@ class TestWhatIsMissing:
         run = make_run(tmp_path / "run", evaluation__compile=True)
         monkeypatch.setenv("CXX", "no-such-compiler")
         with pytest.raises(UserError, match=r"evaluation.compile: .*C\+\+ compiler"):
-            check_capabilities(run)
+            capabilities.check("evaluation", run.evaluation, run.machine)
 
     def test_fewer_images_than_feature_dimensions_is_said_beside_the_number(self, tmp_path):
         run = make_run(tmp_path / "run", evaluation__weights=["raw"], evaluation__num_images=8)

@@ -1,7 +1,7 @@
-"""Weights of published extractors: where they lie, what their sha256 must be, checked before anything is unpickled.
+"""Weights files of published extractors, and their sha256, which is checked before anything is unpickled.
 
-A published file is a pickle, and torch-fidelity opens it without restriction, so only bytes with the published sha256 reach it:
-they are read once, checked, and those very bytes are handed over. Weights of one's own are taken as safetensors, which hold no code.
+A published file is a pickle, and torch-fidelity opens it without restriction. So it is read once, its sha256 is checked, and
+those bytes are handed over. Other weights are taken only as safetensors, which hold no code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import urllib.error
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +28,8 @@ class Published:
     sha256: str
 
 
-# The sha256 of Inception is also in the file's name (first eight digits), CLIP's are in torch-fidelity's source, VGG's first
-# eight digits in torchvision's file name; the rest of VGG's and DINOv2's are those that several projects pin for these files.
+# The first eight digits of Inception's and VGG's sha256 are in their file names, CLIP's sha256 are in torch-fidelity's source;
+# the rest of VGG's and DINOv2's are those that several projects pin for these files.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 DINOV2 = {
@@ -47,11 +46,10 @@ def published() -> dict[str, Published]:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchvision.models import VGG16_Weights
 
+    vgg16 = VGG16_Weights.IMAGENET1K_V1.url
     files = {
         "inception-v3-compat": Published(URL_INCEPTION_V3.rpartition("/")[2], URL_INCEPTION_V3, INCEPTION_SHA256),
-        "vgg16": Published(
-            VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2], VGG16_Weights.IMAGENET1K_V1.url, VGG16_SHA256
-        ),
+        "vgg16": Published(vgg16.rpartition("/")[2], vgg16, VGG16_SHA256),
     }
     for name, model in MODEL_METADATA.items():
         files[name] = Published(f"{name}-{model['hash']}.pt", MODEL_URLS[name], model["hash"])
@@ -59,6 +57,11 @@ def published() -> dict[str, Published]:
         file_name = f"dinov2_{short}_pretrain.pth"
         files[name] = Published(file_name, f"https://dl.fbaipublicfiles.com/dinov2/dinov2_{short}/{file_name}", sha256)
     return files
+
+
+def hub_folder() -> Path:
+    """Where torch keeps downloaded weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,24 @@ class Weights:
 
 
 def obtain(name: str, path: Path | None) -> Weights:
-    """The weights of extractor `name`: the file at `path`, or the published one from torch's hub folder, downloaded once.
+    """The weights of extractor `name`.
 
-    Raises UserError, before anything is unpickled, for a file that is missing and cannot be downloaded, or that has not the
-    published sha256 (a safetensors file of one's own weights excepted).
+    Args:
+        name: one of `published()`.
+        path: a weights file; None means the published one in torch's hub folder, which is downloaded once.
+
+    Raises:
+        UserError: the file is missing and cannot be downloaded, or is no safetensors file and its sha256 is not the published one.
     """
     file = published()[name]
     if path is None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file.file_name
+        path = hub_folder() / file.file_name
         if not path.exists():
             _download(name, file, path)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"evaluation.extractor {name}: {path}: {error.strerror}. {how_to_get(file)}") from None
+        raise UserError(f"evaluation.extractor {name}: {path}: {error.strerror}. {_how_to_get(file)}") from None
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 == file.sha256:
         return Weights(io.BytesIO(content), sha256, True, path)
@@ -93,18 +100,17 @@ def obtain(name: str, path: Path | None) -> Weights:
         return Weights(_as_pickle(content, path), sha256, False, path)
     raise UserError(
         f"evaluation.extractor {name}: {path} has sha256 {sha256}, not the published {file.sha256}: a broken download, or "
-        f"other weights. It was not opened. {how_to_get(file)}. For weights of your own, save them as .safetensors and "
+        f"other weights. It was not opened. {_how_to_get(file)}. For weights of your own, save them as .safetensors and "
         "give that file as --evaluation.extractor-path"
     )
 
 
-def how_to_get(file: Published) -> str:
+def _how_to_get(file: Published) -> str:
     """The sentence that ends every message about missing weights."""
-    place = Path(torch.hub.get_dir()) / "checkpoints" / file.file_name
     return (
-        f"Published file: {file.url} (sha256 {file.sha256}). Fetch it on a machine with a network and put it at {place}, "
-        "or name it with --evaluation.extractor-path; or use --evaluation.extractor classifier (scripts/train_features.py), "
-        "which needs no download"
+        f"Published file: {file.url} (sha256 {file.sha256}). Fetch it on a machine with a network and put it at "
+        f"{hub_folder() / file.file_name}, or name it with --evaluation.extractor-path; or use --evaluation.extractor classifier "
+        "(ddpm-ema features), which needs no download"
     )
 
 
@@ -117,17 +123,17 @@ def _download(name: str, file: Published, path: Path) -> None:
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"evaluation.extractor {name}: its weights are not at {path} and could not be downloaded ({reason}). "
-            f"{how_to_get(file)}"
+            f"{_how_to_get(file)}"
         ) from None
 
 
 def _as_pickle(content: bytes, path: Path) -> io.BytesIO:
     """Tensors of a safetensors file in the form torch-fidelity reads."""
     try:
-        tensors: Mapping[str, torch.Tensor] = load_safetensors(content)
+        tensors = load_safetensors(content)
     except SafetensorError as error:
         raise UserError(f"evaluation.extractor_path: {path} is no safetensors file: {error}") from None
     stream = io.BytesIO()
-    torch.save(dict(tensors), stream)
+    torch.save(tensors, stream)
     stream.seek(0)
     return stream

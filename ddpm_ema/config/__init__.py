@@ -1,0 +1,45 @@
+"""Settings: `settings` defines them, `loading` reads files, `command_line` reads arguments and renders `--help`.
+
+A configuration is YAML validated by pydantic: an unknown key is an error, and values are frozen. `load` is the way in for a
+file, `parse` for a command line.
+"""
+
+from __future__ import annotations
+
+from ddpm_ema.config.command_line import parse, show_help, split
+from ddpm_ema.config.loading import digest, load, to_dict, to_yaml, validate
+from ddpm_ema.config.settings import (
+    Config,
+    DataSettings,
+    DiffusionSettings,
+    Effect,
+    EvaluationSettings,
+    MachineSettings,
+    SweepSettings,
+    TrainingSettings,
+    chosen,
+    differing,
+    effects,
+)
+
+__all__ = [
+    "Config",
+    "DataSettings",
+    "DiffusionSettings",
+    "Effect",
+    "EvaluationSettings",
+    "MachineSettings",
+    "SweepSettings",
+    "TrainingSettings",
+    "chosen",
+    "differing",
+    "digest",
+    "effects",
+    "load",
+    "parse",
+    "show_help",
+    "split",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,119 @@
+"""The command line of a stage: `[RUN] [--config FILE] [--section.setting VALUE ...]` → settings, and the settings → `--help`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from ddpm_ema.config.loading import load, to_dict
+from ddpm_ema.config.settings import Config, chosen, sections
+from ddpm_ema.errors import UserError
+
+WORDS = {int: "INT", float: "FLOAT", bool: "true | false", str: "TEXT", Path: "PATH"}
+SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The settings that a command line names.
+
+    Args:
+        arguments: RUN takes config.yaml of that run directory, where it lies now; --config takes another file; the other options
+            override the file.
+
+    Raises:
+        UserError: the message lists every bad setting, of the file and of the command line.
+    """
+    run, path, overrides = split(arguments)
+    if run is not None and path is None:
+        path = str(Path(run, "config.yaml"))
+        if not Path(path).is_file():
+            raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
+    return load(path, overrides, output_dir=run)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:
+    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--a` (true).
+
+    Returns:
+        RUN or None; the file of --config or None; the values of each override by key path.
+
+    Raises:
+        UserError: a word that belongs to no option, or not one file after --config.
+    """
+    overrides: dict[str, list[str]] = {}
+    current: list[str] = []
+    words = current
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            key = key if key.startswith("averages.") else key.replace("-", "_")
+            current = overrides[key] = [value] if equals else []
+        else:
+            current.append(argument)
+    if len(words) > 1:
+        raise UserError(
+            f"{words[1]!r}: not a setting; write RUN, --config FILE or --section.setting value (see --help)"
+        )
+    paths = overrides.pop("config", None)
+    if paths is not None and len(paths) != 1:
+        raise UserError("--config: takes one file")
+    return (words[0] if words else None), (paths[0] if paths else None), overrides
+
+
+def show_help(program: str, summary: str, config: Config, first: Sequence[str] = ()) -> None:
+    """Prints every setting with its type, its meaning, its default, and its value where that differs.
+
+    Args:
+        program: start of the usage line.
+        summary: what the stage does.
+        config: the values.
+        first: key paths of the sections to print first.
+    """
+    width = min(120, shutil.get_terminal_size().columns)
+    values, defaults = flat(config), flat(Config())
+    print(f"usage: {program} [RUN] [--config FILE] [--section.setting VALUE ...]\n\n{summary}\n")
+    print("  RUN            a run directory, whose config.yaml has the settings")
+    print("  --config FILE  settings (YAML)\n\nThe options below override the file; a list is several values.")
+    for path, about, own in sorted(sections(), key=lambda found: ([*first, found[0]]).index(found[0])):
+        print(f"\n{path or 'run'}: {about}")
+        for key, field in own.items():
+            here = f"; here: {written(values[key])}" if values[key] != defaults[key] else ""
+            text = f"{' '.join(str(field.description).split())} (default: {written(defaults[key])}{here})"
+            print(f"  --{key} {kind(field.annotation, field.metadata)}")
+            print(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Plain values by key path."""
+    return chosen(to_dict(config), lambda _: True)
+
+
+def kind(of: Any, metadata: Iterable[Any] = ()) -> str:
+    """What may be written for a type: `INT > 0 ...` is a list of positive whole numbers."""
+    inner = get_args(of)
+    if get_origin(of) is Annotated:
+        return kind(inner[0], inner[1:])
+    if get_origin(of) is Literal:
+        return " | ".join(map(str, inner))
+    if get_origin(of) is dict:
+        return "{NAME: PROFILE}"
+    if get_origin(of) is tuple:
+        return " ".join("..." if one is Ellipsis else kind(one) for one in inner)
+    if inner:
+        return " | ".join(kind(one) for one in inner if one is not type(None))
+    limits = [limit for one in metadata for limit in getattr(one, "metadata", [one])]
+    bounds = (
+        f" {sign} {getattr(limit, name)}" for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name)
+    )
+    return WORDS[of] + "".join(bounds)
+
+
+def written(value: Any) -> str:
+    """A plain value as the command line takes it."""
+    if isinstance(value, list):
+        return " ".join(map(written, value)) or "empty"
+    return value if isinstance(value, str) else json.dumps(value)
