@@ -69,7 +69,7 @@ class Launch:
     def __init__(self, processes: list[Any], logs: list[Path]) -> None:
         self.processes, self.logs = processes, logs
 
-    def wait(self, seconds: float = 120.0) -> list[int]:
+    def wait(self, seconds: float = 240.0) -> list[int]:
         """Exit codes by rank; -9 for a process that was killed."""
         deadline = time.monotonic() + seconds
         for rank, process in enumerate(self.processes):
@@ -140,7 +140,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "what was waited for did not happen"
@@ -153,7 +153,7 @@ def rows(run: config.Config | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-def wait_for_row(run: config.Config, step: int, seconds: float = 60.0) -> None:
+def wait_for_row(run: config.Config, step: int, seconds: float = 180.0) -> None:
     wait_until(lambda: any(row["step"] >= step for row in rows(run)), seconds)
 
 

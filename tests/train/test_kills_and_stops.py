@@ -174,7 +174,7 @@ def test_data_workers_do_not_disturb_a_stop(tmp_path: Path) -> None:
         each.send_signal(signal.SIGTERM)
     assert launch.wait() == [75]
     assert "Traceback" not in launch.output()
-    wait_until(lambda: not any(alive(child) for child in children), 15)
+    wait_until(lambda: not any(alive(child) for child in children))
 
 
 @pytest.mark.parametrize("stop", ["launcher alone", pytest.param("launcher killed", marks=pytest.mark.slow)])
@@ -186,7 +186,7 @@ def test_when_accelerate_s_launcher_is_gone_the_trainer_saves_and_ends(tmp_path:
     launcher = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    wait_for_row(run, 3, 120)
+    wait_for_row(run, 3)
     children = psutil.Process(launcher.pid).children(recursive=True)
     assert children
     launcher.send_signal(signal.SIGTERM if stop == "launcher alone" else signal.SIGKILL)
