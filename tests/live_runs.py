@@ -35,9 +35,8 @@ TINY: dict[str, Any] = {
         "learning_rate": 2e-3,
         "log_every": 1,
         "warmup_steps": 4,
-        "device": "cpu",
-        "timeout": 20.0,
     },
+    "machine": {"device": "cpu", "timeout": 20.0},
     "averages": {
         "ema_0_9": {"kind": "constant", "decay": 0.9},
         "power_0_10": {"kind": "power_function", "std": 0.10},
