@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ddpm_ema.score.blocks import Block, MemoryStore
+from ddpm_ema.score.measure import Measure
+from ddpm_ema.score.studio import Studio
 
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.distributed import Processes
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score.blocks import Block, MemoryStore
-from ddpm_ema.score.measure import Measure
 from ddpm_ema.score.reference import load_split, open_reference, reference_split
-from ddpm_ema.score.studio import Studio
 
 SIZES = (300, 500, 1000, 1500, 2000, 3000, 5000, 6000, 10_000, 20_000, 50_000)
 

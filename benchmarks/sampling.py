@@ -23,14 +23,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from ddpm_ema.score.blocks import Block, DiskStore, pixel_figures
+from ddpm_ema.score.measure import Measure
+from ddpm_ema.score.network import Network
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from torch import Tensor
 
 from ddpm_ema import config, diffusion, metrics, model, sampling
 from ddpm_ema.features import Extractor
-from ddpm_ema.score.blocks import Block, DiskStore, pixel_figures
-from ddpm_ema.score.measure import Measure
-from ddpm_ema.score.network import Network
 
 SIZE, CHANNELS = 32, 3
 SETTINGS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from ddpm_ema.averaging import ConstantDecay
 from ddpm_ema.config import CONTENT, RUN, SAMPLES, SCORES, Config, Effect, effects
 from ddpm_ema.errors import UserError
 from ddpm_ema.score import results
-from ddpm_ema.score.run import _check_checkpoint
+from ddpm_ema.score.checkpoints import check_settings
 
 MARKS = dict(effects())
 # One in which every setting that can count does: DDIM has eta, class-conditional networks have guidance.
@@ -94,7 +94,7 @@ def test_another_value_changes_what_the_mark_says_and_nothing_else(key: str) -> 
     assert leaf(now, key) != leaf(BASE, key)
     checkpoint: Any = SimpleNamespace(path=Path("run"), manifest={"settings": config.to_dict(BASE), "world_size": 1})
     assert refuses(saving.check_resume, now, checkpoint, 1) == (RUN in mark)
-    assert refuses(_check_checkpoint, now, checkpoint) == (RUN | SAMPLES in mark)
+    assert refuses(check_settings, now, checkpoint) == (RUN | SAMPLES in mark)
     assert (digest(now) != digest(BASE)) == bool(mark & (SAMPLES | SCORES))
 
 

@@ -20,14 +20,14 @@ SCHEMA = 2
 
 
 def settings_of(
-    config: Config, extractor: Extractor, reference: Reference, labels: Tensor | None = None
+    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
 ) -> dict[str, Any]:
     """The settings that change the scores. Their digest names the folder of a scoring.
 
     Args:
         config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
         extractor: what makes the features.
-        reference: what the samples are compared with.
+        origin: what the samples are compared with, as in results.json.
         labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
     """
     settings: dict[str, Any] = {"protocol": PROTOCOL}
@@ -38,7 +38,6 @@ def settings_of(
         settings["eta"] = None
     if not config.model.class_conditional:
         settings["guidance_scale"] = None
-    origin = {**reference.origin, "size": reference.statistics.count}
     return settings | {
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,

@@ -86,7 +86,8 @@ def _score(
 ) -> Jobs[dict[str, Any]]:
     """Scores one checkpoint (None: weights that need none); returns its results."""
     rundir, step = RunDir(config.output_dir), checkpoint.step if checkpoint is not None else 0
-    settings = settings_of(config, generator.extractor, reference, generator.known_labels)
+    origin = {**reference.origin, "size": reference.statistics.count}
+    settings = settings_of(config, generator.extractor, origin, generator.known_labels)
     path = rundir.score_dir(step, digest(settings))
     resolver = WeightResolver(rundir, checkpoint, config, generator.num_classes, lambda: generator.own_pipeline)
     with RunDir(path).lock():

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from ddpm_ema.score.network import Network
+from ddpm_ema.score.studio import Studio
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -24,8 +26,6 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score.network import Network
-from ddpm_ema.score.studio import Studio
 
 LINEAR = {"num_train_timesteps": 100, "beta_end": 0.2}
 COSINE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}

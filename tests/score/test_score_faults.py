@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ddpm_ema.score.network import check_capabilities
+from ddpm_ema.score.studio import Studio
+from ddpm_ema.score.together import on_main
 from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
@@ -18,9 +21,6 @@ from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, StoppedError, UserErro
 from ddpm_ema.features import open_extractor
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score import together
-from ddpm_ema.score.network import check_capabilities
-from ddpm_ema.score.studio import Studio
-from ddpm_ema.score.together import on_main
 
 CLOSE = 0.01  # pixels on the edge between two levels may round either way in another batch
 # Enough rounds and steps that a signal falls among them.

@@ -12,7 +12,7 @@ import torch
 from live_runs import exact, rows, settings
 from torch import Tensor
 
-from ddpm_ema import score, train
+from ddpm_ema import sampling_network, train
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import DivergedError, UserError
@@ -187,6 +187,6 @@ def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     changes = {"training__device": "auto", f"{stage}__mixed_precision": "bf16"}
-    check = {"training": train.trainer.check_capabilities, "evaluation": score.network.check_capabilities}[stage]
+    check = {"training": train.trainer.check_capabilities, "evaluation": sampling_network.check_capabilities}[stage]
     with pytest.raises(UserError, match=rf"{stage}\.mixed_precision: this GPU has no bf16"):
         check(settings(tmp_path / "run", **changes))
