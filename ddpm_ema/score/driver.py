@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,7 +18,7 @@ from ddpm_ema import batch_order, compiling
 from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.messages import logger
-from ddpm_ema.named_weights import NamedWeights, PipelineConfig
+from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.score import generate
 from ddpm_ema.score.feature_store import FIRST_IMAGES, FeatureBatch
 
@@ -47,27 +47,16 @@ class Job:
     weights: NamedWeights | None = None
     at_once: bool = False
 
-    @property
-    def members(self) -> tuple[Callable[[], dict[str, Tensor]], ...]:
-        return self.weights.members if self.weights is not None else ()
-
-    def order(self) -> Order:
-        known = self.weights
-        name, key, pipeline = (known.name, known.key, known.pipeline) if known is not None else ("", "", None)
-        return Order(self.title, self.images, self.at_once, name, key, pipeline, len(self.members))
+    def told(self) -> Job:
+        """What the other ranks hear of it: the files of the weights and the features are rank 0's."""
+        weights = self.weights
+        if weights is not None:
+            weights = replace(weights, members=(_of_rank_0,) * len(weights.members))
+        return replace(self, take=_of_rank_0, weights=weights)
 
 
-@dataclass(frozen=True)
-class Order:
-    """What every rank is told of a job. `key` is that of the weights, empty for images of the reference."""
-
-    title: str
-    images: list[int]
-    at_once: bool
-    name: str
-    key: str
-    pipeline: PipelineConfig | None
-    num_members: int
+def _of_rank_0(*arguments: Any) -> Any:
+    raise AssertionError("called on a rank that was told of a job")
 
 
 class Driver:
@@ -82,45 +71,45 @@ class Driver:
 
     def run(self, jobs: Jobs[Any]) -> None:
         """Does rank 0's `jobs`, one after another."""
-        current: list[Job] = []  # on rank 0
+        own: list[Job] = []  # on rank 0: the present one
 
-        def advance() -> Order | None:
-            current[:] = itertools.islice(jobs, 1)
-            return current[0].order() if current else None
+        def advance() -> Job | None:
+            own[:] = itertools.islice(jobs, 1)
+            return own[0].told() if own else None
+
+        def take(batch: FeatureBatch) -> None:
+            own[0].take(batch)
 
         with contextlib.closing(jobs):
-            while (order := self.processes.on_main(advance)) is not None:
-                if order.key and order.key != self._loaded:
-                    self._load(order, current)
-                self._do(order, lambda batch: current[0].take(batch))
+            while (job := self.processes.on_main(advance)) is not None:
+                if job.weights is None:
+                    most = self.generator.config.evaluation.extractor_batch_size
+                    rounds = even_rounds(job.images, self.processes.world_size, most)
+                    self._rounds(job.title, rounds, self.generator.read, take)
+                else:
+                    if job.weights.key != self._loaded:
+                        self._load(job.weights, own)
+                    self.generate(job.title, job.images, take, len(job.images) if job.at_once else None)
 
-    def _load(self, order: Order, current: list[Job]) -> None:
+    def _load(self, weights: NamedWeights, own: list[Job]) -> None:
         """Rank 0 reads the weights, one member of an ensemble after another, and sends them to all."""
         members = []
-        for place in range(order.num_members):
+        for place in range(len(weights.members)):
             read: dict[str, Tensor] = {}
-            self.processes.on_main(partial(_read, current, place, read))
+            self.processes.on_main(partial(_read, own, place, read))
             members.append(self.processes.broadcast_tensors(read))
-        self.generator.load(order.name, order.pipeline, members)
-        self._loaded = order.key
+        self.generator.load(weights.name, weights.pipeline, members)
+        self._loaded = weights.key
         if (text := self.generator.describe()) != self._described and self.processes.is_main:
             logger.info(text)
         self._described = text
 
-    def _do(self, order: Order, take: Callable[[FeatureBatch], None]) -> None:
-        world_size, generator = self.processes.world_size, self.generator
-        if not order.key:
-            most = generator.config.evaluation.extractor_batch_size
-            self._rounds(order.title, order.images, even_rounds(order.images, world_size, most), generator.read, take)
-        elif order.at_once:
-            self._rounds(order.title, order.images, [alone(order.images, world_size)], self._generate, take)
-        else:
-            self.generate(order.title, order.images, take)
-
-    def generate(self, title: str, images: list[int], take: Callable[[FeatureBatch], None]) -> None:
+    def generate(
+        self, title: str, images: list[int], take: Callable[[FeatureBatch], None], batch_size: int | None = None
+    ) -> None:
         """Generates images with the weights that are loaded; rank 0 takes the features of each round."""
-        rounds = sampling_rounds(images, self.processes.world_size, self.generator.batch_size)
-        self._rounds(title, images, rounds, self._generate, take)
+        rounds = sampling_rounds(images, self.processes.world_size, batch_size or self.generator.batch_size)
+        self._rounds(title, rounds, self._generate, take)
 
     def _generate(self, images: list[int], after_step: Callable[[], None]) -> FeatureBatch:
         if self.generator.config.evaluation.compile and not self._prepared:
@@ -130,15 +119,11 @@ class Driver:
             return self.generator.generate(images, after_step)
 
     def _rounds(
-        self,
-        title: str,
-        images: list[int],
-        rounds: Iterable[Shares],
-        make: Callable[[list[int], Callable[[], None]], FeatureBatch],
-        take: Callable[[FeatureBatch], None],
+        self, title: str, rounds: Iterable[Shares], make: Callable[..., FeatureBatch], take: Callable[..., None]
     ) -> None:
-        with _bar(title, len(images), hidden=not self.processes.is_main) as bar:
-            finished = 0
+        rounds = list(rounds)
+        total, finished = sum(len(share) for shares in rounds for share in shares), 0
+        with _bar(title, total, hidden=not self.processes.is_main) as bar:
             for shares in rounds:
                 batch = self._round(title, shares, make, bar)
                 finished += len(batch)
@@ -174,8 +159,9 @@ class Driver:
             )
 
 
-def _read(current: list[Job], place: int, into: dict[str, Tensor]) -> None:
-    into.update(current[0].members[place]())
+def _read(own: list[Job], place: int, into: dict[str, Tensor]) -> None:
+    assert own[0].weights is not None
+    into.update(own[0].weights.members[place]())
 
 
 def sampling_rounds(images: list[int], world_size: int, batch_size: int) -> Iterator[Shares]:

@@ -150,11 +150,11 @@ def test_one_network_is_held_at_a_time_and_built_anew_for_another_kind_only(
 
 
 def test_what_a_rank_is_told_is_enough_to_build_the_folder_s_network_and_schedule(run: Config, folder: Path) -> None:
-    """A rank that sees no file gets the order and the tensors."""
+    """A rank that sees no file gets the job and the tensors."""
     weights = named(folder, run)
-    order = pickle.loads(pickle.dumps(Job("folder", [0], lambda batch: None, weights).order()))
+    job = pickle.loads(pickle.dumps(Job("folder", [0], lambda batch: None, weights).told()))
     generator = Generator(run, open_extractor(run.evaluation, run.output_dir), batch_size=4)
-    generator.load(order.name, order.pipeline, [read() for read in weights.members])
+    generator.load(job.weights.name, job.weights.pipeline, [read() for read in weights.members])
     assert generator.network is not None
     found = generator.network.unet
     torch.testing.assert_close(found.state_dict(), example_unet().state_dict(), rtol=0, atol=0, check_stride=False)
