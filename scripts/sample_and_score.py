@@ -1,4 +1,4 @@
-"""Sample every averaged copy from the same noise, score each, and say which differences are real.
+"""Sample raw and all averages from the same noise, score each, and say which differences are significant.
 
 accelerate launch scripts/sample_and_score.py --config configs/digits.yaml --evaluation.weights raw ema_0_999
 """

@@ -9,7 +9,15 @@ from __future__ import annotations
 from ddpm_ema.metrics.frechet import FrechetReference
 from ddpm_ema.metrics.jackknife import Difference, Estimate, difference, estimate_distance
 from ddpm_ema.metrics.kid_is_prc import inception_score, kernel_distance, neighbour_radii, precision_recall
-from ddpm_ema.metrics.reference import Reference, content_key, keep, load_cached, read_published, reference_of
+from ddpm_ema.metrics.reference import (
+    Reference,
+    content_key,
+    installed_version,
+    keep,
+    load_cached,
+    read_published,
+    reference_of,
+)
 from ddpm_ema.metrics.statistics import Statistics, check_finite, not_finite, statistics_of
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "difference",
     "estimate_distance",
     "inception_score",
+    "installed_version",
     "keep",
     "kernel_distance",
     "load_cached",

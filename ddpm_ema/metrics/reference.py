@@ -70,11 +70,12 @@ def content_key(*, fingerprint: str, split: str, resize: str, extractor: Feature
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
-        "versions": {name: _version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
+        "versions": {name: installed_version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
     }
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """`absent` for a package that is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.image_grid import save_grid
-from ddpm_ema.metrics import Estimate
+from ddpm_ema.metrics import Estimate, installed_version
 from ddpm_ema.rundir import atomic_write, explained
 from ddpm_ema.score.feature_store import KEPT, FeatureStore, first_images
 from ddpm_ema.score.rows import Score
@@ -61,12 +60,7 @@ class Record:
 
 def made_with(device: torch.device) -> dict[str, str]:
     """What images and features may depend on beside the settings: versions, and the device with the kernels it chooses."""
-    found = {}
-    for package in ("ddpm_ema", "diffusers", "numpy", "torch-fidelity"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
+    found = {package: installed_version(package) for package in ("ddpm_ema", "diffusers", "numpy", "torch-fidelity")}
     found["torch"] = str(torch.__version__)  # says which build, too
     cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}"
     return {**found, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu}

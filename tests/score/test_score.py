@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import frechet_distance
 from PIL import Image
-from scored import again, figures, make_run, results, settings, weights
+from scored import again, figures, make_run, results, settings
 
 from ddpm_ema import data, diffusion, metrics, model, sampling, score
 from ddpm_ema.distributed import Processes
@@ -146,16 +146,6 @@ class TestWhatChangesTheNumbers:
             {"data__channels": 3},
         ):
             assert digest(**other) != digest()
-
-    def test_other_weights_under_the_same_name_are_scored_anew(self, tmp_path):
-        run = make_run(tmp_path / "run", evaluation__weights=["raw"])
-        first = results(run)
-        checkpoint = RunDir(run.output_dir).checkpoint(8)
-        files = {"raw.safetensors": weights(0, 0.8)}
-        RunDir(run.output_dir).write_checkpoint(8, files, {"settings": checkpoint.manifest["settings"], "profiles": {}})
-        second = results(run)
-        assert [row["weights"] for row in second["rows"]] == ["raw"]
-        assert second["rows"][0]["frechet_distance"] != first["rows"][0]["frechet_distance"]
 
 
 class TestWeights:
