@@ -19,36 +19,45 @@ import torch
 
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.distributed import Processes
-from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score.blocks import Block, MemoryStore
-from ddpm_ema.score.measure import Measure
-from ddpm_ema.score.reference import load_split, open_reference, reference_split
-from ddpm_ema.score.studio import Studio
+from ddpm_ema.score.driver import Driver, Jobs
+from ddpm_ema.score.feature_store import FeatureBatch
+from ddpm_ema.score.reference import open_reference
+from ddpm_ema.score.rows import RowBuilder
+from ddpm_ema.score.run import open_generator
 
 SIZES = (300, 500, 1000, 1500, 2000, 3000, 5000, 6000, 10_000, 20_000, 50_000)
 
 
-def sample(run: config.Config, processes: Processes, extractor: Any, dataset: Any, name: str) -> Block:
-    """Features of every image of one copy."""
-    count = run.evaluation.num_images
-    labels = dataset.labels if run.model.class_conditional else None
-    studio = Studio.build(
-        run, processes, extractor, num_images=count, num_classes=dataset.num_classes, known_labels=labels
-    )
-    rundir, store = RunDir(run.output_dir), MemoryStore()
-    studio.load(WeightResolver(rundir, rundir.newest_whole()[0], run).named(name))
-    studio.extend(f"{name} {run.evaluation.mixed_precision}", store, count)
-    return store.block(count)
+def sample(run: config.Config, processes: Processes, name: str) -> FeatureBatch:
+    """Features of every image of one set of weights."""
+    generator, rundir = open_generator(run, processes), RunDir(run.output_dir)
+    weights = WeightResolver(rundir, rundir.newest_whole()[0], run).named(name)
+    generator.load(name, weights.pipeline, [read() for read in weights.members])
+    images, batches = list(range(run.evaluation.num_images)), list[FeatureBatch]()
+    Driver(processes, generator).generate(f"{name} {run.evaluation.mixed_precision}", images, batches.append)
+    return FeatureBatch.join(batches, torch.tensor(images))
 
 
-def curve(measure: Measure, blocks: dict[str, Block], sizes: list[int]) -> list[dict[str, Any]]:
+def row_builder(run: config.Config, processes: Processes) -> RowBuilder:
+    generator, found = open_generator(run, processes), list[RowBuilder]()
+
+    def jobs() -> Jobs[None]:
+        reference = yield from open_reference(run, generator)
+        found.append(RowBuilder(reference, run.evaluation, processes.device))
+
+    Driver(processes, generator).run(jobs())
+    return found[0]
+
+
+def curve(builder: RowBuilder, batches: dict[str, FeatureBatch], sizes: list[int]) -> list[dict[str, Any]]:
     """One row for each N."""
     rows = []
     for size in sizes:
         estimates = {
-            name: measure.estimate(Block.join([block], torch.arange(size)), name) for name, block in blocks.items()
+            name: builder.estimate(FeatureBatch.join([batch], torch.arange(size)), name)
+            for name, batch in batches.items()
         }
         row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
         for name, found in estimates.items():
@@ -83,19 +92,15 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def bench(run: config.Config, output: Path) -> None:
     processes = Processes.start(run.machine.device)
-    extractor = open_extractor(run.evaluation, run.output_dir, processes.device)
-    dataset = load_split(run, processes, reference_split(run))
-    reference, _ = open_reference(run, processes, extractor, dataset)
-    assert reference is not None
-    measure = Measure(reference, run.evaluation, processes.device)
+    builder = row_builder(run, processes)
     names = list(run.evaluation.weights or ("raw", *run.averages))
-    blocks = {name: sample(run, processes, extractor, dataset, name) for name in names}
+    batches = {name: sample(run, processes, name) for name in names}
     count = run.evaluation.num_images
-    rows = curve(measure, blocks, sorted({size for size in SIZES if size < count} | {count}))
+    rows = curve(builder, batches, sorted({size for size in SIZES if size < count} | {count}))
     show(rows)
     bf16 = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"mixed_precision": "bf16"})})
-    in_bf16 = sample(bf16, processes, extractor, dataset, names[-1])
-    precision = curve(measure, {f"{names[-1]} in bf16": in_bf16, f"{names[-1]} in fp32": blocks[names[-1]]}, [count])
+    in_bf16 = sample(bf16, processes, names[-1])
+    precision = curve(builder, {f"{names[-1]} in bf16": in_bf16, f"{names[-1]} in fp32": batches[names[-1]]}, [count])
     show(precision)
     settings = config.to_dict(run)["evaluation"]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ema.metrics import FrechetReference, Statistics, difference, estimate_features
+from ddpm_ema.metrics import FrechetReference, Statistics, difference, estimate_distance
 
 CORRELATION = 0.9
 MEAN_A, SCALE_A = 0.10, 1.06  # offset and scale of each dimension, in its standard deviations
@@ -67,8 +67,8 @@ def simulate(case: Case, repeats: int, seed: int = 0) -> dict[str, object]:
         shared = torch.randn(case.images, case.dim, generator=generator, dtype=torch.float64)
         fresh = torch.randn(case.images, case.dim, generator=generator, dtype=torch.float64)
         other = CORRELATION * shared + (1 - CORRELATION**2) ** 0.5 * fresh
-        a = estimate_features((shared * SCALE_A + MEAN_A) * deviations, indices, case.groups, reference)
-        b = estimate_features((other * SCALE_B + MEAN_B) * deviations, indices, case.groups, reference)
+        a = estimate_distance((shared * SCALE_A + MEAN_A) * deviations, indices, case.groups, reference)
+        b = estimate_distance((other * SCALE_B + MEAN_B) * deviations, indices, case.groups, reference)
         delta = difference(a, b)
         rows.append(
             [

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ddpm_ema import config, diffusion, metrics, model, sampling
 from ddpm_ema.features import Extractor
-from ddpm_ema.score.blocks import Block, DiskStore, pixel_figures
-from ddpm_ema.score.measure import Measure
-from ddpm_ema.score.network import Network
+from ddpm_ema.sampling_network import SamplingNetwork
+from ddpm_ema.score.feature_store import FeatureBatch, FeatureStore, pixel_figures
+from ddpm_ema.score.rows import RowBuilder
 
 SIZE, CHANNELS = 32, 3
 SETTINGS: dict[str, Any] = {
@@ -51,7 +51,7 @@ def settings(sampler: str, steps: int, **evaluation: Any) -> config.Config:
 
 def ours(run: config.Config, device: torch.device, batch: int, weights: dict[str, Tensor]) -> Callable[[], Any]:
     """Our sampling of one batch."""
-    network = Network(model.build(run), run.evaluation, device, batch)
+    network = SamplingNetwork(model.build(run), run.evaluation, device, batch, None)
     network.load([weights], "bench")
     scheduler: Any = diffusion.noise_scheduler(run.diffusion)
     sampler = sampling.Sampler(scheduler.config, run.evaluation)
@@ -89,7 +89,7 @@ def speed(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     found: dict[str, Any] = {}
     for kind, pipe in (("ddpm", "DDPMPipeline"), ("ddim", "DDIMPipeline")):
         plain = settings(kind, steps)
-        reference = Network(model.build(plain), plain.evaluation, torch.device("cpu"), batch)
+        reference = SamplingNetwork(model.build(plain), plain.evaluation, torch.device("cpu"), batch, None)
         weights = {name: tensor.clone() for name, tensor in reference.unet.state_dict().items()}
         unet = reference.unet.to(device, memory_format=torch.contiguous_format)
         work = {pipe: pipeline(kind, plain, device, batch, steps, unet)}
@@ -133,7 +133,7 @@ def outside(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     count, batch = arguments.images, arguments.batch
     parts: dict[str, float] = {}
     run = settings("ddpm", 8, num_images=count, compile=arguments.compile)
-    network = Network(model.build(run), run.evaluation, device, batch)
+    network = SamplingNetwork(model.build(run), run.evaluation, device, batch, None)
     scheduler: Any = diffusion.noise_scheduler(run.diffusion)
     sampler = sampling.Sampler(scheduler.config, run.evaluation)
     x_t, t = torch.randn(batch, CHANNELS, SIZE, SIZE, device=device), torch.full((batch,), 500, device=device)
@@ -167,23 +167,25 @@ def outside(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
 
 
 def metric_parts(count: int, run: config.Config, device: torch.device) -> dict[str, float]:
-    """Blocks on disk, the distance with its error bars, and the other figures, on features of 10,000 reference images."""
+    """Features on disk, the distance with its error bars, and the other figures, on features of 10,000 reference images."""
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(10_000, 2048, generator=generator)
     features, logits = torch.rand(count, 2048, generator=generator), torch.randn(count, 1008, generator=generator)
     reference = metrics.reference_of(real, {"data": "random"})
     none, indices = torch.zeros(0, dtype=torch.int64), torch.arange(count)
     pixels = pixel_figures(torch.zeros(count, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
-    block = Block(indices, features, logits, *pixels, none, torch.zeros(0, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
+    batch = FeatureBatch(
+        indices, features, logits, *pixels, none, torch.zeros(0, CHANNELS, SIZE, SIZE, dtype=torch.uint8)
+    )
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
-        store = DiskStore(Path(folder))
-        parts["blocks on disk"] = seconds(lambda: store.add(block), torch.device("cpu"))
-        parts["blocks on disk"] += seconds(lambda: DiskStore(Path(folder)).block(count), torch.device("cpu"))
-    measure = Measure(reference, run.evaluation, device)
-    measure.estimate(block, "warm")
-    parts["distance, jackknife"] = seconds(lambda: measure.estimate(block, "copy"), device)
-    whole = seconds(lambda: measure.score(block, "copy", {}), device)
+        store = FeatureStore(Path(folder))
+        parts["features on disk"] = seconds(lambda: store.add(batch), torch.device("cpu"))
+        parts["features on disk"] += seconds(lambda: FeatureStore(Path(folder)).join(count), torch.device("cpu"))
+    builder = RowBuilder(reference, run.evaluation, device)
+    builder.estimate(batch, "warm")
+    parts["distance, jackknife"] = seconds(lambda: builder.estimate(batch, "weights"), device)
+    whole = seconds(lambda: builder.build(batch, "weights", {}), device)
     parts["KID, IS, precision, recall"] = whole - parts["distance, jackknife"]
     return parts
 

@@ -136,6 +136,16 @@ class Processes:
         [result] = [future.result() for future in futures if future is not None]
         return result
 
+    def on_main(self, work: Callable[[], T], what: str = "computing scores") -> T:
+        """Runs `work` on rank 0; its small picklable result on every rank. A collective.
+
+        It may take longer than the timeout, as in `main_first`. A UserError is raised on every rank.
+        """
+        if self.control is None:
+            return work()
+        future = self._answering(work if self.is_main else None, what)
+        return self.broadcast(future.result() if future is not None else None)  # type: ignore[return-value]
+
     def _answering(self, work: Callable[[], T] | None, what: str) -> Future[T] | None:
         """Runs `work` in a thread, on the ranks that have some, until it is done on all. A collective."""
         with ThreadPoolExecutor(1, thread_name_prefix=what) as thread:

@@ -229,23 +229,6 @@ class NonFiniteImages(ValueError):
         self.positions = positions
 
 
-def guided(predict: Predict, scale: float, no_label: int) -> Predict:
-    """Classifier-free guidance (Ho & Salimans 2022): without + scale · (with − without), in one pass of twice the batch.
-
-    A learned variance (upper channels) is guided likewise. A scale of 1 needs no second half.
-    """
-    if scale == 1.0:
-        return predict
-
-    def predict_guided(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        assert labels is not None
-        both = torch.cat([labels, torch.full_like(labels, no_label)])
-        with_label, without = predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
-        return without.lerp(with_label, scale)
-
-    return predict_guided
-
-
 def labels_for(seed: int, indices: Tensor, known: Tensor) -> Tensor:
     """A class for each image, int64 `[n]`: that of a data set image drawn by (seed, image), so that classes come as often
     as in the data. `known` int64 `[size]` are the data set's labels."""

@@ -14,7 +14,7 @@ from ddpm_ema.averaging import ConstantDecay
 from ddpm_ema.config.settings import CONTENT, RUN, SAMPLES, SCORES, Config, Effect, effects
 from ddpm_ema.errors import UserError
 from ddpm_ema.score import results
-from ddpm_ema.score.run import _check_checkpoint
+from ddpm_ema.score.checkpoints import check_settings
 from ddpm_ema.train import resume
 
 MARKS = dict(effects())
@@ -95,7 +95,7 @@ def test_another_value_changes_what_the_mark_says_and_nothing_else(key: str) -> 
     assert leaf(now, key) != leaf(BASE, key)
     checkpoint: Any = SimpleNamespace(path=Path("run"), manifest={"settings": config.to_dict(BASE), "world_size": 1})
     assert refuses(resume.check_resume, now, checkpoint, 1) == (RUN in mark)
-    assert refuses(_check_checkpoint, now, checkpoint) == (RUN | SAMPLES in mark)
+    assert refuses(check_settings, now, checkpoint) == (RUN | SAMPLES in mark)
     assert (digest(now) != digest(BASE)) == bool(mark & (SAMPLES | SCORES))
 
 

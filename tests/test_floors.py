@@ -15,7 +15,7 @@ FLOORS = {
     1: ["config", "numbers", "new_folder", "keyed_random", "rundir", "distributed"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["capabilities", "image_grid", "named_weights"],
+        *["capabilities", "image_grid", "named_weights", "sampling_network"],
     ],
     3: [
         "train",

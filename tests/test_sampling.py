@@ -17,7 +17,7 @@ from ddpm_ema.diffusion import noise_scheduler
 from ddpm_ema.errors import UserError
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.model import build
-from ddpm_ema.sampling import Sampler, guided, labels_for, sample, to_uint8, trailing
+from ddpm_ema.sampling import Sampler, labels_for, sample, to_uint8, trailing
 
 SHAPE = (1, 8, 8)
 INDICES = torch.arange(6)
@@ -316,21 +316,9 @@ class TestPixels:
         assert error.value.positions == [2]
 
 
-class TestGuidance:
-    def test_it_goes_beyond_the_labelled_prediction_by_the_scale(self):
-        def predict(x_t, timesteps, labels):
-            return labels.float()[:, None, None, None].expand_as(x_t)
-
-        x_t, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
-        made = guided(predict, 3.0, no_label=10)(x_t, t, torch.tensor([4, 7]))
-        assert made[:, 0, 0, 0].tolist() == [10 + 3 * (4 - 10), 10 + 3 * (7 - 10)]
-
-    def test_a_scale_of_one_costs_no_second_pass(self):
-        assert guided(smooth, 1.0, no_label=10) is smooth
-
-    def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_seed_and_image(self):
-        known = torch.tensor([0] * 75 + [1] * 25)
-        drawn = labels_for(0, torch.arange(4000), known)
-        assert drawn.double().mean() == pytest.approx(0.25, abs=0.03)
-        assert torch.equal(drawn[1000:1010], labels_for(0, torch.arange(1000, 1010), known))
-        assert not torch.equal(drawn, labels_for(1, torch.arange(4000), known))
+def test_labels_come_as_often_as_in_the_data_and_are_keyed_by_seed_and_image():
+    known = torch.tensor([0] * 75 + [1] * 25)
+    drawn = labels_for(0, torch.arange(4000), known)
+    assert drawn.double().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(drawn[1000:1010], labels_for(0, torch.arange(1000, 1010), known))
+    assert not torch.equal(drawn, labels_for(1, torch.arange(4000), known))

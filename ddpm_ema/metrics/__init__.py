@@ -1,50 +1,42 @@
 """Features → how far one set of images is from another, and how sure that is.
 
-`moments` (streamed means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences), `scores`
+`statistics` (means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences), `kid_is_prc`
 (KID, Inception score, precision and recall), `reference` (what samples are compared with, cached by content).
 """
 
 from __future__ import annotations
 
-from ddpm_ema.metrics.frechet import FrechetReference, frechet_distance
-from ddpm_ema.metrics.jackknife import Difference, Estimate, difference, estimate, estimate_features, jackknife
-from ddpm_ema.metrics.moments import Moments, Statistics, check_finite, statistics_of
+from ddpm_ema.metrics.frechet import FrechetReference
+from ddpm_ema.metrics.jackknife import Difference, Estimate, difference, estimate_distance
+from ddpm_ema.metrics.kid_is_prc import inception_score, kernel_distance, neighbour_radii, precision_recall
 from ddpm_ema.metrics.reference import (
     Reference,
     content_key,
+    installed_version,
     keep,
     load_cached,
     read_published,
     reference_of,
 )
-from ddpm_ema.metrics.scores import (
-    KernelDistance,
-    inception_score,
-    kernel_distance,
-    neighbour_radii,
-    precision_recall,
-)
+from ddpm_ema.metrics.statistics import Statistics, check_finite, not_finite, statistics_of
 
 __all__ = [
     "Difference",
     "Estimate",
     "FrechetReference",
-    "KernelDistance",
-    "Moments",
     "Reference",
     "Statistics",
     "check_finite",
     "content_key",
     "difference",
-    "estimate",
-    "estimate_features",
-    "frechet_distance",
+    "estimate_distance",
     "inception_score",
-    "jackknife",
+    "installed_version",
     "keep",
     "kernel_distance",
     "load_cached",
     "neighbour_radii",
+    "not_finite",
     "precision_recall",
     "read_published",
     "reference_of",

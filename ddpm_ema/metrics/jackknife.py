@@ -1,4 +1,4 @@
-"""Error bars, and the bias gone: a delete-a-group jackknife of the Fréchet distance, and paired differences between copies.
+"""A delete-a-group jackknife of the Fréchet distance: its bias removed, its standard error, paired differences.
 
 The Fréchet distance of N images is too large by O(1/N). Leaving out one group of images after another shows how it changes
 with N, so that its leading bias can be taken away (Quenouille 1956; Efron & Stein 1981), and how it varies from image to
@@ -9,9 +9,9 @@ F_g of all but group g (Busing, Meijer & van der Leeden 1999, "Delete-m jackknif
     corrected        J   = G F − Σ (1 − m_g/N) F_g
     variance             1/G Σ (p_g − J)² / (h_g − 1)
 
-For equal groups these are the textbook's p_g = G F − (G−1) F_g, their mean, and their variance over G. Copies sampled from
-the same noise are compared group by group: the difference of two copies is the jackknife of F_a − F_b, whose
-pseudo-values are the differences of theirs, so what the two share cancels. The reference is held fixed.
+For equal groups these are the textbook's p_g = G F − (G−1) F_g, their mean, and their variance over G. Weights sampled from
+the same noise are compared group by group: their difference is the jackknife of F_a − F_b, whose pseudo-values are the
+differences of theirs, so what the two share cancels. The reference is held fixed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics.frechet import FrechetReference, check_statistics
-from ddpm_ema.metrics.moments import Moments, Statistics, check_finite
+from ddpm_ema.metrics.frechet import FrechetReference
+from ddpm_ema.metrics.statistics import check_finite
 
 IMAGES_PER_DIMENSION = 10
 """From here on `interval95` of a single distance was seen to cover the true one as often as it says (docs/scoring.md)."""
@@ -34,9 +34,17 @@ IMAGES_PER_DIMENSION = 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """The distance of one copy: `distance` (plain, of all images), `unbiased` (corrected; may be negative), `stderr`,
-    `interval95`, and what pairs it with other copies: `pseudo_values` (one a group) and `counts` (images a group).
-    `warnings` are sentences that belong beside the number."""
+    """The Fréchet distance of the samples of one set of weights.
+
+    Attributes:
+        distance: plain, of all images.
+        unbiased: with the leading bias removed; may be negative.
+        stderr: standard error of `unbiased`.
+        interval95: its 95% interval.
+        pseudo_values: one per group of images; they pair it with other estimates.
+        counts: images per group.
+        warnings: sentences that belong beside the number.
+    """
 
     distance: float
     unbiased: float
@@ -59,7 +67,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """a − b: `delta` of the corrected distances, its standard error and 95% interval, and whether zero lies outside it."""
+    """a − b: `delta` of the unbiased distances, its standard error and 95% interval, and whether zero lies outside it."""
 
     delta: float
     stderr: float
@@ -67,41 +75,28 @@ class Difference:
     significant: bool
 
 
-def jackknife(moments_by_copy: Mapping[str, Moments], reference: Statistics | FrechetReference) -> dict[str, Estimate]:
-    """`estimate` for every copy, against one fixed reference."""
-    fixed = reference if isinstance(reference, FrechetReference) else FrechetReference(reference)
-    return {name: estimate(moments, fixed) for name, moments in moments_by_copy.items()}
-
-
-def estimate(moments: Moments, reference: FrechetReference) -> Estimate:
-    """Distance, corrected distance and standard error from moments in groups: one `eigvalsh` a group, and one.
-
-    Raises UserError for fewer than 2 groups with images, or fewer than 2 images left when one group is left out.
-    """
-    groups = [group for group in range(moments.groups) if moments.counts[group]]
-    _check_groups(moments.count, groups)
-
-    def distance(leave_out: int | None) -> float:
-        statistics = moments.statistics(leave_out)
-        check_statistics(statistics, "the images")
-        return reference.distance(statistics.mu, statistics.sigma)
-
-    return _estimate(distance, {g: int(moments.counts[g]) for g in groups}, moments.dim)
-
-
-def estimate_features(
-    features: Tensor, image_indices: Tensor, groups: int, reference: FrechetReference, *, copy: str = "features"
+def estimate_distance(
+    features: Tensor, indices: Tensor, groups: int, reference: FrechetReference, *, name: str = "features"
 ) -> Estimate:
-    """The same from features [n, d] held in memory: less memory than `Moments`, and far less time where n < d.
+    """Jackknife of the Fréchet distance from features held in memory.
 
     Features are taken through L, L Lᵀ = Σ_ref, once. With fewer images than dimensions the nonzero eigenvalues of Lᵀ Σ L
     are those of the n × n Gram matrix; otherwise the d × d sums of a left-out group are taken from those of all.
-    Works on the reference's device.
+
+    Args:
+        features: float32 `[n, d]`.
+        indices: of the images, int64 `[n]`; an image's group is its index modulo `groups`.
+        groups: number of groups, each left out once.
+        reference: the other side; the work is done on its device.
+        name: of the weights, for messages.
+
+    Raises:
+        UserError: features that are not finite, fewer than 2 images, or images in fewer than 2 groups.
     """
-    check_finite(features, image_indices, copy=copy)
-    if features.shape != (len(image_indices), len(reference.mu)):
-        raise ValueError(f"features must be [{len(image_indices)}, {len(reference.mu)}], got {tuple(features.shape)}")
-    membership = (image_indices.cpu() % groups).long()
+    check_finite(features, indices, name=name)
+    if features.shape != (len(indices), len(reference.mu)):
+        raise ValueError(f"features must be [{len(indices)}, {len(reference.mu)}], got {tuple(features.shape)}")
+    membership = (indices.cpu() % groups).long()
     present = membership.unique().tolist()
     _check_groups(len(features), present)
     counts = {g: int((membership == g).sum()) for g in present}
@@ -115,7 +110,7 @@ def estimate_features(
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """Paired difference a − b of two copies over the same images. Raises ValueError where their groups differ."""
+    """Paired difference a − b of two sets of weights over the same images. Raises ValueError where their groups differ."""
     if a.counts != b.counts:
         raise ValueError(
             f"{sum(a.counts)} and {sum(b.counts)} images in groups {a.counts} and {b.counts} cannot be paired"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,30 +19,33 @@ from torch import Tensor
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import check_statistics
-from ddpm_ema.metrics.moments import Statistics, statistics_of
-from ddpm_ema.metrics.scores import NEIGHBOURS, neighbour_radii, precision_recall
+from ddpm_ema.metrics.kid_is_prc import NEIGHBOURS, neighbour_radii, precision_recall
+from ddpm_ema.metrics.statistics import Statistics, statistics_of
 
 SCHEMA = 2
 
 
 class FeatureExtractor(Protocol):
-    """What this module asks of `features.Extractor`."""
+    """What identifies a `features.Extractor`."""
 
     name: str
     sha256: str
     feature_layer: str
-    dim: int
-
-    def __call__(self, images: Tensor) -> Mapping[str, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`statistics` of the reference, the `features` fp32 [n, d] they were made of and their `radii` [n] (both None where a
-    file holds statistics only: no KID, precision or recall then), and `origin`: what it is, for results.json.
+    """What samples are compared with.
 
-    `saturated`: share of its channel values at 0 or 255. `precision_of_noise`: the precision that images of pure noise reach:
-    where it is high, precision says nothing with this extractor. Both are None where they are not known.
+    Attributes:
+        statistics: mean and covariance of its features.
+        origin: what it is, for results.json.
+        features: float32 `[n, d]`; None where a file holds statistics only (no KID, precision or recall then).
+        radii: of the features, float32 `[n]`, for precision and recall.
+        warnings: sentences that belong beside every score.
+        saturated: share of its channel values at 0 or 255; None where it is not known.
+        precision_of_noise: precision that images of pure noise reach: where it is high, precision says nothing with this
+            extractor. None where it is not known.
     """
 
     statistics: Statistics
@@ -68,11 +70,12 @@ def content_key(*, fingerprint: str, split: str, resize: str, extractor: Feature
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
-        "versions": {name: _version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
+        "versions": {name: installed_version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
     }
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """`absent` for a package that is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -82,33 +85,36 @@ def _version(package: str) -> str:
 def reference_of(
     features: Tensor, key: Mapping[str, Any], saturated: float | None = None, noise: Tensor | None = None
 ) -> Reference:
-    """From features fp32 [n, d] of every image of a set, once each, unflipped.
+    """The reference of all images of a set, each once, unflipped.
 
-    `key` from `content_key`; `saturated`: share of the images' channel values at 0 or 255; `noise`: features fp32 [k, d] of
-    images of pure noise. Raises UserError for fewer than 2 images.
+    Args:
+        features: of the images, float32 `[n, d]`.
+        key: from `content_key`.
+        saturated: share of the images' channel values at 0 or 255.
+        noise: features of images of pure noise, float32 `[k, d]`.
+
+    Raises:
+        UserError: fewer than 2 images.
     """
     notes: tuple[str, ...] = ()
     if len(features) <= features.shape[1]:
         notes = (f"the reference has {len(features)} images for {features.shape[1]} feature dimensions",)
     radii = neighbour_radii(features) if len(features) > NEIGHBOURS else None
-    statistics = statistics_of(features, copy="the reference")
+    statistics = statistics_of(features, name="the reference")
     reached = None
     if noise is not None and radii is not None:
         reached = precision_recall(noise.cpu(), features, radii)[0]
     return Reference(statistics, dict(key), features.contiguous(), radii, notes, saturated, reached)
 
 
-def cache_path(cache_dir: Path, key: Mapping[str, Any]) -> Path:
-    """Named by content."""
+def _cache_path(cache_dir: Path, key: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
 
 
-def load_cached(cache_dir: Path | None, key: Mapping[str, Any]) -> Reference | None:
-    """The entry of exactly this key, or None. A damaged or foreign entry counts as none: it is made anew."""
-    if cache_dir is None:
-        return None
-    path = cache_path(cache_dir, key)
+def load_cached(cache_dir: Path, key: Mapping[str, Any]) -> tuple[Reference | None, list[str]]:
+    """(the entry of exactly this key, notes for the user). A damaged or foreign entry counts as none, with a note."""
+    path = _cache_path(cache_dir, key)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -119,19 +125,16 @@ def load_cached(cache_dir: Path | None, key: Mapping[str, Any]) -> Reference | N
         check_statistics(statistics, "the cached reference")
         notes = tuple(json.loads(metadata["warnings"]))
         shares = json.loads(metadata["saturated"]), json.loads(metadata["precision_of_noise"])
-        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes, *shares)
+        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes, *shares), []
     except FileNotFoundError:
-        return None
+        return None, []
     except (OSError, SafetensorError, ValueError, KeyError, UserError) as error:
-        warnings.warn(f"{path}: not used, made anew: {error}", stacklevel=2)
-        return None
+        return None, [f"{path}: not used, made anew: {error}"]
 
 
-def keep(reference: Reference, cache_dir: Path | None) -> Reference:
-    """Writes a cache entry and returns `reference`. Where it cannot be written: one warning, and scoring goes on."""
-    if cache_dir is None:
-        return reference
-    path = cache_path(cache_dir, reference.origin)
+def keep(reference: Reference, cache_dir: Path) -> list[str]:
+    """Writes a cache entry. Where it cannot be written, a note for the user is returned, and scoring goes on."""
+    path = _cache_path(cache_dir, reference.origin)
     tensors = {"mu": reference.statistics.mu, "sigma": reference.statistics.sigma}
     tensors |= {name: tensor for name in ("features", "radii") if (tensor := getattr(reference, name)) is not None}
     metadata = {
@@ -145,12 +148,10 @@ def keep(reference: Reference, cache_dir: Path | None) -> Reference:
     try:
         save_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"reference statistics are not cached and will be computed again next time: {path.parent}: "
-            f"{getattr(error, 'strerror', None) or error} (--data.cache-dir takes another folder)",
-            stacklevel=2,
-        )
-    return reference
+        reason = getattr(error, "strerror", None) or error
+        where = f"{path.parent}: {reason} (--data.cache-dir takes another folder)"
+        return [f"reference statistics are not cached and will be computed again next time: {where}"]
+    return []
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

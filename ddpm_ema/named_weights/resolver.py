@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -52,11 +51,6 @@ class NamedWeights:
     pipeline: PipelineConfig | None = None
     reconstruction: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
-
-    @property
-    def slug(self) -> str:
-        """A folder's name: readable, and its own for each content."""
-        return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.name).strip('_')[-60:]}-{self.key[:16]}"
 
 
 class WeightResolver:

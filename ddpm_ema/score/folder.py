@@ -1,9 +1,9 @@
 """What a scoring keeps on disk, under `scores/<step>-<settings digest>/`.
 
 weights/<first digits of their sha256>/score.json              rows and estimates of one set of weights
-                                       block-*.safetensors     features of its images, and the first images themselves
+                                       features-*.safetensors  of its images, and the first images themselves
 made_with.json       versions and devices that its images were sampled with: more than one where they gave the same images
-results.json  grid.png       made anew from all that at every start
+results.json  grid.png       written anew from all that at every start
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ import torch
 
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.image_grid import save_grid
-from ddpm_ema.metrics import Estimate
+from ddpm_ema.metrics import Estimate, installed_version
 from ddpm_ema.rundir import as_user_error, atomic_write
-from ddpm_ema.score.blocks import KEPT, DiskStore, first_images
-from ddpm_ema.score.measure import Score
+from ddpm_ema.score.feature_store import KEPT, FeatureStore, first_images
+from ddpm_ema.score.rows import Score
 
 
 @dataclass
@@ -61,42 +60,41 @@ class Record:
 
 def made_with(device: torch.device) -> dict[str, str]:
     """What images and features may depend on beside the settings: versions, and the device with the kernels it chooses."""
-    found = {}
-    for package in ("ddpm_ema", "diffusers", "numpy", "torch-fidelity"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
+    found = {package: installed_version(package) for package in ("ddpm_ema", "diffusers", "numpy", "torch-fidelity")}
     found["torch"] = str(torch.__version__)  # says which build, too
     cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}"
     return {**found, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu}
 
 
 class ScoreFolder:
-    """One `scores/<step>-<digest>/`. Rank 0 alone reads and writes it."""
+    """One `scores/<step>-<digest>/`. Whoever opens it holds its lock: records are read once, and written when they change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results_path, self.grid_path = path / "results.json", path / "grid.png"
+        found = [_read(file) for file in path.glob("weights/*/score.json")]
+        self._records = {record.key: record for record in found if record is not None}
+        self._stores: dict[str, FeatureStore] = {}
 
     def folder(self, key: str) -> Path:
         return self.path / "weights" / key[:16]
 
-    def store(self, key: str) -> DiskStore:
-        """The images there are. Read from disk each time."""
-        return DiskStore(self.folder(key))
+    def store(self, key: str) -> FeatureStore:
+        """Features of the weights with this key."""
+        if key not in self._stores:
+            self._stores[key] = FeatureStore(self.folder(key))
+        return self._stores[key]
 
     def record(self, key: str) -> Record | None:
-        """None where nothing is known of these weights, or the file is damaged."""
-        record = _read(self.folder(key) / "score.json")
-        return record if record is not None and record.key == key else None
+        """None where nothing is known of these weights, or the file was damaged."""
+        return self._records.get(key)
 
     def records(self) -> list[Record]:
-        """All of them, of whatever training they may be."""
-        found = map(_read, sorted(self.path.glob("weights/*/score.json")))
-        return [record for record in found if record is not None]
+        """All of them, of any training, by key."""
+        return sorted(self._records.values(), key=lambda record: record.key)
 
     def keep(self, record: Record) -> None:
+        self._records[record.key] = record
         self._write(self.folder(record.key) / "score.json", record.to_json())
 
     def results(self) -> dict[str, Any]:
@@ -124,10 +122,10 @@ class ScoreFolder:
 
     def is_empty(self) -> bool:
         """Whether no image was finished here."""
-        return not any(self.path.glob("weights/*/block-*")) and not any(record.rows for record in self.records())
+        return not any(self.path.glob("weights/*/features-*")) and not any(record.rows for record in self.records())
 
     def set_aside(self) -> Path:
-        """Moves all there is into a folder of its own beside this one, which is empty then; the lock stays."""
+        """Moves all content into a new folder beside this one, which is returned; the lock stays."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}-{number}")).exists():
             number += 1
@@ -135,6 +133,8 @@ class ScoreFolder:
             aside.mkdir()
             for path in [path for path in self.path.iterdir() if path.name != ".lock"]:
                 os.replace(path, aside / path.name)
+        self._records.clear()
+        self._stores.clear()
         return aside
 
     def _write(self, path: Path, text: str) -> None:

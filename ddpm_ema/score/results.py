@@ -1,4 +1,4 @@
-"""What a scoring says to people and to the report: the content of results.json, the table."""
+"""The content of results.json, and the table that a person sees."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
 from ddpm_ema.numbers import decimals, figure, metric_label, sampler_label, says_nothing, verdict_of, with_error
 from ddpm_ema.sampling import PROTOCOL
-from ddpm_ema.score.measure import Score, pairs, rows
+from ddpm_ema.score.rows import Score, pairs, rows
 
 SCHEMA = 2
 
 
 def settings_of(
-    config: Config, extractor: Extractor, reference: Mapping[str, Any], labels: Tensor | None = None
+    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
 ) -> dict[str, Any]:
-    """Everything that changes the numbers, and nothing that does not: what names the folder of a scoring.
+    """The settings that change the scores. Their digest names the folder of a scoring.
 
     Args:
         config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
         extractor: what makes the features.
-        reference: what `open_reference` says the samples are compared with.
+        origin: what the samples are compared with, as in results.json.
         labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
     """
     settings: dict[str, Any] = {"protocol": PROTOCOL}
@@ -42,7 +42,7 @@ def settings_of(
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
-        "reference": {key: value for key, value in reference.items() if key not in ("versions", "notes")},
+        "reference": {key: value for key, value in origin.items() if key != "versions"},
         "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
     }
 
@@ -60,15 +60,14 @@ def results_of(
     scores: Sequence[Score],
     reference: Reference,
 ) -> dict[str, Any]:
-    """results.json but for the sweep and what made it. `settings` are those of `settings_of`."""
+    """results.json without the sweep and the versions. `settings` are those of `settings_of`."""
     found = rows(scores)
     by_name = {score.row["weights"]: score for score in scores}
     warnings = [warning for row in found for warning in row["warnings"]]
     noise = reference.precision_of_noise
     if says_nothing(noise):
-        warnings.insert(
-            0, f"precision says nothing here: images of uniform noise reach {noise:.2f} of it with this extractor"
-        )
+        text = f"precision says nothing here: images of uniform noise reach {noise:.2f} of it with this extractor"
+        warnings.insert(0, text)
     return {
         "schema": SCHEMA,
         "step": step,
@@ -85,7 +84,7 @@ def results_of(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": found,
         "pairs": pairs([by_name[row["weights"]] for row in found]),
-        "warnings": list(dict.fromkeys(warnings)),
+        "warnings": [*reference.warnings, *dict.fromkeys(warnings)],
     }
 
 

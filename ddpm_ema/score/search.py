@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from ddpm_ema.metrics import Estimate, difference
@@ -12,14 +12,14 @@ FIRST_POINTS = 5
 
 
 class Search:
-    """Decides what to sample next; holds no images itself.
+    """Iterates over (candidate, how many images it should have next); its user samples them before it goes on.
 
     Candidates 0 ... `num_candidates` - 1 lie in order of width and their distance is taken to have one valley. Five spread
     over the range are looked at with `first_images` each. Then the best so far and its nearest neighbours that were looked
     at are sampled on, twice as many images each time, until their paired differences from the best are significant or they
     have `most_images`; then the wider gap beside the best is halved. It ends where the best one's neighbours on the grid
-    were looked at, and the best has all its images. `estimate(candidate, num_images)` gives the distance over a copy's
-    first images, which must have been sampled.
+    were looked at, and the best has all its images. `estimate(candidate, num_images)` gives the distance over a candidate's
+    first images. `counts`: candidate -> images that it was asked for so far.
     """
 
     def __init__(self, num_candidates: int, first_images: int, most_images: int, estimate: EstimateOf) -> None:
@@ -45,12 +45,11 @@ class Search:
         common = min(self.counts[candidate], self.counts[self.best])
         return difference(self.estimate(candidate, common), self.estimate(self.best, common)).significant
 
-    def next(self) -> tuple[int, int] | None:
-        """(candidate, how many images it should have), or None when the search is over."""
-        wanted = self._next()
-        if wanted is not None:
-            self.counts[wanted[0]] = wanted[1]
-        return wanted
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        while (wanted := self._next()) is not None:
+            candidate, num_images = wanted
+            self.counts[candidate] = num_images
+            yield wanted
 
     def _next(self) -> tuple[int, int] | None:
         for place in self._first():

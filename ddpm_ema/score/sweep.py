@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Difference, Estimate, difference
-from ddpm_ema.named_weights import NamedWeights, name_of
+from ddpm_ema.named_weights import name_of
 from ddpm_ema.numbers import with_error
-from ddpm_ema.score.folder import Record
-from ddpm_ema.score.measure import Score, versus_raw
-from ddpm_ema.score.scoring import Scoring
+from ddpm_ema.score.driver import Jobs
+from ddpm_ema.score.rows import Score, paired, versus_raw
+from ddpm_ema.score.scorer import Scorer
 from ddpm_ema.score.search import Search
-from ddpm_ema.score.together import on_main, only_on_main
 
 
 @dataclass(frozen=True)
@@ -80,105 +79,79 @@ def _candidate(kind: str, value: float, end: int = 0) -> Candidate:
     return Candidate(kind, value, name_of(profile), profile)
 
 
-def prepare(scoring: Scoring) -> list[Run]:
-    """What the settings ask for, every candidate resolved: one that cannot be reconstructed is an error now. A collective."""
-    wanted = candidates(scoring.config.evaluation.sweep, scoring.step)
-    return [Run(scoring, of_kind) for of_kind in wanted.values()]
+class Sweep:
+    """One sweep over candidates of one kind. All are resolved first: one that cannot be reconstructed is an error at once."""
 
-
-def sweep(scoring: Scoring, runs: Iterable[Run], search: bool) -> dict[str, Any]:
-    """Scores what `runs` ask for; on rank 0 the keys of results.json that tell of this sweep and earlier ones. A collective."""
-    spent: dict[str, Any] = {}
-    for run in runs:
-        spent |= run.run(search)
-    return only_on_main(scoring.processes, lambda: summary(scoring, spent)) or {}
-
-
-class Run:
-    """One sweep over candidates of one kind. `sources` are theirs, on rank 0."""
-
-    def __init__(self, scoring: Scoring, wanted: list[Candidate]) -> None:
-        self.scoring, self.candidates = scoring, wanted
-        evaluation = scoring.config.evaluation
+    def __init__(self, scorer: Scorer, wanted: list[Candidate]) -> None:
+        self.scorer, self.candidates = scorer, wanted
+        evaluation = scorer.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
-        resolver = scoring.resolver
-        found = only_on_main(scoring.processes, lambda: [resolver.reconstructed(c.profile) for c in wanted])
-        self.sources: list[NamedWeights | None] = list(found) if found is not None else [None] * len(wanted)
+        self.weights = [scorer.resolver.reconstructed(candidate.profile) for candidate in wanted]
 
-    def run(self, search: bool) -> dict[str, Any]:
-        """All candidates over as many images, or a search among them: what the search spent, by kind. A collective.
+    def jobs(self, search: bool) -> Jobs[dict[str, Any]]:
+        """Scores all candidates over as many images, or searches among them; returns what the search spent, by kind.
 
         Nothing is sampled that an earlier sweep, a search or a scoring by name has sampled already.
         """
-        scoring, processes = self.scoring, self.scoring.processes
-        self._extend_raw()
-        looked_at = self._search() if search else dict.fromkeys(range(len(self.candidates)), self.most_images)
-        counts = on_main(processes, lambda: self._at_least(looked_at))
+        scorer = self.scorer
+        if scorer.raw() is not None:  # to be paired with it
+            yield from scorer.sample(scorer.resolver.named("raw"), self.most_images)
+        everything = dict.fromkeys(range(len(self.candidates)), self.most_images)
+        looked_at = (yield from self._search()) if search else everything
+        counts = {place: max(count, self._swept_before(place)) for place, count in looked_at.items()}
         for place, count in counts.items():
-            scoring.score_source(self.sources[place], count, named=False)
-        on_main(processes, lambda: self._mark(counts))  # all at once: half a sweep is none
-        if not search:
-            return {}
-        images, whole = sum(looked_at.values()), len(self.candidates) * self.most_images
-        return {self.candidates[0].kind: {"candidates": len(self.candidates), "images": images, "of": whole}}
+            yield from scorer.score(self.weights[place], count, named=False)
+        for place, count in counts.items():  # all at once: half a sweep is none
+            candidate, record = self.candidates[place], scorer.record(self.weights[place])
+            record.candidate = {"kind": candidate.kind, "value": candidate.value, "num_images": count}
+            scorer.folder.keep(record)
+        spent = {
+            "candidates": len(self.candidates),
+            "images": sum(looked_at.values()),
+            "of": sum(everything.values()),
+        }
+        return {self.candidates[0].kind: spent} if search else {}
 
-    def _extend_raw(self) -> None:
-        """Samples raw up to the candidates' number of images, so that they are paired with it. A collective."""
-        scoring = self.scoring
-        if scoring.processes.broadcast(scoring.processes.is_main and _raw(scoring) is not None):
-            raw = scoring.open("raw")
-            scoring.sample(raw, scoring.label(raw), self.most_images)
-
-    def _search(self) -> dict[int, int]:
-        """Candidate -> images, for those that a bracketing search looked at. A collective."""
-        scoring = self.scoring
-        first = max(10 * scoring.config.evaluation.groups, self.most_images // 8)
+    def _search(self) -> Jobs[dict[int, int]]:
+        """Candidate -> images, for those that a bracketing search looked at."""
+        first = max(10 * self.scorer.config.evaluation.groups, self.most_images // 8)
         search = Search(len(self.candidates), first, self.most_images, self._estimate)
-        while (wanted := on_main(scoring.processes, search.next)) is not None:
-            source = self.sources[wanted[0]]
-            scoring.sample(source, scoring.label(source), wanted[1])
-        return scoring.processes.broadcast(dict(sorted(search.counts.items())))
+        for place, count in search:
+            yield from self.scorer.sample(self.weights[place], count)
+        return dict(sorted(search.counts.items()))
 
     def _estimate(self, place: int, count: int) -> Estimate:
-        source = self.sources[place]
-        assert source is not None
-        found = self.scoring.estimate(source.key, count)
+        found = self.scorer.estimate(self.weights[place].key, count)
         assert found is not None
         return found
 
-    def _at_least(self, counts: Mapping[int, int]) -> dict[int, int]:
-        """Rank 0: the most images that this or an earlier sweep gave each candidate."""
-        return {
-            place: max(count, (self._record(place).candidate or {}).get("num_images", 0))
-            for place, count in counts.items()
-        }
-
-    def _mark(self, counts: Mapping[int, int]) -> None:
-        """Rank 0: these weights are candidates from now on."""
-        for place, count in counts.items():
-            candidate, record = self.candidates[place], self._record(place)
-            record.candidate = {"kind": candidate.kind, "value": candidate.value, "num_images": count}
-            self.scoring.folder.keep(record)
-
-    def _record(self, place: int) -> Record:
-        return self.scoring.record(self.sources[place])
+    def _swept_before(self, place: int) -> int:
+        """The images that an earlier sweep gave a candidate."""
+        return int((self.scorer.record(self.weights[place]).candidate or {}).get("num_images", 0))
 
 
-def summary(scoring: Scoring, spent: Mapping[str, Any]) -> dict[str, Any]:
-    """Rank 0: `sweep` (rows, by kind and width), `sweep_best` and `sweep_search`, of every candidate that this sweep or an
-    earlier one scored and whose weights are still what they were; {} where there is none."""
+def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of this sweep and earlier ones; {} where there was none.
+
+    Args:
+        scorer: whose folder holds the candidates; those count whose weights are still what they were.
+        spent: what the searches of this sweep spent, by kind.
+
+    Returns:
+        `sweep` (rows, by kind and width), `sweep_best` and `sweep_search`.
+    """
     found: dict[str, list[Swept]] = {}
-    for record in scoring.folder.records():
+    for record in scorer.folder.records():
         score = record.score(record.candidate["num_images"]) if record.candidate else None
-        if score is not None and record.candidate is not None and scoring.source_of(record) is not None:
+        if score is not None and record.candidate is not None and scorer.weights_of(record) is not None:
             found.setdefault(record.candidate["kind"], []).append(Swept(record.candidate["value"], record.name, score))
-    raw = _raw(scoring)
+    raw = scorer.raw()
     rows, best = [], {}
     for kind, entries in sorted(found.items(), reverse=True):
         entries.sort(key=lambda entry: entry.value)
-        rows += [_row(scoring, kind, entry, raw) for entry in entries]
-        best[kind] = _best(scoring, kind, entries)
-    searches = {**scoring.folder.results().get("sweep_search", {}), **spent}
+        rows += [_row(scorer, kind, entry, raw) for entry in entries]
+        best[kind] = _best(scorer, kind, entries)
+    searches = {**scorer.folder.results().get("sweep_search", {}), **spent}
     searches = {kind: value for kind, value in searches.items() if kind in found}
     return ({"sweep": rows, "sweep_best": best} if rows else {}) | ({"sweep_search": searches} if searches else {})
 
@@ -200,59 +173,48 @@ class Swept:
         return sum(self.score.estimate.counts)
 
 
-def _row(scoring: Scoring, kind: str, entry: Swept, raw: Score | None) -> dict[str, Any]:
-    beside = scoring.estimate(str(raw.row["weights_sha256"]), entry.count) if raw is not None else None
+def _row(scorer: Scorer, kind: str, entry: Swept, raw: Score | None) -> dict[str, Any]:
+    beside = scorer.estimate(str(raw.row["weights_sha256"]), entry.count) if raw is not None else None
     named = {**entry.score.row, "weights": entry.name, "sweep": kind, kind: entry.value}
     return {**named, **versus_raw(entry.score, beside)}
 
 
-def _raw(scoring: Scoring) -> Score | None:
-    """Rank 0: raw's score, where it was asked for."""
-    return next((score for score in scoring.scores() if score.row["weights"] == "raw"), None)
-
-
-def _best(scoring: Scoring, kind: str, entries: list[Swept]) -> dict[str, Any]:
+def _best(scorer: Scorer, kind: str, entries: list[Swept]) -> dict[str, Any]:
     """The lowest distance among the candidates with the most images, unless one with fewer is significantly lower."""
     most = max(entry.count for entry in entries)
     best = min((entry for entry in entries if entry.count == most), key=lambda entry: entry.score.estimate.unbiased)
     for entry in entries:
-        against = _compared(scoring, entry.key, entry.count, best)
+        against = _compared(scorer, entry.key, entry.count, best)
         if against is not None and against.significant and against.delta < 0:
             best = entry
     close = []
     for entry in entries:
-        against = _compared(scoring, entry.key, entry.count, best)
+        against = _compared(scorer, entry.key, entry.count, best)
         if entry is not best and not (against is not None and against.significant and against.delta > 0):
             close.append(entry.name)
-    kept = _versus_best_kept(scoring, best)
+    kept = _versus_best_kept(scorer, best)
     return {"weights": best.name, kind: best.value, "not_significantly_worse": close, "versus_best_kept": kept}
 
 
-def _compared(scoring: Scoring, key: str, count: int, best: Swept) -> Difference | None:
+def _compared(scorer: Scorer, key: str, count: int, best: Swept) -> Difference | None:
     """Some weights less the best candidate, over the images that both have; None where those are gone."""
     common = min(count, best.count)
-    a, b = scoring.estimate(key, common), scoring.estimate(best.key, common)
+    a, b = scorer.estimate(key, common), scorer.estimate(best.key, common)
     return difference(a, b) if a is not None and b is not None else None
 
 
-def _versus_best_kept(scoring: Scoring, best: Swept) -> dict[str, Any] | None:
+def _versus_best_kept(scorer: Scorer, best: Swept) -> dict[str, Any] | None:
     """The best candidate less the best average that training kept, over the images that both have: nothing is sampled for it."""
-    names = scoring.resolver.checkpoint.names[1:] if scoring.resolver.checkpoint else []
-    kept = [score for score in scoring.scores() if score.row["weights"] in names]
+    names = scorer.resolver.checkpoint.names[1:] if scorer.resolver.checkpoint else []
+    kept = [score for score in scorer.scores() if score.row["weights"] in names]
     if not kept:
         return None
     row = min(kept, key=lambda score: score.estimate.unbiased).row
-    found = _compared(scoring, row["weights_sha256"], row["num_images"], best)
-    if found is None:
+    common = min(row["num_images"], best.count)
+    ours, theirs = scorer.estimate(best.key, common), scorer.estimate(row["weights_sha256"], common)
+    if ours is None or theirs is None:
         return None
-    low, high = (-end for end in reversed(found.interval95))
-    return {
-        "weights": row["weights"],
-        "delta": -found.delta,
-        "stderr": found.stderr,
-        "interval": [low, high],
-        "significant": found.significant,
-    }
+    return {"weights": row["weights"], **paired(difference(ours, theirs))}
 
 
 def describe(results: Mapping[str, Any]) -> str:

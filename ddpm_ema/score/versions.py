@@ -4,74 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
-from ddpm_ema.score.scoring import Scoring
-from ddpm_ema.score.together import on_main, only_on_main
+from ddpm_ema.score.driver import Job, Jobs
+from ddpm_ema.score.feature_store import FeatureBatch
+from ddpm_ema.score.scorer import Scorer
 
 
-def check_versions(scoring: Scoring) -> None:
-    """Settles what becomes of a folder that other versions or another device began. A collective; the folder is locked.
+def check_versions(scorer: Scorer) -> Jobs[None]:
+    """Settles what becomes of a folder that other versions or another device began.
 
     The first images of one of its sets of weights are sampled again. Where they come out the same, the scoring goes on;
-    otherwise what there is becomes a scoring of its own, so that it is never paired with new images, and this one begins anew.
+    otherwise what the folder holds becomes a scoring of its own, so that it is never paired with new images, and this one
+    begins anew.
     """
-    processes = scoring.processes
-    if on_main(processes, lambda: _is_known(scoring)):
-        return
-    source = only_on_main(processes, lambda: _witness(scoring))
-    same = processes.broadcast(source is not None) and _repeats(scoring, source)
-    on_main(processes, lambda: _go_on(scoring) if same else _begin_anew(scoring))
+    folder = scorer.folder
+    if folder.is_empty():
+        folder.keep_made_with([scorer.versions])
+    elif scorer.versions not in folder.made_with():
+        weights = _witness(scorer)
+        same = weights is not None and (yield from _repeats(scorer, weights))
+        _go_on(scorer) if same else _begin_anew(scorer)
 
 
-def _is_known(scoring: Scoring) -> bool:
-    if scoring.folder.is_empty():
-        scoring.folder.keep_made_with([scoring.versions])
-        return True
-    return scoring.versions in scoring.folder.made_with()
-
-
-def _witness(scoring: Scoring) -> NamedWeights | None:
-    """Weights of which there are first images, and that can be sampled again."""
-    for record in scoring.folder.records():
-        if scoring.folder.store(record.key).first() and (source := scoring.source_of(record)) is not None:
-            return source
+def _witness(scorer: Scorer) -> NamedWeights | None:
+    """Weights of which first images are stored, and that can be sampled again."""
+    for record in scorer.folder.records():
+        if scorer.folder.store(record.key).first_batches() and (weights := scorer.weights_of(record)) is not None:
+            return weights
     return None
 
 
-def _repeats(scoring: Scoring, source: NamedWeights | None) -> bool:
-    """Whether the first images come out as they are stored. A collective."""
-    label, processes = scoring.label(source), scoring.processes
-    stored = scoring.folder.store(label.key).first() if processes.is_main else []
-    scoring.load(source, label)
+def _repeats(scorer: Scorer, weights: NamedWeights) -> Jobs[bool]:
+    """Whether the first images come out as they are stored."""
     same = True
-    for place, images in enumerate(processes.broadcast([block.indices.tolist() for block in stored])):
-        made = scoring.studio.round(f"{label.name} again", images)
-        same = same and (not processes.is_main or made.repeats(stored[place]))
-    return processes.broadcast(same)
+    for stored in scorer.folder.store(weights.key).first_batches():
+        made: list[FeatureBatch] = []
+        yield Job(f"{weights.name} again", stored.indices.tolist(), made.append, weights, at_once=True)
+        same = same and _equal(stored, made[0])
+    return same
 
 
-def _go_on(scoring: Scoring) -> None:
-    folder = scoring.folder
+def _equal(a: FeatureBatch, b: FeatureBatch) -> bool:
+    """Whether both hold the same images, byte for byte, with the same features to rounding."""
+    if not torch.equal(a.images, b.images) or a.features.shape != b.features.shape:
+        return False
+    return torch.allclose(a.features, b.features, rtol=1e-3, atol=1e-3 * float(b.features.abs().max()))
+
+
+def _go_on(scorer: Scorer) -> None:
+    folder = scorer.folder
     known = folder.made_with()
-    folder.keep_made_with([*known, scoring.versions])
+    folder.keep_made_with([*known, scorer.versions])
     logger.info(
-        f"{folder.path}: begun under {_differing(known[-1], scoring.versions)}; its first images came out the same"
+        f"{folder.path}: begun under {_differing(known[-1], scorer.versions)}; its first images came out the same"
     )
 
 
-def _begin_anew(scoring: Scoring) -> None:
-    """What there is gets its results.json first, so that nothing that was finished is lost to the report."""
-    folder, here = scoring.folder, scoring.versions
+def _begin_anew(scorer: Scorer) -> None:
+    """What the folder holds gets its results.json first, so that nothing that was finished is lost to the report."""
+    folder, here = scorer.folder, scorer.versions
     before = (folder.made_with() or [{}])[-1]
     note = f"made under {_differing(before, here)}, where other images came out than later: not comparable with those"
-    scoring.versions = before
-    scoring.write({key: value for key, value in folder.results().items() if key.startswith("sweep")}, note)
-    scoring.versions = here
+    scorer.versions = before
+    scorer.write({key: value for key, value in folder.results().items() if key.startswith("sweep")}, note)
+    scorer.versions = here
     aside = folder.set_aside()
     folder.keep_made_with([here])
     logger.info(
-        f"{folder.path}: {note}; what there was is a scoring of its own now, {aside.name}, and this one begins anew"
+        f"{folder.path}: {note}; what it held is a scoring of its own now, {aside.name}, and this one begins anew"
     )
 
 

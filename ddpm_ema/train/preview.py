@@ -11,6 +11,7 @@ from ddpm_ema import batch_order, diffusion, model, sampling
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.image_grid import save_grid
 from ddpm_ema.numbers import sampler_label
+from ddpm_ema.sampling_network import SamplingNetwork
 from ddpm_ema.train.checkpointing import full_weights
 from ddpm_ema.train.step import read_checks
 from ddpm_ema.train.trainer import Trainer
@@ -37,12 +38,12 @@ class Preview:
     """A sampling model of its own, for grids while training: the training model's weights are never swapped."""
 
     def __init__(self, trainer: Trainer) -> None:
-        config = trainer.config
-        self.network = model.build(config, trainer.dataset.num_classes).to(trainer.processes.device).eval()
-        self.classes, scale = model.no_label(self.network), config.evaluation.guidance_scale
-        self.predict = self._predict if self.classes is None else sampling.guided(self._predict, scale, self.classes)
+        config, processes = trainer.config, trainer.processes
         self.settings = preview_settings(config)
         self.sampler = sampling.Sampler(diffusion.noise_scheduler(config.diffusion).config, self.settings)
+        unet, share = model.build(config, trainer.dataset.num_classes), config.training.sample_images
+        eager = self.settings.model_copy(update={"compile": False})  # compiling takes longer than a few grids
+        self.network = SamplingNetwork(unet, eager, processes.device, share, model.no_label(unet))
         self.note = ""
         if self.settings != config.evaluation:
             self.note = f" (scoring: {sampler_label(config.evaluation.model_dump())})"
@@ -51,12 +52,12 @@ class Preview:
     def images(self, trainer: Trainer, weights: dict[str, Tensor]) -> Tensor:
         """uint8 [n, C, H, W] on the CPU: every process samples its share."""
         config, processes = trainer.config, trainer.processes
-        self.network.load_state_dict(weights)
+        self.network.load([weights], "of the preview")
         mine = batch_order.partition(config.training.sample_images, processes.rank, processes.world_size)
         indices = torch.arange(mine.start, mine.stop)
-        labels = None if self.classes is None else indices % self.classes
+        labels = None if self.network.no_label is None else indices % self.network.no_label
         images = sampling.sample(
-            self.predict,
+            self.network.predict,
             self.sampler,
             seed=config.evaluation.seed,
             indices=indices,
@@ -65,11 +66,6 @@ class Preview:
             labels=labels,
         )
         return torch.cat(processes.gather(images.cpu()))
-
-    def _predict(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """One evaluation of the weights that are loaded."""
-        prediction: Tensor = self.network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
-        return prediction
 
     def save(self, trainer: Trainer) -> None:
         """Writes the grid: raw and every average, the same noise, one labelled row each. A collective."""

@@ -15,7 +15,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from safetensors.torch import save_file
 
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, keyed_random, model, sampling
+from ddpm_ema import diffusion, keyed_random, model, sampling, sampling_network
 from ddpm_ema.averaging import write_snapshot
 from ddpm_ema.averaging.posthoc import posthoc_coefficients
 from ddpm_ema.averaging.profiles import PowerFunction
@@ -206,7 +206,7 @@ def sampled_as_scored(run: RunDir, config: settings.Config, evaluation: Any, ind
         return unet(x_t, timesteps, class_labels=labels).sample
 
     images = sampling.sample(
-        predict if no_label is None else sampling.guided(predict, evaluation.guidance_scale, no_label),
+        predict if no_label is None else sampling_network.guided(predict, evaluation.guidance_scale, no_label),
         sampling.Sampler(diffusion.noise_scheduler(config.diffusion).config, evaluation),
         seed=0,
         indices=indices,

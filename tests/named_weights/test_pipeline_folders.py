@@ -14,18 +14,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from oracles import frechet_distance
 from safetensors.torch import load_file, save_file
 from scored import again, figures, make_run, results, settings, start, weights
 
 from ddpm_ema import data, diffusion, metrics, model, sampling
 from ddpm_ema.config import Config
-from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score.network import Network
-from ddpm_ema.score.studio import Studio
+from ddpm_ema.sampling_network import SamplingNetwork
+from ddpm_ema.score.driver import Job
+from ddpm_ema.score.generate import Generator
 
 LINEAR = {"num_train_timesteps": 100, "beta_end": 0.2}
 COSINE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
@@ -100,7 +101,7 @@ def test_a_pipeline_of_diffusers_own_example_is_scored_from_its_folder_alone(
     real = data.load(config.data).batch(torch.arange(1797))
     ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
     (row,) = results(config)["rows"]
-    assert row["frechet_distance"] == pytest.approx(metrics.frechet_distance(ours, theirs), rel=1e-3)
+    assert row["frechet_distance"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
     assert row["warnings"] == [text for text in row["warnings"] if "scheduler" not in text]
 
 
@@ -128,9 +129,9 @@ def test_one_network_is_held_at_a_time_and_built_anew_for_another_kind_only(
     run: Config, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    most, built, of = [], [], Network.__init__
+    most, built, of = [], [], SamplingNetwork.__init__
 
-    def counted(self: Network, *arguments: Any) -> None:
+    def counted(self: SamplingNetwork, *arguments: Any) -> None:
         gc.collect()
         most.append(len(alive))
         of(self, *arguments)
@@ -138,7 +139,7 @@ def test_one_network_is_held_at_a_time_and_built_anew_for_another_kind_only(
         built.append(self)
         built.clear()
 
-    monkeypatch.setattr(Network, "__init__", counted)
+    monkeypatch.setattr(SamplingNetwork, "__init__", counted)
     cosine = save(tmp_path / "cosine", scheduler=DDPMScheduler(**COSINE))
     names = ["raw", "ema_0_9", str(folder), str(cosine), "power_0_10"]
     mixed = figures(results(again(run, evaluation__weights=names, evaluation__seed=7)))
@@ -148,38 +149,17 @@ def test_one_network_is_held_at_a_time_and_built_anew_for_another_kind_only(
     assert mixed == mixed | pure
 
 
-def test_a_rank_that_sees_no_file_builds_the_folder_s_network_and_schedule(run: Config, folder: Path) -> None:
-    """What rank 0 sends is recorded and replayed to another rank."""
-    sent: list[Any] = []
-
-    class Sender(Processes):
-        def broadcast(self, value: Any) -> Any:
-            sent.append(pickle.dumps(value))
-            return value
-
-        def broadcast_tensors(self, tensors: Any) -> Any:
-            return self.broadcast(tensors)
-
-    class Receiver(Sender):
-        def broadcast(self, value: Any) -> Any:
-            assert value is None
-            return pickle.loads(sent.pop(0))
-
-    def studio_of(processes: Processes, weights: NamedWeights | None) -> Studio:
-        processes.world_size, processes.is_main = 2, weights is not None
-        extractor = open_extractor(run.evaluation, run.output_dir)
-        studio = Studio.build(run, processes, extractor, num_images=4, num_classes=None, known_labels=None)
-        studio.load(weights)
-        return studio
-
-    first = studio_of(Sender.start("cpu"), named(folder, run))
-    other = studio_of(Receiver.start("cpu"), None)
-    assert sent == []
-    torch.testing.assert_close(
-        other.network.unet.state_dict(), example_unet().state_dict(), rtol=0, atol=0, check_stride=False
-    )
-    assert other.sampler.timesteps == first.sampler.timesteps
-    assert other.network.unet.config.downsample_padding == 1
+def test_what_a_rank_is_told_is_enough_to_build_the_folder_s_network_and_schedule(run: Config, folder: Path) -> None:
+    """A rank that sees no file gets the job and the tensors."""
+    weights = named(folder, run)
+    job = pickle.loads(pickle.dumps(Job("folder", [0], lambda batch: None, weights).told()))
+    generator = Generator(run, open_extractor(run.evaluation, run.output_dir), batch_size=4)
+    generator.load(job.weights.name, job.weights.pipeline, [read() for read in weights.members])
+    assert generator.network is not None
+    found = generator.network.unet
+    torch.testing.assert_close(found.state_dict(), example_unet().state_dict(), rtol=0, atol=0, check_stride=False)
+    assert found.config.downsample_padding == 1
+    assert generator.sampler.timesteps == sampling.Sampler(DDPMScheduler(**LINEAR).config, run.evaluation).timesteps
 
 
 @pytest.mark.slow

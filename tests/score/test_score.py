@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-import io
 import json
 import shutil
-import warnings
-import weakref
 
 import pytest
 import torch
+from oracles import frechet_distance
 from PIL import Image
-from scored import again, figures, make_run, results, settings, weights
-from tqdm import TqdmWarning, tqdm
+from scored import again, figures, make_run, results, settings
 
 from ddpm_ema import data, diffusion, metrics, model, sampling, score
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score import studio
-from ddpm_ema.score.blocks import Block, DiskStore
-from ddpm_ema.score.network import Network
 from ddpm_ema.score.results import settings_of, table
-from ddpm_ema.score.studio import even_batch, rounds
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +29,8 @@ def scored(run):
     return results(run)
 
 
-def network_of(run):
-    return Network(model.build(run), run.evaluation, torch.device("cpu"), batch_size=4)
-
-
 class TestTheWholeWay:
-    def test_every_copy_gets_a_row_from_the_best_to_the_worst(self, run, scored):
+    def test_all_weights_get_a_row_from_the_best_to_the_worst(self, run, scored):
         on_disk = json.loads(next((run.output_dir / "scores").glob("00000008-*/results.json")).read_text())
         assert on_disk["rows"] == scored["rows"]
         assert {row["weights"] for row in scored["rows"]} == {"raw", "ema_0_9", "power_0_10"}
@@ -69,7 +57,7 @@ class TestTheWholeWay:
         real = data.load(run.data).batch(torch.arange(1797))
         ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
         row = next(row for row in scored["rows"] if row["weights"] == "raw")
-        assert row["frechet_distance"] == pytest.approx(metrics.frechet_distance(ours, theirs), rel=1e-3)
+        assert row["frechet_distance"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
 
     def test_differences_from_raw_are_paired_and_marked(self, scored):
         rows = {row["weights"]: row for row in scored["rows"]}
@@ -87,7 +75,7 @@ class TestTheWholeWay:
             frozenset(pair) for pair in (("raw", "ema_0_9"), ("raw", "power_0_10"), ("ema_0_9", "power_0_10"))
         }
 
-    def test_the_grid_shows_a_labelled_row_a_copy(self, run, scored):
+    def test_the_grid_shows_a_labelled_row_per_weights(self, run, scored):
         with Image.open(next((run.output_dir / "scores").glob("00000008-*/grid.png"))) as grid:
             assert grid.height > 3 * 48
             assert grid.width > 5 * 48
@@ -98,7 +86,7 @@ class TestTheWholeWay:
         assert "already complete" in capsys.readouterr().err
         assert again_scored["rows"] == scored["rows"]
 
-    def test_copies_scored_earlier_stay_in_the_table(self, run, scored):
+    def test_weights_scored_earlier_stay_in_the_table(self, run, scored):
         found = results(again(run, evaluation__weights=["raw@4"]))
         assert {row["weights"] for row in found["rows"]} == {"raw@4", "raw", "ema_0_9", "power_0_10"}
 
@@ -159,31 +147,8 @@ class TestWhatChangesTheNumbers:
         ):
             assert digest(**other) != digest()
 
-    def test_other_weights_under_the_same_name_are_scored_anew(self, tmp_path):
-        run = make_run(tmp_path / "run", evaluation__weights=["raw"])
-        first = results(run)
-        checkpoint = RunDir(run.output_dir).checkpoint(8)
-        files = {"raw.safetensors": weights(0, 0.8)}
-        RunDir(run.output_dir).write_checkpoint(8, files, {"settings": checkpoint.manifest["settings"], "profiles": {}})
-        second = results(run)
-        assert [row["weights"] for row in second["rows"]] == ["raw"]
-        assert second["rows"][0]["frechet_distance"] != first["rows"][0]["frechet_distance"]
-
 
 class TestWeights:
-    def test_an_ensemble_averages_predictions_not_weights(self, run):
-        network = network_of(run)
-        x_t, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 50)
-        first, second = weights(0), weights(1)
-        alone = []
-        for members in (first, second):
-            network.load([members], "one")
-            alone.append(network.predict(x_t, t, None))
-        network.load([first, second], "both")
-        torch.testing.assert_close(network.predict(x_t, t, None), (alone[0] + alone[1]) / 2)
-        network.load([first], "one")
-        torch.testing.assert_close(network.predict(x_t, t, None), alone[0])
-
     def test_an_ensemble_is_scored_under_its_name(self, run):
         found = results(again(run, evaluation__weights=["raw", "raw+ema_0_9"]))
         row = next(row for row in found["rows"] if row["weights"] == "raw+ema_0_9")
@@ -202,14 +167,6 @@ class TestWeights:
         found = figures(results(alone))
         assert found["power_0_06"] == figures(results(again(run, evaluation__weights=["power_0_06"])))["power_0_06"]
         assert found["power_0_06@4"] != found["power_0_06"]
-
-    def test_weights_of_another_model_are_refused_tensor_by_tensor(self, run):
-        network = network_of(run)
-        broken = weights()
-        broken["conv_in.weight"] = torch.zeros(3, 3)
-        del broken["conv_out.bias"]
-        with pytest.raises(UserError, match=r"lacks conv_out.bias; conv_in.weight is \[3, 3\], the model's is"):
-            network.load([broken], "ema")
 
     def test_settings_of_another_model_than_the_one_trained_are_refused(self, run):
         with pytest.raises(UserError, match=r"diffusion.schedule: 'linear' was trained, 'cosine' is set"):
@@ -240,10 +197,6 @@ class TestConditional:
         assert asked[0] != asked[1]
         assert set(asked[0]) == set(range(10))
 
-    def test_guidance_of_a_model_without_classes_is_an_error(self, run):
-        with pytest.raises(UserError, match="class-conditional"):
-            network_of(again(run, evaluation__guidance_scale=2.0))
-
 
 class TestWhileTraining:
     @pytest.fixture(scope="class")
@@ -267,103 +220,3 @@ class TestWhileTraining:
         evaluator(8, lambda name: held[name])
         assert torch.equal(torch.random.get_rng_state(), before)
         torch.testing.assert_close(held["raw"], checkpoint.weights("raw"), rtol=0, atol=0)
-
-
-class TestPieces:
-    def test_shares_are_even_and_whole(self):
-        for num_images, world, most in ((1797, 2, 256), (50_000, 8, 250), (7, 3, 256), (1, 1, 1), (513, 2, 256)):
-            batch = even_batch(num_images, world, most)
-            parts = list(rounds(list(range(num_images)), world * batch))
-            assert [index for part in parts for index in part] == list(range(num_images))
-            assert batch <= most
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
-            assert len(parts) == -(-num_images // (world * most))
-
-    def test_shares_that_add_up_to_more_by_rounding_do_not_take_the_bar_past_its_end(self):
-        with tqdm(total=1797, disable=False, file=io.StringIO()) as bar, warnings.catch_warnings():
-            warnings.simplefilter("error", TqdmWarning)
-            for _ in range(15):
-                studio._advance(bar, 1797 / 15 * (1 + 1e-12))
-                bar.refresh()
-            assert bar.n == 1797
-
-    def test_compiled_networks_see_one_batch_size_only(self, run, monkeypatch):
-        """Fewer images are filled up, and what was filled in is cut off again."""
-        seen = []
-
-        def compiled(function, **options):
-            def call(x_t, timesteps, labels):
-                seen.append(len(x_t))
-                return function(x_t, timesteps, labels)
-
-            return call
-
-        monkeypatch.setattr(torch, "compile", compiled)
-        eager = network_of(run)
-        filled = network_of(again(run, evaluation__compile=True))
-        x_t = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
-        made = filled.predict(x_t, torch.full((3,), 9), None)
-        torch.testing.assert_close(made, eager.predict(x_t, torch.full((3,), 9), None))
-        assert seen == [4]
-
-    def test_blocks_come_back_as_they_were_kept(self, tmp_path):
-        blocks = [_block([3, 4]), _block([0, 1, 2])]
-        store = DiskStore(tmp_path)
-        for block in blocks:
-            store.add(block)
-        whole = DiskStore(tmp_path).block(5)
-        assert whole.indices.tolist() == [0, 1, 2, 3, 4]
-        assert whole.features[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-        assert whole.saturated.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-        assert whole.seconds == 2.0
-        part = DiskStore(tmp_path).block(4)
-        assert part.indices.tolist() == [0, 1, 2, 3]
-        assert part.contrast.tolist() == [0, 1, 2, 3]
-        assert part.seconds == 1.5
-
-    def test_joining_holds_one_block_beside_the_result(self, tmp_path, monkeypatch):
-        for start in (0, 2, 4):
-            DiskStore(tmp_path).add(_block([start, start + 1]))
-        store, read, alive = DiskStore(tmp_path), Block.read, []
-
-        def reading(path):
-            gc.collect()
-            assert sum(block() is not None for block in alive) <= 1, "the last one is let go when the next is there"
-            block = read(path)
-            alive.append(weakref.ref(block))
-            return block
-
-        monkeypatch.setattr(Block, "read", reading)
-        assert len(store.block(6)) == 6
-        assert len(alive) == 3
-
-    @pytest.mark.parametrize("harm", ["truncate", "pickle", "repeat", "nan"])
-    def test_a_damaged_block_is_named_and_left_out(self, tmp_path, harm, capsys):
-        store = DiskStore(tmp_path)
-        store.add(_block([0, 1]))
-        store.add(_block([2, 3]))
-        bad = sorted(tmp_path.glob("block-*"))[1]
-        if harm == "truncate":
-            bad.write_bytes(bad.read_bytes()[:-3])
-        elif harm == "pickle":
-            torch.save({"indices": torch.tensor([2, 3])}, bad)
-        elif harm == "repeat":
-            bad.write_bytes(sorted(tmp_path.glob("block-*"))[0].read_bytes())
-        else:
-            block = _block([2, 3])
-            block.features[1, 0] = float("nan")
-            bad.unlink()
-            store.add(block)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert DiskStore(tmp_path).done() == {0, 1}
-        assert not bad.exists()
-        assert bad.name in capsys.readouterr().err
-
-
-def _block(indices: list[int]) -> Block:
-    numbers = torch.tensor(indices)
-    none = torch.zeros(0, dtype=torch.int64)
-    images = torch.zeros(0, 1, 8, 8, dtype=torch.uint8)
-    features = numbers.float()[:, None].expand(-1, 3).contiguous()
-    return Block(numbers, features, None, numbers / 10, numbers.to(torch.uint8), none, images, seconds=1.0)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +11,8 @@ from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
 from ddpm_ema import capabilities, score
-from ddpm_ema.distributed import Processes
-from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, StoppedError, UserError
-from ddpm_ema.features import open_extractor
+from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score import together
-from ddpm_ema.score.studio import Studio
-from ddpm_ema.score.together import on_main
 
 CLOSE = 0.01  # pixels on the edge between two levels may round either way in another batch
 # Enough rounds and steps that a signal falls among them.
@@ -42,8 +35,8 @@ def numbers(found):
     return {row["weights"]: [row[key] for key in ("frechet_distance", "stderr", "kid")] for row in found["rows"]}
 
 
-def blocks(run):
-    return sorted((run.output_dir / "scores").glob("*/weights/*/block-*.safetensors"))
+def kept(run):
+    return sorted((run.output_dir / "scores").glob("*/weights/*/features-*.safetensors"))
 
 
 def found_results(run):
@@ -54,16 +47,16 @@ class TestStopAndGoOn:
     def test_sigterm_ends_all_ranks_with_75_and_another_number_of_processes_goes_on(self, tmp_path, whole):
         run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw", "ema_0_9"])
         launch = start(run, world_size=2)
-        wait_until(lambda: len(blocks(run)) >= 3)
+        wait_until(lambda: len(kept(run)) >= 3)
         launch.signal(signal.SIGTERM, rank=1)
         assert launch.wait() == [EXIT_STOPPED, EXIT_STOPPED]
         assert "start again to go on" in launch.output(0)
         assert "Traceback" not in launch.output(0) + launch.output(1)
-        kept = {path.name: path.read_bytes() for path in blocks(run)}
-        assert kept
+        before = {path.name: path.read_bytes() for path in kept(run)}
+        assert before
         alone = start(run)
-        wait_until(lambda: len(blocks(run)) > len(kept) or bool(list(run.output_dir.glob("scores/*/results.json"))))
-        assert all(path.read_bytes() == kept[path.name] for path in blocks(run) if path.name in kept)
+        wait_until(lambda: len(kept(run)) > len(before) or bool(list(run.output_dir.glob("scores/*/results.json"))))
+        assert all(path.read_bytes() == before[path.name] for path in kept(run) if path.name in before)
         assert alone.wait() == [0]
         for name, expected in numbers(whole).items():
             assert numbers(found_results(run))[name] == pytest.approx(expected, rel=CLOSE)
@@ -72,10 +65,10 @@ class TestStopAndGoOn:
         run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw", "ema_0_9"])
         for kill in range(2):
             launch = start(run)
-            wait_until(lambda kill=kill: len(blocks(run)) >= 4 * (kill + 1))
+            wait_until(lambda kill=kill: len(kept(run)) >= 4 * (kill + 1))
             launch.signal(signal.SIGKILL)
             assert launch.wait() == [-signal.SIGKILL]
-        before = {path: path.stat().st_mtime_ns for path in blocks(run)}
+        before = {path: path.stat().st_mtime_ns for path in kept(run)}
         done = results(run)
         assert all(path.stat().st_mtime_ns == made for path, made in before.items())
         assert numbers(done) == {name: pytest.approx(v, rel=CLOSE) for name, v in numbers(whole).items()}
@@ -136,7 +129,7 @@ class TestWhatIsMissing:
     def test_a_classifier_that_was_not_trained_is_one_message(self, tmp_path):
         run = make_run(tmp_path / "run")
         (run.output_dir / "features.safetensors").unlink()
-        with pytest.raises(UserError, match="ddpm-ema features"):
+        with pytest.raises(UserError, match="train_features"):
             score.run(run)
 
     def test_a_cache_that_cannot_be_written_is_one_warning(self, tmp_path, capsys):
@@ -157,96 +150,6 @@ class TestWhatIsMissing:
         found = results(run)
         assert any("feature dimensions" in text for text in found["rows"][0]["warnings"])
         assert found["warnings"]
-
-
-class TestCollectives:
-    """Ranks agree to stop once a sampling step, so each must ask as often as the others, or all of them hang."""
-
-    class Asked:
-        count = 0
-
-        def agreed(self, processes):
-            self.count += 1
-            return False
-
-    @pytest.fixture
-    def studio(self, tmp_path):
-        run = make_run(tmp_path / "run")
-        processes = Processes.start("cpu")
-        extractor = open_extractor(run.evaluation, run.output_dir)
-        made = Studio.build(
-            run, processes, extractor, num_images=4, num_classes=None, known_labels=None, stop=self.Asked()
-        )
-        made.prepare()
-        return made
-
-    def test_a_rank_without_images_asks_as_often_as_one_with_them(self, studio):
-        for images in ([0, 1], []):
-            studio.stop.count = 0
-            studio._sample("raw", images, lambda done: None, 2)
-            assert studio.stop.count == len(studio.sampler) == 4
-
-    def test_a_rank_out_of_memory_goes_on_asking_and_says_what_to_lower(self, studio):
-        def full(x_t, timesteps, labels):
-            raise torch.OutOfMemoryError("no room")
-
-        studio.network.predict = full
-        answer = studio._sample("raw", [0, 1], lambda done: None, 2)
-        assert isinstance(answer, UserError)
-        assert "--evaluation.batch-size" in str(answer)
-        assert studio.stop.count == 4
-
-    @pytest.mark.parametrize(
-        ("images", "shares"), [(range(16), [range(16), []]), (range(16, 26), [range(16, 21), range(21, 26)])]
-    )
-    def test_the_first_images_are_one_batch_of_rank_0_and_the_others_are_shared(
-        self, studio, monkeypatch, images, shares
-    ):
-        """So that they can be made again, to the byte, by any number of processes."""
-        asked = []
-
-        def record(name, mine, *rest):
-            asked.append(mine)
-            raise StoppedError("enough")
-
-        monkeypatch.setattr(studio, "_sample", record)
-        for rank in range(2):
-            studio.processes = SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0)
-            with pytest.raises(StoppedError):
-                studio.round("raw", list(images))
-        assert asked == [list(share) for share in shares]
-
-
-class TestWaiting:
-    def test_work_on_rank_0_may_take_longer_than_the_heartbeat(self, monkeypatch):
-        """Others hear that it goes on: a stand-in for two ranks, the broadcasts recorded."""
-        sent = []
-
-        class Two:
-            world_size, is_main = 2, True
-
-            def broadcast(self, value):
-                sent.append(value)
-                return value
-
-        monkeypatch.setattr(together, "HEARTBEAT_SECONDS", 0.05)
-        assert on_main(Two(), lambda: time.sleep(0.3) or "done") == "done"
-        assert sent[-1] == ("done", None)
-        assert sent.count(None) >= 2
-
-    def test_an_error_of_rank_0_is_raised_everywhere(self):
-        class Other:
-            world_size, is_main = 2, False
-            values = iter([None, None, (None, UserError("not a file"))])
-
-            def broadcast(self, value):
-                return next(self.values)
-
-        with pytest.raises(UserError, match="not a file"):
-            on_main(Other(), lambda: pytest.fail("this rank does not work"))
-
-    def test_alone_there_is_nobody_to_wait_for(self):
-        assert on_main(Processes.start("cpu"), lambda: 5) == 5
 
 
 def test_published_reference_statistics_are_read_and_their_origin_is_recorded(tmp_path):

@@ -23,10 +23,10 @@ from ddpm_ema.features import open_extractor
 from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir, read_tensors
-from ddpm_ema.score.blocks import Block, pixel_figures
-from ddpm_ema.score.measure import Measure
+from ddpm_ema.score.feature_store import FeatureBatch, pixel_figures
 from ddpm_ema.score.reference import noise_images
 from ddpm_ema.score.results import heading, table
+from ddpm_ema.score.rows import RowBuilder
 
 SETTINGS = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1}
 
@@ -107,7 +107,7 @@ class TestVersions:
     def pretend(self, run: config.Config, other_images: bool = False, other_features: bool = False) -> None:
         path = self.folder(run) / "made_with.json"
         path.write_text(json.dumps([{**entry, "torch": "0.4.1"} for entry in json.loads(path.read_text())]))
-        for first in self.folder(run).glob("weights/*/block-000000000-*"):
+        for first in self.folder(run).glob("weights/*/features-000000000-*"):
             tensors = read_tensors(first)
             tensors["images"][3, 0, 0, 0] ^= other_images
             tensors["features"][3, 0] += other_features
@@ -188,11 +188,11 @@ class TestVersions:
         assert names(json.loads((self.folder(run) / "results.json").read_text())) == ["ema_0_9", "raw"]
 
 
-def block(features: torch.Tensor, images: torch.Tensor) -> Block:
-    """A block of images that are all shown."""
+def batch(features: torch.Tensor, images: torch.Tensor) -> FeatureBatch:
+    """Features of images that are all shown."""
     saturated, contrast = pixel_figures(images)
     indices = torch.arange(len(images))
-    return Block(indices, features, None, saturated, contrast, indices, images)
+    return FeatureBatch(indices, features, None, saturated, contrast, indices, images)
 
 
 class TestPixels:
@@ -219,7 +219,7 @@ class TestPixels:
         real = torch.randn(400, 2, generator=generator)
         reference = Reference(metrics.statistics_of(real), {}, real, saturated=saturated)
         settings = EvaluationSettings(groups=10, kid_subsets=1, precision_recall=False)
-        found = Measure(reference, settings, torch.device("cpu")).score(block(features, images), "raw", {})
+        found = RowBuilder(reference, settings, torch.device("cpu")).build(batch(features, images), "raw", {})
         return list(found.row["warnings"])
 
     def photographs(self, saturated: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from ddpm_ema.metrics import Estimate
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.folder import Record
-from ddpm_ema.score.measure import Score
+from ddpm_ema.score.rows import Score
 from ddpm_ema.score.search import Search
 from ddpm_ema.score.sweep import candidates, describe, summary
 
@@ -45,10 +46,8 @@ class Valley:
 
 def search(valley: Valley, first: int = 250, most: int = 4000) -> Search:
     made = Search(len(valley.true), first, most, valley.estimate)
-    for _ in range(200):
-        if made.next() is None:
-            return made
-    raise AssertionError("the search does not end")
+    assert sum(1 for _ in itertools.islice(made, 200)) < 200, "the search does not end"
+    return made
 
 
 class TestSearch:
@@ -79,15 +78,15 @@ class TestSearch:
         valley = Valley(12, 5, depth=3.0)
         made = Search(12, 250, 2000, valley.estimate)
         sampled: dict[int, int] = {}
-        while (wanted := made.next()) is not None:
+        for place, images in made:
             assert all(count <= sampled.get(candidate, 0) for candidate, count in valley.asked)
-            assert sampled.get(wanted[0], 0) < wanted[1] <= 2000
-            sampled[wanted[0]] = wanted[1]
+            assert sampled.get(place, 0) < images <= 2000
+            sampled[place] = images
 
     def test_it_halves_the_wider_gap_beside_the_best(self):
         valley = Valley(20, 10, depth=600.0)
         made = Search(20, 250, 4000, valley.estimate)
-        looked_at = [made.next() for _ in range(7)]
+        looked_at = list(itertools.islice(made, 7))
         assert [place for place, _ in looked_at[:5]] == [0, 5, 10, 14, 19]
         assert looked_at[5:] == [(7, 250), (12, 250)], "between 5 and 10 first, then between 10 and 14"
 
@@ -209,11 +208,11 @@ class TestSweep:
         (run.output_dir / "snapshots").rename(tmp_path / "gone")
         with pytest.raises(UserError, match="snapshots_every"):
             results(run)
-        assert not list(run.output_dir.glob("scores/*/copies/*")), "said before anything is sampled"
+        assert not list(run.output_dir.glob("scores/*/weights/*")), "said before anything is sampled"
 
 
 class Desk:
-    """Stands for a scoring whose folder holds these: weights -> {images: distance}. Differences have an error of 0.1."""
+    """Stands for a scorer whose folder holds these: weights -> {images: distance}. Differences have an error of 0.1."""
 
     def __init__(self, candidates, kept=None):
         known = {**candidates, **(kept or {})}
@@ -237,7 +236,7 @@ class Desk:
     def estimate(self, key, count):
         return self.known[key].get(count)
 
-    def source_of(self, record):
+    def weights_of(self, record):
         return record
 
     def scores(self):
@@ -246,6 +245,9 @@ class Desk:
             Score({"weights": name, "weights_sha256": name, "num_images": n}, self.known[name][n])
             for name, n in best.items()
         ]
+
+    def raw(self):
+        return None
 
     def best(self):
         return summary(self, {})["sweep_best"]["std"]

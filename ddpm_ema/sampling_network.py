@@ -1,34 +1,45 @@
-"""The one network that samples: built once, compiled once, weights loaded into it in place."""
+"""The network that samples, in scoring and in previews: compiled once, weights loaded into it in place, predictions guided."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_ema import model
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
-from ddpm_ema.sampling import Predict, guided
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
 
 
-class Network:
-    """A diffusers `UNet2DModel` for sampling, with `evaluation`'s precision, compilation and guidance.
+class SamplingNetwork:
+    """A diffusers `UNet2DModel` that predicts for the sampler, with `evaluation`'s precision, compilation and guidance.
 
-    `batch_size` is the most images `predict` is given at once; a compiled network is compiled for that size alone, and
-    smaller batches are filled up inside, so that nothing is ever compiled again.
+    Args:
+        unet: the network; its weights are replaced by `load`.
+        settings: mixed_precision, compile and guidance_scale are used.
+        device: that it runs on.
+        batch_size: the most images that `predict` is given at once. A compiled network is compiled for that size alone, and
+            smaller batches are filled up inside, so that nothing is compiled again.
+        no_label: the class that means "no label"; None for a network without classes.
+
+    Attributes:
+        predict: (x_t float32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None) -> float32 `[n, C or 2C, H, W]`.
+
+    Raises:
+        UserError: guidance of a network without classes.
     """
 
-    def __init__(self, unet: Any, settings: EvaluationSettings, device: torch.device, batch_size: int) -> None:
-        self.device, self.batch_size = device, batch_size
+    def __init__(
+        self, unet: Any, settings: EvaluationSettings, device: torch.device, batch_size: int, no_label: int | None
+    ) -> None:
+        self.device, self.batch_size, self.no_label = device, batch_size, no_label
         self.unet = unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.no_label = model.no_label(self.unet)
         self._dtype = AUTOCAST[settings.mixed_precision]
         self._parameters: dict[str, Tensor] = dict(self.unet.state_dict())
         self._members: list[dict[str, Tensor]] = []
@@ -39,19 +50,19 @@ class Network:
             warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
             self._forward = torch.compile(self._run, dynamic=False)
         scale = settings.guidance_scale
-        if self.no_label is None and scale != 1.0:
+        if no_label is None and scale != 1.0:
             raise UserError(
                 f"evaluation.guidance_scale: {scale} needs a class-conditional model (model.class_conditional); set it to 1"
             )
         self._calls = 2 if scale != 1.0 else 1
-        self.predict: Predict = self._predict if self.no_label is None else guided(self._predict, scale, self.no_label)
+        self.predict: Predict = self._predict if no_label is None else guided(self._predict, scale, no_label)
 
     @torch.no_grad()
     def load(self, members: Sequence[Mapping[str, Tensor]], name: str) -> None:
         """Takes the weights called `name`: one set, or several whose predictions are then averaged at every sampling step.
 
-        Raises UserError that names a tensor which is missing, extra or misshaped. Members of an ensemble stay on the
-        device, one copy of the weights each.
+        Raises UserError that names a tensor which is missing, extra or misshaped. All members of an ensemble stay on the
+        device.
         """
         for weights in members:
             _check(weights, self._parameters, name)
@@ -88,6 +99,23 @@ class Network:
         with torch.autocast(x_t.device.type, dtype=self._dtype, enabled=self._dtype is not None):
             prediction: Tensor = self.unet(x_t, timesteps, class_labels=labels, return_dict=False)[0]
         return prediction.float().contiguous()
+
+
+def guided(predict: Predict, scale: float, no_label: int) -> Predict:
+    """Classifier-free guidance (Ho & Salimans 2022): without + scale · (with − without), in one pass of twice the batch.
+
+    A learned variance (upper channels) is guided likewise. A scale of 1 needs no second half.
+    """
+    if scale == 1.0:
+        return predict
+
+    def predict_guided(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        both = torch.cat([labels, torch.full_like(labels, no_label)])
+        with_label, without = predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
+        return without.lerp(with_label, scale)
+
+    return predict_guided
 
 
 def _filled(rows: Tensor, size: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""Features of one set of weights → its row: distance with error bars, kernel distance, Inception score, precision and recall."""
+"""Features of one set of weights → its row of results.json: distance with error bars, KID, Inception score, precision, recall."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,9 @@ import torch
 from ddpm_ema import metrics
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.features import full_precision
-from ddpm_ema.metrics import Estimate, FrechetReference, Reference
+from ddpm_ema.metrics import Difference, Estimate, FrechetReference, Reference
 from ddpm_ema.numbers import SATURATION_MARGIN
-from ddpm_ema.score.blocks import Block
+from ddpm_ema.score.feature_store import FeatureBatch
 
 NEIGHBOURS_NEEDED = 4  # precision and recall look at three neighbours beside the image itself
 FLAT_CONTRAST = 4  # levels of 255: an image whose values all lie so close together is of one colour to the eye
@@ -30,115 +31,104 @@ class Score:
     estimate: Estimate
 
 
-class Measure:
-    """Compares blocks of features with one reference, kept ready on `device`."""
+class RowBuilder:
+    """Compares features with one reference, on `device`."""
 
     def __init__(self, reference: Reference, settings: EvaluationSettings, device: torch.device) -> None:
         self.reference, self.settings, self.device = reference, settings, device
         self.frechet = FrechetReference(reference.statistics, device)
 
-    def estimate(self, block: Block, name: str) -> Estimate:
+    def estimate(self, batch: FeatureBatch, name: str) -> Estimate:
         """The Fréchet distance with its error, alone: what a search needs."""
-        return metrics.estimate_features(block.features, block.indices, self.settings.groups, self.frechet, copy=name)
+        return metrics.estimate_distance(batch.features, batch.indices, self.settings.groups, self.frechet, name=name)
 
-    def score(self, block: Block, name: str, more: Mapping[str, Any]) -> Score:
+    def build(self, batch: FeatureBatch, name: str, more: Mapping[str, Any]) -> Score:
         """All figures. `more` goes into the row (profile, warnings, what a sweep says of a candidate)."""
         start = time.perf_counter()
-        estimate = self.estimate(block, name)
+        estimate = self.estimate(batch, name)
         with full_precision(self.device):  # also beside a training that allows TF32
-            others = {**self._kernel_distance(block), **self._inception_score(block), **self._precision_recall(block)}
+            others = {**self._kernel_distance(batch), **self._inception_score(batch), **self._precision_recall(batch)}
         row: dict[str, Any] = {
             "weights": name,
             **more,
-            "num_images": len(block),
+            "num_images": len(batch),
             "frechet_distance": estimate.distance,
             "frechet_distance_unbiased": estimate.unbiased,
             "stderr": estimate.stderr,
             "interval95": list(estimate.interval95),
-            "saturated": float(block.saturated.double().mean()),
+            "saturated": float(batch.saturated.double().mean()),
             **others,
         }
-        row["warnings"] = [*more.get("warnings", ()), *estimate.warnings, *self._doubts(block)]
-        row["seconds"] = block.seconds + time.perf_counter() - start
+        row["warnings"] = [*more.get("warnings", ()), *estimate.warnings, *self._doubts(batch)]
+        row["seconds"] = batch.seconds + time.perf_counter() - start
         return Score(row, estimate)
 
-    def _doubts(self, block: Block) -> Iterator[str]:
-        """Sentences about samples that no picture of the reference looks like, whatever their distance."""
-        saturated, real = float(block.saturated.double().mean()), self.reference.saturated
+    def _doubts(self, batch: FeatureBatch) -> Iterator[str]:
+        """Warnings about samples that look like no image of the reference, whatever their distance."""
+        saturated, real = float(batch.saturated.double().mean()), self.reference.saturated
         if real is not None and abs(saturated - real) > SATURATION_MARGIN:
             yield (
                 f"{saturated:.1%} of the channel values of these samples are at 0 or 255, {real:.1%} of the reference's: usually "
                 "the predicted x_0 was not clipped (evaluation.clip_sample), or the network is undertrained"
             )
-        flat = float((block.contrast <= FLAT_CONTRAST).double().mean())
+        flat = float((batch.contrast <= FLAT_CONTRAST).double().mean())
         if flat > 0.5:
             yield f"{flat:.0%} of these samples are of one colour: the network has learned nothing, or has broken"
-        variance, wanted = float(block.features.var(dim=0).double().sum()), self.frechet.trace
+        variance, wanted = float(batch.features.var(dim=0).double().sum()), self.frechet.trace
         if variance < ALIKE_VARIANCE * wanted:
             yield f"these samples are nearly all alike: features have {variance / wanted:.2%} of the reference's variance"
 
-    def _kernel_distance(self, block: Block) -> dict[str, float]:
+    def _kernel_distance(self, batch: FeatureBatch) -> dict[str, float]:
         features = self.reference.features
         if features is None:
             return {}
         settings = self.settings
-        kid = metrics.kernel_distance(
-            block.features,
-            features,
-            subsets=settings.kid_subsets,
-            subset_size=settings.kid_subset_size,
-            seed=settings.seed,
-        )
-        return {"kid": kid.mean, "kid_std": kid.std}
+        sizes = {"subsets": settings.kid_subsets, "subset_size": settings.kid_subset_size}
+        mean, std = metrics.kernel_distance(batch.features, features, **sizes, seed=settings.seed)
+        return {"kid": mean, "kid_std": std}
 
-    def _inception_score(self, block: Block) -> dict[str, float]:
-        if block.logits is None:
+    def _inception_score(self, batch: FeatureBatch) -> dict[str, float]:
+        if batch.logits is None:
             return {}
-        mean, std = metrics.inception_score(block.logits, seed=self.settings.seed)
+        mean, std = metrics.inception_score(batch.logits, seed=self.settings.seed)
         return {"inception_score": mean, "inception_score_std": std}
 
-    def _precision_recall(self, block: Block) -> dict[str, float]:
+    def _precision_recall(self, batch: FeatureBatch) -> dict[str, float]:
         features = self.reference.features
-        if features is None or not self.settings.precision_recall or len(block) < NEIGHBOURS_NEEDED:
+        if features is None or not self.settings.precision_recall or len(batch) < NEIGHBOURS_NEEDED:
             return {}
-        precision, recall = metrics.precision_recall(block.features.to(self.device), features, self.reference.radii)
+        precision, recall = metrics.precision_recall(batch.features.to(self.device), features, self.reference.radii)
         return {
             "precision": precision,
-            "precision_stderr": _share_stderr(precision, len(block)),
+            # Each image is taken as an independent trial.
+            "precision_stderr": math.sqrt(precision * (1 - precision) / len(batch)),
             # Recall has no error here: it moves with the samples' own neighbour distances. A jackknife of it came out 1.1 to
             # 1.5 times too large and took two to seven times as long as recall itself.
             "recall": recall,
         }
 
 
-def _share_stderr(share: float, count: int) -> float:
-    """Of a share of `count` images, each taken as an independent trial."""
-    return math.sqrt(share * (1 - share) / count)
+def paired(found: Difference) -> dict[str, Any]:
+    """A paired difference for results.json."""
+    interval = list(found.interval95)
+    return {"delta": found.delta, "stderr": found.stderr, "interval": interval, "significant": found.significant}
 
 
 def versus_raw(score: Score, raw: Estimate | None) -> dict[str, Any]:
     """The paired difference from raw, for a row; empty where there is no raw over the same images."""
     if raw is None or score.row["weights"] == "raw" or raw.counts != score.estimate.counts:
         return {}
-    found = metrics.difference(score.estimate, raw)
-    return {
-        "delta_vs_raw": found.delta,
-        "delta_stderr": found.stderr,
-        "interval": list(found.interval95),
-        "significant": found.significant,
-    }
+    names = {"delta": "delta_vs_raw", "stderr": "delta_stderr"}
+    return {names.get(key, key): value for key, value in paired(metrics.difference(score.estimate, raw)).items()}
 
 
 def pairs(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The paired difference a − b of every two sets of weights over the same images."""
-    found = []
-    for place, a in enumerate(scores):
-        for b in scores[place + 1 :]:
-            if a.estimate.counts == b.estimate.counts:
-                d = metrics.difference(a.estimate, b.estimate)
-                entry = {"a": a.row["weights"], "b": b.row["weights"], "delta": d.delta, "stderr": d.stderr}
-                found.append({**entry, "interval": list(d.interval95), "significant": d.significant})
-    return found
+    return [
+        {"a": a.row["weights"], "b": b.row["weights"], **paired(metrics.difference(a.estimate, b.estimate))}
+        for a, b in itertools.combinations(scores, 2)
+        if a.estimate.counts == b.estimate.counts
+    ]
 
 
 def rows(scores: Sequence[Score]) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -13,21 +11,22 @@ NEIGHBOURS = 3  # k of precision and recall, Kynkäänniemi et al. 2019
 BATCH = 10_000  # rows of a distance matrix held at once; torch-fidelity's own default
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """Squared maximum mean discrepancy: `mean` over subsets and `std` between them (torch-fidelity's two figures)."""
-
-    mean: float
-    std: float
-
-
 def kernel_distance(
     features: Tensor, reference: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
-    """Kernel distance, cubic polynomial kernel (Bińkowski et al. 2018); unbiased, so it may be below zero.
+) -> tuple[float, float]:
+    """Squared maximum mean discrepancy, cubic polynomial kernel (Bińkowski et al. 2018): mean over subsets, std between them.
 
-    features fp32 [n, d], reference fp32 [m, d]. `subset_size` is capped at the smaller of n and m. The subsets depend on
-    (seed, n, m) alone: the same images for every copy. Raises UserError for fewer than 2 images.
+    Unbiased, so the mean may be below zero. The subsets depend on (seed, n, m) alone: the same images for all weights.
+
+    Args:
+        features: float32 `[n, d]`.
+        reference: float32 `[m, d]`.
+        subsets: how many.
+        subset_size: images per subset; at most the smaller of n and m.
+        seed: of the choice of subsets.
+
+    Raises:
+        UserError: fewer than 2 images on a side.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
@@ -37,7 +36,7 @@ def kernel_distance(
     result = kid_features_to_metric(
         features.cpu(), reference.cpu(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
     )
-    return KernelDistance(mean=float(result[KEY_METRIC_KID_MEAN]), std=float(result[KEY_METRIC_KID_STD]))
+    return float(result[KEY_METRIC_KID_MEAN]), float(result[KEY_METRIC_KID_STD])
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
@@ -70,7 +69,7 @@ def precision_recall(features: Tensor, reference: Tensor, reference_radii: Tenso
     """Precision (features within the reference's balls) and recall (the reverse), k = 3 (Kynkäänniemi et al. 2019).
 
     What torch-fidelity's `prc_features_to_metric` computes, but the reference's radii, the largest part, may be given:
-    they are the same for every copy. Holds `BATCH` rows of the distance matrix at once. Works on the features' device.
+    they are the same for all weights. Holds `BATCH` rows of the distance matrix at once. Works on the features' device.
     """
     from torch_fidelity.metric_prc import calc_cdist_part
 

@@ -1,0 +1,146 @@
+"""Weights → features of the images that they generate, on one process, which knows nothing of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ema import diffusion, metrics, model, sampling
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+from ddpm_ema.features import Extractor
+from ddpm_ema.named_weights import PipelineConfig, build_scheduler, build_unet, schedule_of, unet_config_of
+from ddpm_ema.sampling_network import SamplingNetwork
+from ddpm_ema.score.feature_store import FIRST_IMAGES, FeatureBatch, pixel_figures
+
+
+class Generator:
+    """Network, sampler and extractor of one process. One network is held at a time: of the kind that the weights need.
+
+    Args:
+        config: the settings; `evaluation` says how images are sampled.
+        extractor: images → features; the network runs on its device.
+        batch_size: the most images that are sampled at once.
+        trained: the data set that was trained on, for its classes; None where it is not needed.
+        compared: the reference's data set; None where the reference is a file.
+    """
+
+    def __init__(
+        self, config: Config, extractor: Extractor, batch_size: int, trained: Any = None, compared: Any = None
+    ) -> None:
+        self.config, self.extractor, self.batch_size, self.compared = config, extractor, batch_size, compared
+        self.num_classes: int | None = trained.num_classes if trained is not None else None
+        self.known_labels: Tensor | None = trained.labels if config.model.class_conditional else None
+        self.name = ""
+        self.network: SamplingNetwork | None = None  # it and the sampler are those of the weights that were loaded
+        self.sampler: sampling.Sampler
+        self._unet: Mapping[str, Any] | None = None  # arguments of the network; None: the settings' own
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        data = self.config.data
+        return data.channels, data.image_size, data.image_size
+
+    @cached_property
+    def own_pipeline(self) -> PipelineConfig:
+        """Network and noise schedule of the settings."""
+        scheduler = diffusion.noise_scheduler(self.config.diffusion)
+        return PipelineConfig(unet_config_of(model.build(self.config, self.num_classes)), schedule_of(scheduler))
+
+    def sampler_for(self, pipeline: PipelineConfig | None) -> sampling.Sampler:
+        """Raises UserError where the noise schedule does not allow what `evaluation` asks for."""
+        schedule = pipeline.schedule if pipeline is not None else None
+        own: Any = diffusion.noise_scheduler(self.config.diffusion)
+        scheduler = build_scheduler(schedule) if schedule is not None else own
+        return sampling.Sampler(scheduler.config, self.config.evaluation)
+
+    def load(self, name: str, pipeline: PipelineConfig | None, members: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes weights into a network of their kind.
+
+        Args:
+            name: of the weights, for messages.
+            pipeline: network and noise schedule that they belong to; None: those of the settings.
+            members: one set of weights, or several whose predictions are averaged; float32 CPU tensors by parameter name.
+
+        Raises:
+            UserError: the weights do not fit the network, or the settings do not fit either.
+        """
+        unet = pipeline.unet if pipeline is not None else None
+        if self.network is None or unet != self._unet:
+            self.network = None  # before the next one takes its memory
+            built: Any = model.build(self.config, self.num_classes) if unet is None else build_unet(unet)
+            evaluation, device = self.config.evaluation, self.extractor.device
+            self.network = SamplingNetwork(built, evaluation, device, self.batch_size, model.no_label(built))
+            self._unet = unet
+        self.name, self.sampler = name, self.sampler_for(pipeline)
+        self.network.load(members, name)
+
+    def describe(self) -> str:
+        """Network and sampler, for a person."""
+        assert self.network is not None
+        count = sum(parameter.numel() for parameter in self.network.unet.parameters())
+        timesteps = self.sampler.timesteps
+        return (
+            f"network      {count:,} parameters, {self.batch_size} images at once per process\n"
+            f"sampler      {self.sampler.kind}, {len(timesteps)} steps, timesteps {timesteps[0]} to {timesteps[-1]}"
+        )
+
+    def generate(self, images: list[int], after_step: Callable[[], None] = lambda: None) -> FeatureBatch:
+        """Samples these images with the weights that are loaded, and extracts their features.
+
+        Args:
+            images: ascending indices, at least one.
+            after_step: called after each network evaluation.
+
+        Raises:
+            UserError: out of memory, or images or features that are not finite.
+        """
+        try:
+            return self._features(self.name, torch.tensor(images), self._sample(images, after_step))
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of memory with {len(images)} images at once: lower --evaluation.batch-size") from None
+
+    def read(self, images: list[int], after_step: Callable[[], None] = lambda: None) -> FeatureBatch:
+        """Features of these images of the reference's data set."""
+        indices = torch.tensor(images)
+        return self._features("the reference", indices, self.compared.batch(indices))
+
+    def _sample(self, images: list[int], after_step: Callable[[], None]) -> Tensor:
+        """uint8 [n, C, H, W], on the device."""
+        assert self.network is not None
+        seed, indices = self.config.evaluation.seed, torch.tensor(images)
+        try:
+            return sampling.sample(
+                self.network.predict,
+                self.sampler,
+                seed=seed,
+                indices=indices,
+                image_shape=self.image_shape,
+                device=self.extractor.device,
+                labels=None if self.known_labels is None else sampling.labels_for(seed, indices, self.known_labels),
+                after_step=after_step,
+            )
+        except sampling.NonFiniteImages as error:
+            bad = [images[position] for position in error.positions]
+            raise metrics.not_finite(self.name, "pixels", bad, len(images)) from None
+
+    def _features(self, name: str, indices: Tensor, images: Tensor) -> FeatureBatch:
+        result = self.extractor(images)
+        features, logits = result["features"], result["logits"]
+        assert features is not None
+        metrics.check_finite(features, indices, name=name)
+        shown = indices < max(FIRST_IMAGES, self.config.evaluation.grid_images)
+        saturated, contrast = pixel_figures(images)
+        return FeatureBatch(
+            indices=indices,
+            features=features.cpu(),
+            logits=None if logits is None else logits.cpu(),
+            saturated=saturated,
+            contrast=contrast,
+            shown=indices[shown],
+            images=images.cpu()[shown],
+        )

@@ -1,0 +1,65 @@
+"""Quick scorings while a run trains: few images, all processes, and only the rows are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ddpm_ema import capabilities
+from ddpm_ema.averaging import profile_to_dict
+from ddpm_ema.config import Config
+from ddpm_ema.distributed import Processes
+from ddpm_ema.score.driver import Driver, Jobs
+from ddpm_ema.score.feature_store import FeatureBatch
+from ddpm_ema.score.reference import open_reference
+from ddpm_ema.score.results import metric_of
+from ddpm_ema.score.rows import RowBuilder, Score, rows
+from ddpm_ema.score.run import open_generator
+
+Weights: TypeAlias = "Callable[[str], dict[str, Tensor]]"
+
+
+def while_training(
+    config: Config, processes: Processes, dataset: Any
+) -> Callable[[int, Weights], list[dict[str, Any]]]:
+    """Prepares quick scorings of raw and every average over `evaluation.every_num_images` images, the same at every step.
+
+    They have a network of their own and touch no random generator, so training goes on bit-equal to a run that does not score.
+
+    Args:
+        config: the settings.
+        processes: all ranks call this and the function that it returns.
+        dataset: what the run trains on.
+
+    Returns:
+        (completed steps, a collective that gives full fp32 CPU weights by name) -> rows as in results.json, on every rank.
+    """
+    capabilities.check("evaluation", config.evaluation, config.machine)
+    count = config.evaluation.every_num_images
+    settings = config.evaluation.model_copy(update={"num_images": count, "grid_images": 0})
+    config = config.model_copy(update={"evaluation": settings})
+    generator = open_generator(config, processes, dataset)
+    driver = Driver(processes, generator)
+    builder: list[RowBuilder] = []  # rank 0's
+
+    def prepare() -> Jobs[None]:
+        reference = yield from open_reference(config, generator)
+        builder.append(RowBuilder(reference, settings, processes.device))
+
+    def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:
+        generator.load(name, None, [weights])
+        batches: list[FeatureBatch] = []
+        driver.generate(f"step {step} {name}", list(range(count)), batches.append)
+        profile = profile_to_dict(config.averages[name]) if name != "raw" else None
+        more = {"profile": profile, "metric": metric_of(generator.extractor), "extractor": generator.extractor.name}
+        indices = torch.arange(count)
+        return processes.on_main(lambda: builder[0].build(FeatureBatch.join(batches, indices), name, more))
+
+    def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
+        return rows([score(name, step, weights(name)) for name in ("raw", *config.averages)])
+
+    driver.run(prepare())
+    return evaluate

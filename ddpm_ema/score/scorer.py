@@ -1,0 +1,165 @@
+"""Scores the weights of one checkpoint, on one process: says which images are missing, takes their features, keeps rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ddpm_ema.averaging import profile_from_dict
+from ddpm_ema.config import Config
+from ddpm_ema.errors import UserError
+from ddpm_ema.messages import logger
+from ddpm_ema.metrics import Estimate, Reference
+from ddpm_ema.named_weights import NamedWeights, WeightResolver
+from ddpm_ema.sampling import PROTOCOL
+from ddpm_ema.score.driver import Job, Jobs
+from ddpm_ema.score.folder import Record, ScoreFolder, made_with
+from ddpm_ema.score.generate import Generator
+from ddpm_ema.score.results import results_of
+from ddpm_ema.score.rows import RowBuilder, Score
+
+
+class Scorer:
+    """Scores weights of one checkpoint, one set after another, in one folder, whose lock its caller holds.
+
+    It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on.
+
+    Args:
+        config: the settings.
+        generator: asked about the network, the sampler and the extractor; the scorer generates nothing itself.
+        reference: what samples are compared with.
+        resolver: finds the weights that a name means.
+        folder: what is kept.
+        settings: those that change the numbers, from `settings_of`.
+        world_size: how many processes generate, for results.json.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        generator: Generator,
+        reference: Reference,
+        resolver: WeightResolver,
+        folder: ScoreFolder,
+        settings: Mapping[str, Any],
+        world_size: int = 1,
+    ) -> None:
+        self.config, self.generator, self.resolver, self.folder = config, generator, resolver, folder
+        self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
+        self.builder = RowBuilder(reference, config.evaluation, generator.extractor.device)
+        self.versions, self.world_size = made_with(generator.extractor.device), world_size
+
+    def named(self) -> list[NamedWeights]:
+        """What `evaluation.weights` names, each once, however often it is spelled.
+
+        Raises:
+            UserError: a name means nothing, or its weights cannot be sampled as the settings say.
+        """
+        found = [self.resolver.named(text) for text in self.config.evaluation.weights or ("raw", *self.config.averages)]
+        for weights in found:
+            self.generator.sampler_for(weights.pipeline)
+        return list({weights.name: weights for weights in found}.values())
+
+    def is_complete(self, wanted: Iterable[NamedWeights]) -> bool:
+        """Whether all of these weights have their row."""
+        return {weights.name for weights in wanted} <= {score.row["weights"] for score in self.scores()}
+
+    def score(self, weights: NamedWeights, count: int | None = None, named: bool = True) -> Jobs[None]:
+        """Makes the row of these weights over images 0 ... `count` − 1 (None: the settings' number).
+
+        `named`: they were asked for by their name, and belong into the table.
+        """
+        count = count or self.config.evaluation.num_images
+        if count not in self.record(weights).rows:
+            yield from self.sample(weights, count)
+        record = self.record(weights)
+        if count not in record.rows:
+            batch = self.folder.store(weights.key).join(count)
+            score = self.builder.build(batch, weights.name, self._described(weights))
+            record.rows[count], record.estimates[count] = score.row, score.estimate
+        if named and weights.name not in record.names:
+            record.names.append(weights.name)
+        self.folder.keep(record)
+
+    def sample(self, weights: NamedWeights, count: int) -> Jobs[None]:
+        """Asks for those of the images 0 ... `count` − 1 that were not made yet."""
+        store = self.folder.store(weights.key)
+        if missing := store.missing(count):
+            self.folder.keep(self.record(weights))
+            yield Job(weights.name, missing, store.add, weights)
+
+    def record(self, weights: NamedWeights) -> Record:
+        """What is known of these weights, or a new record."""
+        return self.folder.record(weights.key) or Record(weights.key, weights.name, weights.profile)
+
+    def _described(self, weights: NamedWeights) -> dict[str, Any]:
+        """What a row says of its weights beside the figures."""
+        described = {
+            "weights_sha256": weights.key,
+            "profile": weights.profile,
+            "protocol": PROTOCOL,
+            "versions": self.versions,
+            "warnings": list(weights.warnings),
+        }
+        return described | ({"reconstruction": weights.reconstruction} if weights.reconstruction is not None else {})
+
+    def estimate(self, key: str, count: int) -> Estimate | None:
+        """The distance over the first `count` images of some weights; None where they were not sampled or are gone."""
+        record = self.folder.record(key)
+        if record is None:
+            return None
+        if count not in record.estimates:
+            store = self.folder.store(key)
+            if store.missing(count):
+                return None
+            record.estimates[count] = self.builder.estimate(store.join(count), record.name)
+            self.folder.keep(record)
+        return record.estimates[count]
+
+    def weights_of(self, record: Record) -> NamedWeights | None:
+        """The weights that a record tells of; None where they were written anew or are gone."""
+        for name in (*record.names, record.name):
+            if (weights := self._still_named(record, name)) is not None:
+                return weights
+        with contextlib.suppress(UserError, ValueError):
+            weights = self.resolver.reconstructed(profile_from_dict(record.profile or {}))
+            return weights if weights.key == record.key else None
+        return None
+
+    def _still_named(self, record: Record, name: str) -> NamedWeights | None:
+        """The weights that are called `name` now, where they are still those of the record."""
+        with contextlib.suppress(UserError):
+            weights = self.resolver.named(name)
+            return weights if weights.key == record.key else None
+        return None
+
+    def scores(self) -> list[Score]:
+        """Of all weights that were asked for by name, now or earlier, and still are what they were."""
+        found = [(record, record.score(self.config.evaluation.num_images)) for record in self.folder.records()]
+        return [
+            replace(score, row={**score.row, "weights": name})
+            for record, score in found
+            if score is not None
+            for name in record.names
+            if self._still_named(record, name) is not None
+        ]
+
+    def raw(self) -> Score | None:
+        """The score of raw, where it was asked for."""
+        return next((score for score in self.scores() if score.row["weights"] == "raw"), None)
+
+    def write(self, sweep: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
+        """Writes results.json and grid.png of what is finished; returns the results."""
+        extractor, reference = self.generator.extractor, self.builder.reference
+        results = results_of(self.config, extractor, self.settings, self.step, self.scores(), reference)
+        results |= {"versions": self.versions, "world_size": self.world_size, **sweep}
+        if note is not None:
+            results["warnings"].insert(0, note)
+        keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
+        known = {name for record in self.folder.records() if record.rows for name in record.names}
+        if left := sorted(known - keys.keys()):
+            logger.info(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
+        self.folder.write(results, keys, self.step, self.config.evaluation)
+        return results

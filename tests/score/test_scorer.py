@@ -1,0 +1,165 @@
+"""What a scorer asks for and what it keeps, without processes: features come from a formula, not from a network."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scored import again, make_run, weights
+
+from ddpm_ema.errors import UserError
+from ddpm_ema.metrics import Reference, statistics_of
+from ddpm_ema.named_weights import WeightResolver
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.score.feature_store import FeatureBatch
+from ddpm_ema.score.folder import ScoreFolder
+from ddpm_ema.score.scorer import Scorer
+from ddpm_ema.score.sweep import Sweep, candidates, summary
+from ddpm_ema.score.versions import check_versions
+
+DIM = 4
+
+
+def features_of(key: str, images: list[int], scale: float = 1.0) -> FeatureBatch:
+    """The same noise for all weights, scaled by their key."""
+    noise = torch.randn(1000, DIM, generator=torch.Generator().manual_seed(0))[images]
+    shown = torch.tensor([index for index in images if index < 16], dtype=torch.int64)
+    pictures = torch.full((len(shown), 1, 8, 8), round(scale), dtype=torch.uint8)
+    spread = 1 + int(key[:2], 16) / 1000
+    indices, per_image = torch.tensor(images), torch.zeros(len(images))
+    return FeatureBatch(indices, noise * spread, None, per_image, per_image.byte() + 99, shown, pictures)
+
+
+class Worker:
+    """Does a scorer's jobs, ten images at once; `asked` says for what, `stop_after` ends it early."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.asked: dict[str, list[int]] = {}
+        self.scale = scale
+
+    def run(self, jobs, stop_after: int | None = None):
+        result = None
+
+        def finished():
+            nonlocal result
+            result = yield from jobs
+
+        for job in finished():
+            for start in range(0, len(job.images), 10):
+                if stop_after is not None and sum(map(len, self.asked.values())) >= stop_after:
+                    return None
+                images = job.images[start : start + (len(job.images) if job.at_once else 10)]
+                self.asked.setdefault(job.title, []).extend(images)
+                job.take(features_of(job.weights.key, images, self.scale))
+                if job.at_once:
+                    break
+        return result
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", evaluation__weights=["raw", "ema_0_9"], evaluation__num_images=40)
+
+
+def scorer_of(run) -> Scorer:
+    """As `score.run` makes it at every start."""
+    rundir = RunDir(run.output_dir)
+    real = torch.randn(300, DIM, generator=torch.Generator().manual_seed(1))
+    extractor = SimpleNamespace(
+        name="numbers", sha256="0" * 64, feature_layer="all", device=torch.device("cpu"), is_published_inception=False
+    )
+    generator = SimpleNamespace(extractor=extractor, sampler_for=lambda pipeline: None)
+    folder = ScoreFolder(run.output_dir / "scores" / "00000008-x")
+    settings = {
+        "reference": {"size": 300},
+        "sampler": "ddim",
+        "num_inference_steps": 4,
+        "eta": 0.0,
+        "clip_sample": True,
+    }
+    resolver = WeightResolver(rundir, rundir.checkpoint(8), run)
+    return Scorer(run, generator, Reference(statistics_of(real), {}, real), resolver, folder, settings)
+
+
+def all_rows(scorer: Scorer):
+    for named in scorer.named():
+        yield from scorer.score(named)
+
+
+def test_it_asks_for_all_images_of_all_weights_and_writes_their_rows(run):
+    scorer, worker = scorer_of(run), Worker()
+    worker.run(all_rows(scorer))
+    assert worker.asked == {"raw": list(range(40)), "ema_0_9": list(range(40))}
+    found = scorer.write({})
+    assert {row["weights"] for row in found["rows"]} == {"raw", "ema_0_9"}
+    assert scorer.folder.results() == found
+    assert scorer.folder.grid_path.is_file()
+
+
+def test_after_a_stop_it_asks_for_what_is_missing_and_a_complete_one_asks_for_nothing(run):
+    first, second, third = Worker(), Worker(), Worker()
+    first.run(all_rows(scorer_of(run)), stop_after=50)
+    assert first.asked == {"raw": list(range(40)), "ema_0_9": list(range(10))}
+    scorer = scorer_of(run)
+    assert not scorer.is_complete(scorer.named())
+    second.run(all_rows(scorer))
+    assert second.asked == {"ema_0_9": list(range(10, 40))}
+    scorer = scorer_of(run)
+    assert scorer.is_complete(scorer.named())
+    third.run(all_rows(scorer))
+    assert third.asked == {}
+
+
+def test_weights_written_anew_are_other_weights(run):
+    scorer = scorer_of(run)
+    Worker().run(all_rows(scorer))
+    rundir = RunDir(run.output_dir)
+    manifest = {key: rundir.checkpoint(8).manifest[key] for key in ("settings", "profiles")}
+    rundir.write_checkpoint(8, {"raw.safetensors": weights(0, 0.5)}, manifest)
+    scorer = scorer_of(again(run, evaluation__weights=["raw"]))
+    assert scorer.scores() == []
+    worker = Worker()
+    worker.run(all_rows(scorer))
+    assert worker.asked == {"raw": list(range(40))}
+
+
+def test_a_name_that_means_nothing_is_an_error_before_anything_is_asked_for(run):
+    with pytest.raises(UserError, match="no checkpoint of step 5; steps there: 4, 8"):
+        scorer_of(again(run, evaluation__weights=["raw", "raw@5"])).named()
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_sweep_samples_its_candidates_and_raw_to_pair_them_with(run, search):
+    run = again(run, evaluation__sweep={"stds": "0.03:0.15:7", "num_images": 240})
+    scorer, worker = scorer_of(run), Worker()
+    worker.run(all_rows(scorer))
+    (of_kind,) = candidates(run.evaluation.sweep, 8).values()
+    spent = worker.run(Sweep(scorer, of_kind).jobs(search))
+    found = summary(scorer, spent)
+    assert worker.asked["raw"] == list(range(240))
+    assert all("delta_vs_raw" in row for row in found["sweep"])
+    assert found["sweep_best"]["std"]["weights"] in worker.asked
+    if search:
+        assert spent == found["sweep_search"]
+        assert (
+            spent["std"]["images"] == sum(row["num_images"] for row in found["sweep"]) <= spent["std"]["of"] == 7 * 240
+        )
+    else:
+        assert spent == {}
+        assert [row["num_images"] for row in found["sweep"]] == [240] * 7
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_other_versions_go_on_only_where_the_first_images_come_out_the_same(run, same):
+    before = scorer_of(run)
+    before.versions = {**before.versions, "torch": "0.4.1"}
+    Worker().run(check_versions(before))
+    Worker().run(all_rows(before))
+    scorer, worker = scorer_of(run), Worker(scale=1.0 if same else 7.0)
+    worker.run(check_versions(scorer))
+    assert worker.asked == {next(iter(worker.asked)): list(range(10))}, "the first batch that was stored"
+    aside = run.output_dir / "scores" / "00000008-x-1"
+    assert aside.is_dir() is not same
+    assert bool(scorer.scores()) is same
+    assert len(scorer.folder.made_with()) == (2 if same else 1)
