@@ -18,12 +18,12 @@ WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null)$)[a-z/][\w./+@-]*|0\.\d
 
 
 def train(record: Record) -> str:
-    return f"accelerate launch scripts/train.py {_run(record)}"
+    return f"ddpm-ema train {_run(record)}"
 
 
 def report(record: Record, scoring: Scoring | None = None) -> str:
     chosen = f" --scoring {shlex.quote(scoring.folder)}" if scoring else ""
-    return f"python scripts/report.py {shlex.quote(str(record.path))}{chosen}"
+    return f"ddpm-ema report {_run(record)}{chosen}"
 
 
 def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str:
@@ -39,10 +39,10 @@ def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str
         before = wanted.get(key)
         wanted[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     overrides = map(shlex.quote, _overrides(wanted, own))
-    command = " ".join(["accelerate launch scripts/sample_and_score.py", _run(record), *overrides])
+    command = " ".join(["ddpm-ema score", _run(record), *overrides])
     classifier = wanted.get("extractor") == "classifier" and wanted.get("extractor_path") is None
     if classifier and not (record.path / "features.safetensors").is_file():
-        return f"python scripts/train_features.py {_run(record)}\n{command}"
+        return f"ddpm-ema features {_run(record)}\n{command}"
     return command
 
 
@@ -59,12 +59,13 @@ def export(record: Record, scoring: Scoring, weights: str) -> str:
     if others or name.folder or weights.startswith("-"):
         return ""
     at_step = WeightName(name.name, scoring.step if name.step is None else name.step)
-    return f"python scripts/export.py {shlex.quote(str(record.path))} {at_step}"
+    return f"ddpm-ema export {_run(record)} {at_step}"
 
 
 def _run(record: Record) -> str:
-    """The settings of the run, in the folder where it lies now: a copied run must not work in the original's."""
-    return f"--config {shlex.quote(str(record.path / 'config.yaml'))} --output-dir {shlex.quote(str(record.path))}"
+    """The run directory, which is an argument even if its name begins like an option."""
+    path = str(record.path)
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 def _same_weights(record: Record, scoring: Scoring) -> dict[str, Any]:

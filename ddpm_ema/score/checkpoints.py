@@ -28,7 +28,7 @@ def _found(config: Config) -> list[Checkpoint | None]:
     if not everything:
         if _needs_no_checkpoint(config):
             return [None]
-        raise UserError(f"{rundir.path}: no checkpoint to score; train first with scripts/train.py")
+        raise UserError(f"{rundir.path}: no checkpoint to score; train first: ddpm-ema train")
     if evaluation.steps == "all":
         return list(everything)
     if evaluation.steps == "last":

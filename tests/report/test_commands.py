@@ -15,11 +15,11 @@ from ddpm_ema.report.answer import named
 from ddpm_ema.report.reading import read
 
 
-def parsed(command: str, script: str) -> config.Config:
-    """The settings that a printed command line gives to `scripts/<script>`."""
-    start, _, rest = command.partition(f"scripts/{script} ")
-    assert start in ("accelerate launch ", "python ")
-    return config.parse(shlex.split(rest))
+def parsed(command: str, stage: str) -> config.Config:
+    """The settings that a printed command line gives to a stage."""
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("ddpm-ema", stage)
+    return config.parse(arguments)
 
 
 @pytest.fixture
@@ -44,18 +44,17 @@ def test_a_printed_command_repeats_the_settings_of_the_scoring_in_the_folder_as_
             (commands.sweep(record, scoring), {"sweep": {**wanted["sweep"], "stds": "0.02:0.25:12"}}),
             (commands.score(record, scoring, steps="all"), {"steps": "all"}),
         ):
-            found = parsed(command, "sample_and_score.py")
+            found = parsed(command, "score")
             assert config.to_dict(found)["evaluation"] == {**wanted, **changes}
             assert found.output_dir == copied
-    assert parsed(commands.train(record), "train.py").output_dir == copied
+    assert parsed(commands.train(record), "train").output_dir == copied
 
 
 def test_a_printed_command_says_no_more_than_it_must(copied: Path) -> None:
     record = read(copied)
     run = shlex.quote(str(copied))
     assert commands.sweep(record, record.scorings[-2]) == (
-        f"accelerate launch scripts/sample_and_score.py --config {shlex.quote(str(copied / 'config.yaml'))} --output-dir {run} "
-        "--evaluation.num-images 6000 --evaluation.sampler dpm_solver++ --evaluation.num-inference-steps 25 "
+        f"ddpm-ema score {run} --evaluation.num-images 6000 --evaluation.sampler dpm_solver++ --evaluation.num-inference-steps 25 "
         "--evaluation.extractor classifier --evaluation.sweep.stds 0.02:0.25:12"
     )
 
@@ -66,29 +65,29 @@ def test_all_averages_are_named_where_the_run_itself_says_fewer(tmp_path: Path) 
     settings["evaluation"]["weights"] = ["raw"]
     (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     record = read(run)
-    found = parsed(commands.score(record, record.scorings[-1]), "sample_and_score.py")
+    found = parsed(commands.score(record, record.scorings[-1]), "score")
     assert found.evaluation.weights == ("raw", *fake_run.AVERAGES)
     del settings["evaluation"]["weights"]  # an empty list has no spelling on the command line, and needs none
     (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    assert parsed(commands.score(read(run), record.scorings[-1]), "sample_and_score.py").evaluation.weights == ()
+    assert parsed(commands.score(read(run), record.scorings[-1]), "score").evaluation.weights == ()
 
 
 def test_the_feature_classifier_is_trained_first_where_it_is_missing(copied: Path) -> None:
     record = read(copied)
-    assert "train_features" not in commands.sweep(record, record.scorings[0])
+    assert "features" not in commands.sweep(record, record.scorings[0])
     (copied / "features.safetensors").unlink()
     first, second = commands.sweep(record, record.scorings[0]).split("\n")
-    assert parsed(first, "train_features.py").output_dir == copied
-    assert parsed(second, "sample_and_score.py").output_dir == copied
+    assert parsed(first, "features").output_dir == copied
+    assert parsed(second, "score").output_dir == copied
     given = named(record.scorings, "odd")  # has a file of its own
-    assert "train_features" not in commands.sweep(record, given)
+    assert "features" not in commands.sweep(record, given)
 
 
 def test_what_is_recommended_and_what_the_sweep_found_can_be_exported_as_printed(tmp_path: Path) -> None:
     run = fake_run.make_run(tmp_path / "run")
     page = report.write(run)[0].read_text()
     for name in ("power_0_10@3000", "power_0_14@3000"):
-        assert f"python scripts/export.py {run} {name}" in page
+        assert f"ddpm-ema export {run} {name}" in page
     record = read(run)
     for name in ("raw+ema", "/models/x", "--help", "a b"):
         assert commands.export(record, record.scorings[0], name) == ""

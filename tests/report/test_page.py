@@ -221,7 +221,7 @@ def test_names_warnings_and_settings_are_shown_and_never_run(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("gone", "says"),
     [
-        ("scores", "scripts/sample_and_score.py --config"),
+        ("scores", "ddpm-ema score "),
         ("metrics.jsonl", "metrics.jsonl has no curve yet."),
         ("checkpoints", "ship power_0_10"),
         ("samples", "ship power_0_10"),
@@ -241,7 +241,7 @@ def test_a_run_that_has_only_settings_is_told_to_train(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("training: {steps: 10}\n")
     text = written(tmp_path).text
     assert "Nothing has been trained yet." in text
-    assert f"accelerate launch scripts/train.py --config {tmp_path}/config.yaml --output-dir {tmp_path}" in text
+    assert f"ddpm-ema train {tmp_path}" in text
 
 
 def test_a_folder_that_is_no_run_directory_is_refused(tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_two_scorings_that_contradict_each_other_both_stand_on_the_page_and_noth
         in text
     )
     assert "Scored at step 3,000: ddim 25 steps" in text
-    assert "scripts/export.py" not in text
+    assert "ddpm-ema export" not in text
     assert "step 2,000: power_0_10 (or ema_0_999_debiased ); settings that differ: seed (0, 5)" in text
-    assert f"python scripts/report.py {tmp_path} --scoring {earlier.name}" in text
+    assert f"ddpm-ema report {tmp_path} --scoring {earlier.name}" in text
     assert "At step" not in text
     chosen = written(tmp_path, earlier.name).text
     assert "ship power_0_10 . Its FD" in chosen
