@@ -157,6 +157,18 @@ def test_lengths_in_images_and_shares_of_the_run_are_resolved_once_and_recorded_
     assert longer.averages == loaded.averages
 
 
+def test_intervals_that_are_shares_keep_their_place_in_a_shortened_run() -> None:
+    for steps in (20_000, 2_000, 12):
+        run = config.load(ROOT / "configs" / "image_folder.yaml", {"training.steps": [str(steps)]})
+        found = (
+            run.training.warmup_steps,
+            run.training.sample_every,
+            run.checkpoints.every,
+            run.checkpoints.keep_every,
+        )
+        assert found == tuple(max(1, round(steps * share)) for share in (0.025, 0.05, 0.05, 0.25))
+
+
 def test_a_resumed_run_with_more_steps_cannot_change_a_resolved_length_unnoticed(tmp_path: Path) -> None:
     path, record = tmp_path / "settings.yaml", tmp_path / "config.yaml"
     path.write_text(LENGTHS)

@@ -77,6 +77,14 @@ AnyProfile = Annotated[Profile, PlainValidator(_profile), PlainSerializer(profil
 Range = Annotated[str, AfterValidator(_range)]
 
 
+# Settings that may be a share of training.steps.
+SHARED = (
+    *["training.warmup_steps", "training.log_every", "training.sample_every", "training.cycle_steps"],
+    *["checkpoints.every", "checkpoints.keep_every", "checkpoints.snapshots_every", "evaluation.every"],
+)
+SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -253,7 +261,7 @@ class MachineSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """What is stored of a run while it trains. The last step is always stored."""
+    """What is stored of a run while it trains. The last step is always stored. Intervals are steps, or a share of the run (5%)."""
 
     every: Annotated[Positive, FREE] = 1000
     """Steps between checkpoints."""
@@ -369,6 +377,21 @@ class Config(Section):
         """Names of the weights that snapshots are taken of."""
         chosen = (name for name, profile in self.averages.items() if profile.kind in ("power_function", "uniform"))
         return self.checkpoints.snapshots or tuple(chosen)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_shares(cls, tree: Any) -> Any:
+        """Intervals such as 5%: that share of training.steps, at least one step."""
+        training = tree.get("training") if isinstance(tree, Mapping) else None
+        steps = training.get("steps", 3000) if isinstance(training, Mapping) else 3000
+        if not isinstance(tree, Mapping) or not isinstance(steps, int):
+            return tree
+        tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+        for section, name in (key.split(".") for key in SHARED):
+            share = SHARE.fullmatch(str(values.get(name))) if isinstance(values := tree.get(section), Mapping) else None
+            if share:
+                values[name] = max(1, round(steps * float(share[1]) / 100))
+        return tree
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

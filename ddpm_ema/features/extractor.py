@@ -120,6 +120,25 @@ def open_extractor(settings: EvaluationSettings, output_dir: Path, device: torch
     )
 
 
+def missing(settings: EvaluationSettings, output_dir: Path) -> str:
+    """What a later scoring will lack, and what to do about it; empty if nothing. No network is opened, nothing downloaded."""
+    if settings.extractor == CLASSIFIER:
+        path = settings.extractor_path or Path(output_dir) / "features.safetensors"
+        cure = "ddpm-ema features trains it where images have classes; else name another run's with evaluation.extractor_path"
+        return "" if path.is_file() else f"scoring will need a feature classifier at {path}: {cure}"
+    try:
+        known = published()
+    except ImportError:
+        return "scoring will need torch-fidelity: pip install 'ddpm_ema[score]'"
+    if settings.extractor not in known:
+        raise UserError(
+            f"evaluation.extractor: no extractor is called {settings.extractor!r}{nearest(settings.extractor, [CLASSIFIER, *known])}"
+        )
+    path = settings.extractor_path or hub_folder() / known[settings.extractor].file_name
+    cure = "it is downloaded then, which needs a network" if settings.extractor_path is None else "put it there"
+    return "" if path.is_file() else f"scoring will need {path}: {cure}; or use evaluation.extractor classifier"
+
+
 def _open_published(settings: EvaluationSettings, device: torch.device | str) -> Extractor:
     """One of torch-fidelity's, from checked weights."""
     name = settings.extractor

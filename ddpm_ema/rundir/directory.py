@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,12 @@ class RunDir(Layout):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
         return aside
+
+    def last_stored_step(self) -> int:
+        """The highest step of metrics and snapshots; 0 if there are none."""
+        rows = _rows_up_to(self.metrics_path, sys.maxsize) if self.metrics_path.exists() else ()
+        steps = [json.loads(line)["step"] for line in rows]
+        return max([*steps, *map(step_of, step_folders(self.snapshots_path))], default=0)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one row to metrics.jsonl."""

@@ -5,6 +5,7 @@ Only rank 0 reads files. What may change is decided by the settings' marks (`con
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,13 +36,16 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
     Raises:
         UserError: the settings differ in what may not change, or every checkpoint is bad: only the user decides to start over.
     """
-    if config.training.resume == "fresh":
-        if aside := rundir.move_aside():
-            logger.info(f"starting afresh; what was in {rundir.path} is now in {aside}")
-        return None
-    if config.training.resume == "never" and rundir.checkpoints():
+    if starts_afresh(config):
+        return None  # what an earlier run left moves aside in `restore`, when the new settings were seen to hold
+    stored = rundir.last_stored_step()
+    if config.training.resume == "never" and (rundir.checkpoints() or stored):
+        raise UserError(f"output_dir {rundir.path}: holds a run, and training.resume is never; choose another folder")
+    # A kill before the first checkpoint leaves rows and snapshots of fewer steps, which are made again.
+    if not rundir.checkpoints() and stored >= 2 * config.checkpoints.every:
         raise UserError(
-            f"output_dir {rundir.path}: holds checkpoints, and training.resume is never; choose another folder"
+            f"{rundir.path}: holds no checkpoint, but metrics or snapshots up to step {stored}: bring the checkpoints back, or "
+            "start over with --training.resume fresh, which keeps what is there in previous-N"
         )
     checkpoint, passed_over = rundir.newest_whole()
     if checkpoint is None and passed_over:
@@ -58,6 +62,11 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
     if goes_on and (aside := rundir.drop_after(at)):
         logger.info(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
     return checkpoint
+
+
+def starts_afresh(config: Config) -> bool:
+    """Whether to start over. A requeued Slurm job goes on with what its first start began."""
+    return config.training.resume == "fresh" and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def check_resume(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
@@ -103,6 +112,8 @@ def restore(trainer: Trainer, manifest: dict[str, Any] | None) -> None:
         check_dataset(manifest, trainer.dataset)
         _load(trainer, manifest)
     if processes.is_main:
+        if starts_afresh(config) and (aside := trainer.rundir.move_aside()):
+            logger.info(f"starting afresh; what was in {trainer.rundir.path} is now in {aside}")
         atomic_write(trainer.rundir.config_path, to_yaml(config))
         if manifest is not None:
             logger.info(f"going on from {trainer.rundir.checkpoints_path / step_folder(trainer.step)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
+from ddpm_ema.features.extractor import missing
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train.background import BackgroundWriter
@@ -115,6 +116,8 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     )
     if processes.is_main:
         logger.info(describe(trainer))
+        for warning in warnings_before(config, dataset):
+            logger.warning(warning)
     return trainer
 
 
@@ -139,6 +142,28 @@ def describe(trainer: Trainer) -> str:
         *summarize(bank.profiles, config.training.steps),
     ]
     return "\n".join(lines)
+
+
+def warnings_before(config: Config, dataset: Any) -> Iterator[str]:
+    """What a person would rather know before training than after: void intervals, skipped images, what scoring will lack."""
+    training, checkpoints = config.training, config.checkpoints
+    void = {
+        "training.sample_every": (training.sample_every, "there will be no sample grid"),
+        "checkpoints.every": (checkpoints.every, "the only checkpoint will be that of the last step"),
+        "checkpoints.snapshots_every": (
+            checkpoints.snapshots_every,
+            "the only snapshots will be the last, from which no other average can be reconstructed",
+        ),
+        "evaluation.every": (config.evaluation.every, "nothing will be scored while training"),
+        "training.warmup_steps": (training.warmup_steps, "the learning rate will not reach its peak"),
+    }
+    for key, (steps, consequence) in void.items():
+        if steps > training.steps:
+            yield f"{key}: {steps:,} is more than training.steps, {training.steps:,}: {consequence}"
+    for line in dataset.skipped:
+        yield f"skipped image: {line}"
+    if lacking := missing(config.evaluation, config.output_dir):
+        yield lacking
 
 
 def check_capabilities(config: Config) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from live_runs import assert_bit_equal, finish, rows, settings, state
+from PIL import Image
 
 from ddpm_ema import PowerFunction, StochasticWeightAverage, Uniform, config, model, train
 from ddpm_ema.averaging import RAW, Snapshot
 from ddpm_ema.config import TrainingSettings
+from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import RunDir, read_tensors
 from ddpm_ema.train.checkpointing import weighting_points
 
@@ -51,6 +53,33 @@ def test_a_run_says_before_its_first_step_what_its_averages_will_be_worth_and_re
 
 def initial_weights(run: config.Config) -> dict[str, torch.Tensor]:
     return dict(model.build(run, 10).state_dict())
+
+
+def test_a_run_says_before_its_first_step_which_intervals_are_void_which_images_it_skips_and_what_scoring_will_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(16):
+        Image.new("L", (8, 8), index).save(images / f"{index}.png")
+    (images / "broken.png").write_bytes(b"no image")
+    data = {"source": "folder", "path": str(images), "image_size": 8, "channels": 1, "max_bad_images": 1}
+    intervals = {"checkpoints__every": 5, "checkpoints__snapshots_every": 6, "training__sample_every": 7}
+    train.run(settings(tmp_path / "run", training__steps=4, training__warmup_steps=2, data=data, **intervals))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1] for line in said if "more than training.steps, 4" in line] == [
+        "training.sample_every:",
+        "checkpoints.every:",
+        "checkpoints.snapshots_every:",
+    ]
+    assert any("skipped image: " in line and "broken.png" in line for line in said)
+    assert any("scoring will need a feature classifier at" in line and "extractor_path" in line for line in said)
+
+
+def test_a_typo_in_the_extractor_is_an_error_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no extractor is called 'clasifier'; did you mean 'classifier'\?"):
+        train.run(settings(tmp_path / "run", evaluation__extractor="clasifier"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_averages_are_those_of_the_raw_weights_at_every_step(tmp_path: Path) -> None:

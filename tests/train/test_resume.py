@@ -117,6 +117,56 @@ def test_never_refuses_a_used_folder(tmp_path: Path) -> None:
     assert "training.resume is never" in refused
 
 
+def test_a_folder_whose_checkpoints_are_gone_is_refused_and_fresh_keeps_everything(tmp_path: Path) -> None:
+    changes = {"checkpoints__snapshots_every": 4, "training__steps": 12}
+    train.run(settings(tmp_path / "run", **changes))
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    before = sorted(p for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
+    for resume, expected in (
+        ("auto", "holds no checkpoint, but metrics or snapshots up to step 12"),
+        ("never", "never"),
+    ):
+        assert expected in refusal(settings(tmp_path / "run", **changes, training__resume=resume))
+    assert sorted(p for p in (tmp_path / "run").rglob("*") if p.name != ".lock") == before
+    train.run(settings(tmp_path / "run", **changes, training__resume="fresh"))
+    aside = tmp_path / "run" / "previous-1"
+    assert len(list(aside.rglob("*.safetensors"))) == sum(p.suffix == ".safetensors" for p in before)
+    assert len(rows(aside)) == 12
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", training__steps=12, checkpoints__every=8, checkpoints__snapshots_every=2)
+    train.run(run)
+    (run.output_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    rows_left = run.output_dir.joinpath("metrics.jsonl")
+    rows_left.write_text("".join(rows_left.read_text().splitlines(keepends=True)[:7]))  # as if killed at step 7
+    for folder in (run.output_dir / "snapshots").glob("step-*"):
+        if int(folder.name[5:]) > 7:
+            folder.rename(tmp_path / folder.name)
+    train.run(run)
+    assert [row["step"] for row in rows(run.output_dir)] == list(range(1, 13))
+
+
+def test_fresh_moves_nothing_until_the_new_settings_hold_and_only_once_in_a_requeued_job(
+    uninterrupted: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.run(settings(tmp_path / "run", training__steps=4))
+    unlabelled = tmp_path / "images"
+    unlabelled.mkdir()
+    for index in range(16):
+        Image.new("L", (8, 8), index).save(unlabelled / f"{index}.png")
+    bad = {"data": {"source": "folder", "path": str(unlabelled), "image_size": 8, "channels": 1}}
+    assert refusal(settings(tmp_path / "run", **bad, model__class_conditional=True, training__resume="fresh"))
+    assert not list((tmp_path / "run").glob("previous-*"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train.run(settings(tmp_path / "run", training__steps=8, training__resume="fresh"))  # goes on
+    assert not list((tmp_path / "run").glob("previous-*"))
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    train.run(settings(tmp_path / "run", training__steps=4, training__resume="fresh"))
+    assert (tmp_path / "run" / "previous-1" / "metrics.jsonl").is_file()
+
+
 def test_a_second_run_in_the_same_folder_is_refused_on_every_rank(tmp_path: Path) -> None:
     run = settings(tmp_path / "run", training__steps=400, checkpoints__every=1000)
     first = start(run)
