@@ -4,9 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/digits.yaml
 RUN ?= runs/digits
-# Left to itself, accelerate gives a process on CPUs one thread.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	--num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help demo install test test-all test-gpu test-cluster check format bench image docs-check clean
 
@@ -32,10 +29,10 @@ moved:
 install: $(VENV)/.installed  ## .venv with pinned versions, the package editable, every extra
 
 demo: install    ## train, score and report on handwritten digits: about six minutes on two cores
-	$(BIN)/python scripts/train_features.py --config $(CONFIG)
-	$(LAUNCH) scripts/train.py --config $(CONFIG)
-	$(LAUNCH) scripts/sample_and_score.py --config $(CONFIG)
-	$(BIN)/python scripts/report.py $(RUN)
+	$(BIN)/ddpm-ema features --config $(CONFIG)
+	$(BIN)/ddpm-ema train --config $(CONFIG)
+	$(BIN)/ddpm-ema score $(RUN)
+	$(BIN)/ddpm-ema report $(RUN)
 
 test: install    ## the tests, in at most eight minutes on two cores
 	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ddpm_ema.averaging.coefficients import posthoc_coefficients
 from ddpm_ema.averaging.cooldown import CosineCooldown, SqrtCooldown, Window
 from ddpm_ema.averaging.half_life import HalfLife, HalfLifeShare
-from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     BiasCorrected,
     ConstantDecay,
@@ -20,6 +19,7 @@ from ddpm_ema.averaging.profiles import (
     Uniform,
     Warmup,
 )
+from ddpm_ema.averaging.sigma_rel import exponent_to_std, std_to_exponent
 
 if TYPE_CHECKING:
     from ddpm_ema.averaging.bank import AverageBank

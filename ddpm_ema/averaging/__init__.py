@@ -13,7 +13,6 @@ from ddpm_ema.averaging.cooldown import CosineCooldown, SqrtCooldown, Window
 from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
 from ddpm_ema.averaging.half_life import HalfLife, HalfLifeShare
 from ddpm_ema.averaging.lengths import resolve_lengths
-from ddpm_ema.averaging.power_function import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.profiles import (
     PROFILES,
     BiasCorrected,
@@ -28,6 +27,7 @@ from ddpm_ema.averaging.profiles import (
     profile_from_dict,
     profile_to_dict,
 )
+from ddpm_ema.averaging.sigma_rel import exponent_to_std, std_to_exponent
 from ddpm_ema.averaging.summary import summarize
 
 if TYPE_CHECKING:

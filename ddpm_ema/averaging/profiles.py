@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ema.averaging.checks import check_count, check_positive, check_real, check_share, check_steps
-from ddpm_ema.averaging.power_function import std_to_exponent
+from ddpm_ema.averaging.sigma_rel import std_to_exponent
 
 FloatArray = npt.NDArray[np.float64]
 Lengths: TypeAlias = Mapping[str, type[int] | type[float]]

@@ -11,7 +11,7 @@ import pytest
 import ddpm_ema
 from ddpm_ema import averaging
 
-LIGHT = ["profiles", "lengths", "half_life", "cooldown", "power_function", "coefficients", "diffusers_decay", "plan"]
+LIGHT = ["profiles", "lengths", "half_life", "cooldown", "sigma_rel", "coefficients", "diffusers_decay", "plan"]
 
 
 def run(code: str) -> str:
