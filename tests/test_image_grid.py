@@ -43,6 +43,7 @@ def test_more_steps_than_noise_levels_end_no_training(tmp_path) -> None:
     assert preview_settings(run).num_inference_steps == 30
 
 
+@pytest.mark.slow
 def test_a_preview_of_fewer_images_than_ranks_says_what_sampled_it_and_what_the_scoring_does(tmp_path) -> None:
     run = settings(
         tmp_path / "run",

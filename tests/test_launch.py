@@ -154,6 +154,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another host name and other mounts need root")
+@pytest.mark.slow
 def test_one_node_needs_no_host_name_that_resolves(tmp_path: Path):
     script = tmp_path / "rank.py"
     script.write_text(RENDEZVOUS)

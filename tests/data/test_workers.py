@@ -47,6 +47,7 @@ print(len(seen))
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_an_error_that_is_kept_does_not_keep_the_program_from_ending(folder: Path) -> None:
     """At exit multiprocessing sends its workers SIGTERM, which these ignore, and waits for them."""
     process = start(

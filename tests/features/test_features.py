@@ -170,6 +170,7 @@ class TestTrainFeatures:
         classifier_training.train_features(settings(tmp_path / "images", tmp_path / "run"))
         assert path.read_bytes() == first
 
+    @pytest.mark.slow
     def test_other_data_or_another_seed_trains_anew_and_says_so(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -129,7 +129,7 @@ class TestWhatIsMissing:
     def test_a_classifier_that_was_not_trained_is_one_message(self, tmp_path):
         run = make_run(tmp_path / "run")
         (run.output_dir / "features.safetensors").unlink()
-        with pytest.raises(UserError, match="train_features"):
+        with pytest.raises(UserError, match="ddpm-ema features"):
             score.run(run)
 
     def test_a_cache_that_cannot_be_written_is_one_warning(self, tmp_path, capsys):

@@ -178,6 +178,7 @@ class TestVersions:
         results(again(run, evaluation__weights=["raw"]))
         assert len(list((run.output_dir / "scores").glob("00000008-*"))) == 2
 
+    @pytest.mark.slow
     def test_all_ranks_agree(self, tmp_path: Path) -> None:
         run = make_run(tmp_path / "run", **SETTINGS)
         results(again(run, evaluation__weights=["raw"]))
@@ -314,6 +315,7 @@ class TestFullDisk:
         mount(run.output_dir / "scores", "4m")
         assert len(results(run)["rows"]) == 3
 
+    @pytest.mark.slow
     def test_every_rank_ends_with_it(self, tmp_path: Path, mount: Callable[..., None]) -> None:
         run = make_run(tmp_path / "run", **SETTINGS)
         mount(run.output_dir / "scores", "36k")

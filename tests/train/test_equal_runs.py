@@ -43,7 +43,12 @@ def assert_same_run(run: config.Config, other: config.Config) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "micro_batch_size", "split"),
-    [(1, 4, None), (2, None, None), (2, 3, False), pytest.param(3, None, True, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, 4, None, marks=pytest.mark.slow),
+        pytest.param(2, None, None, marks=pytest.mark.slow),
+        (2, 3, False),
+        pytest.param(3, None, True, marks=pytest.mark.slow),
+    ],
     ids=[
         "micro-batches of a quarter",
         "two processes",

@@ -59,6 +59,7 @@ def test_a_run_killed_twenty_times_ends_bit_equal_to_one_never_killed(tmp_path: 
     assert exact(run) == exact(whole)
 
 
+@pytest.mark.slow
 def test_with_dropout_a_resumed_run_is_still_bit_equal(tmp_path: Path) -> None:
     whole = settings(tmp_path / "whole", training__steps=12, model__dropout=0.2)
     finish(whole)
@@ -109,7 +110,7 @@ def test_a_kill_in_the_middle_of_a_save_falls_back_to_the_checkpoint_before(
     assert_bit_equal(state(run), state(uninterrupted))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_to_one_rank_saves_the_same_step_everywhere_and_ends_with_75(
     uninterrupted: config.Config, tmp_path: Path, world_size: int
 ) -> None:
