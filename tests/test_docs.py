@@ -33,8 +33,11 @@ SHORT: dict[str, dict[str, Any]] = {
         "log_every": 4,
     },
     "checkpoints": {"every": 6, "keep_every": 6, "snapshots_every": 3},
-    "evaluation": {"num_images": 24, "num_inference_steps": 3, "kid_subset_size": 8, "kid_subsets": 4, "groups": 6},
+    "evaluation": {"num_images": 40, "num_inference_steps": 3, "kid_subset_size": 8, "kid_subsets": 4, "groups": 10},
 }
+
+
+A_RUN = "ddpm-ema features --config configs/digits.yaml && ddpm-ema train --config configs/digits.yaml"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_as_printed_one_after_another(page: Path, checkout: Path, monkeypatch) -> None:
     monkeypatch.chdir(checkout)
+    if page.stem != "README" and any("runs/digits" in block.text for block in blocks(page) if block.reason is None):
+        run_bash(Block(page, 0, "bash", A_RUN, None), checkout)  # a page goes on where README ends
     names: dict[str, Any] = {"__name__": "documentation"}
     for block in blocks(page):
         if block.reason is None and block.language == "bash":

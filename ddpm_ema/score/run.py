@@ -15,6 +15,7 @@ from ddpm_ema.features import open_extractor
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import WeightResolver
+from ddpm_ema.numbers import listed
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.checkpoints import checkpoints
 from ddpm_ema.score.driver import Driver, Jobs, even_batch
@@ -113,7 +114,8 @@ def _show(results: dict[str, Any]) -> None:
     if results.get("sweep"):
         logger.info(f"\n{table(results, results['sweep'])}\n{describe(results)}")
     for warning in results["warnings"]:
-        logger.warning(warning)
+        names = [row["weights"] for row in results["rows"] if warning in row["warnings"]]
+        logger.warning((f"{listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)
 
 
 def _description(config: Config, generator: Generator, reference: Reference, world_size: int) -> str:
