@@ -271,6 +271,13 @@ def test_whatever_stands_in_a_file_gives_a_short_message(text: str, expected: st
     assert max(map(len, message.splitlines())) < 1000
 
 
+def test_a_range_is_a_range_where_yaml_would_read_a_number_of_base_60() -> None:
+    found = config.load(None, {"evaluation.sweep.cooldowns": ["3:9:3"], "evaluation.sweep.stds": ["0.04:0.20:3"]})
+    assert (found.evaluation.sweep.cooldowns, found.evaluation.sweep.stds) == ("3:9:3", "0.04:0.20:3")
+    tree = config.load(None, {"training.steps": ["1_000"], "training.learning_rate": ["2e-4"], "seed": ["0x10"]})
+    assert (tree.training.steps, tree.training.learning_rate, tree.seed) == (1000, 2e-4, 16)
+
+
 def test_a_folder_called_like_a_date_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("output_dir: 2024-01-31\n")
     assert config.load(tmp_path / "settings.yaml").output_dir == Path("2024-01-31")
