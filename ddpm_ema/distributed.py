@@ -6,6 +6,7 @@ travels between CPUs over a gloo group of its own, so that it neither waits for 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -81,7 +82,10 @@ class Processes:
                 "`accelerate launch --cpu --num_processes 2` gives one"
             )
         try:
-            return cls(_accelerator(device, timeout, trackers, project_dir), timeout)
+            processes = cls(_accelerator(device, timeout, trackers, project_dir), timeout)
+            if processes.world_size > 1 and processes.device.type == "cpu":
+                atexit.register(_leave_group)
+            return processes
         except (RuntimeError, dist.DistError) as error:
             if launched == 1 or not lost_ranks.is_communication(error):
                 raise
@@ -213,8 +217,14 @@ class Processes:
     def close(self) -> None:
         """Leaves the group. Call it on every rank once all is done."""
         self.accelerator.end_training()
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.world_size > 1:
+            _leave_group()
+
+
+def _leave_group() -> None:
+    """Gloo's threads must have ended when the interpreter goes: else it may abort, in place of the exit code of an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class StopFlag:
