@@ -32,6 +32,7 @@ from ddpm_ema.rundir import RunDir, checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bit_equal_to_one_never_killed(
     uninterrupted: config.Config, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_sigterm_to_one_rank_saves_the_same_step_everywhere_and_ends_with_75(
         assert exact(run) == exact(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_while_saving_and_a_second_one_give_one_clean_exit(
     uninterrupted: config.Config, tmp_path: Path
 ) -> None:
@@ -153,6 +155,7 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_data_workers_do_not_disturb_a_stop(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
