@@ -11,7 +11,8 @@ import torch
 
 from ddpm_ema import config
 from ddpm_ema.averaging import ConstantDecay
-from ddpm_ema.config.settings import CONTENT, RUN, SAMPLES, SCORES, Config, Effect, effects
+from ddpm_ema.config import effects
+from ddpm_ema.config.settings import CONTENT, RUN, SAMPLES, SCORES, Config, Effect
 from ddpm_ema.errors import UserError
 from ddpm_ema.score import results
 from ddpm_ema.score.checkpoints import check_settings

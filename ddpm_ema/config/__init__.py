@@ -1,4 +1,4 @@
-"""Settings: `settings` defines them, `loading` reads files, `command_line` reads arguments and renders `--help`.
+"""Settings: `settings` defines them, `agreement` compares them, `loading` reads files, `command_line` reads arguments and renders `--help`.
 
 A configuration is YAML validated by pydantic: an unknown key is an error, and values are frozen. `load` is the way in for a
 file, `parse` for a command line.
@@ -6,6 +6,7 @@ file, `parse` for a command line.
 
 from __future__ import annotations
 
+from ddpm_ema.config.agreement import chosen, differing, effects
 from ddpm_ema.config.command_line import parse, show_help, split
 from ddpm_ema.config.loading import digest, load, to_dict, to_yaml, validate
 from ddpm_ema.config.settings import (
@@ -17,9 +18,6 @@ from ddpm_ema.config.settings import (
     MachineSettings,
     SweepSettings,
     TrainingSettings,
-    chosen,
-    differing,
-    effects,
 )
 
 __all__ = [

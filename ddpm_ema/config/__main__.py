@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ddpm_ema.config.agreement import effects
 from ddpm_ema.config.command_line import flat, kind, written
-from ddpm_ema.config.settings import Config, effects, sections
+from ddpm_ema.config.settings import Config, sections
 
 INTRODUCTION = """\
 # Settings
@@ -11,7 +12,8 @@ INTRODUCTION = """\
 Made from the code by `python -m ddpm_ema.config > docs/settings.md`; do not edit it here.
 
 In a file a setting is written as YAML (`training: {steps: 500}`), on the command line by its key path (`--training.steps 500`).
-`...` is a list, on the command line several values. `null` is no value. A command line is laid over the file.
+`...` is a list, on the command line several values. `null` is no value.
+`SHARE%` is a share of `training.steps`, such as `5%`. A command line is laid over the file.
 
 The last column says what depends on a setting:
 

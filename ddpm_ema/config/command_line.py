@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from ddpm_ema.config.agreement import chosen
 from ddpm_ema.config.loading import load, to_dict
-from ddpm_ema.config.settings import Config, chosen, sections
+from ddpm_ema.config.settings import INTERVAL, Config, sections
 from ddpm_ema.errors import UserError
 
 WORDS = {int: "INT", float: "FLOAT", bool: "true | false", str: "TEXT", Path: "PATH"}
@@ -77,7 +78,9 @@ def show_help(program: str, summary: str, config: Config, first: Sequence[str] =
     values, defaults = flat(config), flat(Config())
     print(f"usage: {program} [RUN] [--config FILE] [--section.setting VALUE ...]\n\n{summary}\n")
     print("  RUN            a run directory, whose config.yaml has the settings")
-    print("  --config FILE  settings (YAML)\n\nThe options below override the file; a list is several values.")
+    print(
+        "  --config FILE  settings (YAML)\n\nThe options below override the file; a list is several values, SHARE% a share of training.steps."
+    )
     for path, about, own in sorted(sections(), key=lambda found: ([*first, found[0]]).index(found[0])):
         print(f"\n{path or 'run'}: {about}")
         for key, field in own.items():
@@ -94,7 +97,9 @@ def flat(config: Config) -> dict[str, Any]:
 
 def kind(of: Any, metadata: Iterable[Any] = ()) -> str:
     """What may be written for a type: `INT > 0 ...` is a list of positive whole numbers."""
-    inner = get_args(of)
+    inner, metadata = get_args(of), list(metadata)
+    if INTERVAL in metadata:
+        return f"{kind(of, [one for one in metadata if one != INTERVAL])} | SHARE%"
     if get_origin(of) is Annotated:
         return kind(inner[0], inner[1:])
     if get_origin(of) is Literal:

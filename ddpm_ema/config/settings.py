@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Flag, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from ddpm_ema.averaging.lengths import resolve_lengths
+from ddpm_ema.averaging.lengths import in_steps, resolve_lengths
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 from ddpm_ema.errors import nearest
 from ddpm_ema.weight_names import NAME, parse, profile_named
@@ -77,12 +77,8 @@ AnyProfile = Annotated[Profile, PlainValidator(_profile), PlainSerializer(profil
 Range = Annotated[str, AfterValidator(_range)]
 
 
-# Settings that may be a share of training.steps.
-SHARED = (
-    *["training.warmup_steps", "training.log_every", "training.sample_every", "training.cycle_steps"],
-    *["checkpoints.every", "checkpoints.keep_every", "checkpoints.snapshots_every", "evaluation.every"],
-)
-SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+INTERVAL = "a number of steps, or a share of training.steps such as 5%"
+"""Marks a setting that `Config` takes as such a share, too."""
 
 
 class Section(BaseModel):
@@ -182,9 +178,9 @@ class TrainingSettings(Section):
     """After warm-up: constant, a linear or cosine decay to learning_rate_end at the last step, or SWA's cycles down to it."""
     learning_rate_end: Annotated[float, Field(ge=0), FREE] = 0.0
     """Final learning rate of the decays and of each cycle."""
-    cycle_steps: Annotated[Positive, FREE] = 1000
+    cycle_steps: Annotated[Positive, INTERVAL, FREE] = 1000
     """Steps of one cycle of the cyclical schedule."""
-    warmup_steps: Annotated[NonNegative, FREE] = 0
+    warmup_steps: Annotated[NonNegative, INTERVAL, FREE] = 0
     """Steps over which the learning rate rises linearly from zero."""
     optimizer: Annotated[Literal["adam", "adamw"], RUN] = "adam"
     """Adam, or AdamW with weight_decay."""
@@ -212,11 +208,11 @@ class TrainingSettings(Section):
     """Let a resumed run add averages; they start at the raw weights of that step."""
     max_skipped: Annotated[Positive, FREE] = 50
     """Consecutive fp16 steps skipped by overflow after which the run counts as diverged."""
-    log_every: Annotated[Positive, FREE] = 50
+    log_every: Annotated[Positive, INTERVAL, FREE] = 50
     """Steps between rows of metrics.jsonl; figures are means over those steps."""
     trackers: Annotated[tuple[str, ...], FREE] = ()
     """Loggers of accelerate to use as well (tensorboard, wandb, ...); one that fails is dropped with a warning."""
-    sample_every: Annotated[NonNegative, FREE] = 0
+    sample_every: Annotated[NonNegative, INTERVAL, FREE] = 0
     """Steps between sample grids (raw and every average, same noise); 0 means none."""
     sample_images: Annotated[Positive, FREE] = 16
     """Images per row of a sample grid."""
@@ -261,15 +257,15 @@ class MachineSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """What is stored of a run while it trains. The last step is always stored. Intervals are steps, or a share of the run (5%)."""
+    """What is stored of a run while it trains. The last step is always stored."""
 
-    every: Annotated[Positive, FREE] = 1000
+    every: Annotated[Positive, INTERVAL, FREE] = 1000
     """Steps between checkpoints."""
     keep: Annotated[int, Field(ge=2), FREE] = 2
     """Number of newest checkpoints that are kept, at least two."""
-    keep_every: Annotated[Positive | None, FREE] = None
+    keep_every: Annotated[Positive | None, INTERVAL, FREE] = None
     """Checkpoints at multiples of this number of steps are never deleted; null means that all but the newest are."""
-    snapshots_every: Annotated[NonNegative, FREE] = 0
+    snapshots_every: Annotated[NonNegative, INTERVAL, FREE] = 0
     """Steps between snapshots for post-hoc reconstruction (ddpm-ema reconstruct --plan); the initial weights and the last step
     are also stored. 0 means none."""
     snapshots: Annotated[tuple[str, ...], FREE] = ()
@@ -341,7 +337,7 @@ class EvaluationSettings(Section):
     """Images per row of the grid."""
     sweep: SweepSettings = SweepSettings()
     """Sweep over widths of the average."""
-    every: Annotated[NonNegative, FREE] = 0
+    every: Annotated[NonNegative, INTERVAL, FREE] = 0
     """Steps between quick scorings while training; 0 means none."""
     every_num_images: Annotated[int, Field(ge=2), FREE] = 1000
     """Images per set of weights in a quick scoring."""
@@ -381,16 +377,18 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _resolve_shares(cls, tree: Any) -> Any:
-        """Intervals such as 5%: that share of training.steps, at least one step."""
+        """Intervals that are shares of the run, in steps: at least one."""
         training = tree.get("training") if isinstance(tree, Mapping) else None
         steps = training.get("steps", 3000) if isinstance(training, Mapping) else 3000
         if not isinstance(tree, Mapping) or not isinstance(steps, int):
-            return tree
+            return tree  # told by the field itself
         tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-        for section, name in (key.split(".") for key in SHARED):
-            share = SHARE.fullmatch(str(values.get(name))) if isinstance(values := tree.get(section), Mapping) else None
-            if share:
-                values[name] = max(1, round(steps * float(share[1]) / 100))
+        for section, name in (key.split(".") for key, field in SETTINGS.items() if INTERVAL in field.metadata):
+            values = tree.get(section)
+            given = values.get(name) if isinstance(values, dict) else None
+            if isinstance(given, str) and given.endswith("%"):
+                share = in_steps(given, num_steps=steps, batch_size=1)
+                values[name] = given if share is None else max(1, round(share))
         return tree
 
     @model_validator(mode="after")
@@ -448,31 +446,3 @@ def sections(section: type[Section] = Config, path: str = "") -> Iterator[tuple[
 
 SETTINGS = {key: field for _, _, own in sections() for key, field in own.items()}
 """Definition of every setting by key path."""
-
-
-def effects() -> Iterator[tuple[str, Effect]]:
-    """Key path and mark of every setting."""
-    for key, field in SETTINGS.items():
-        (mark,) = (found for found in field.metadata if isinstance(found, Effect))
-        yield key, mark
-
-
-def chosen(tree: Mapping[str, Any], marks: Callable[[Effect], object]) -> dict[str, Any]:
-    """Key path -> value of the settings with one of these `marks`, if they are in these plain objects (of `to_dict`)."""
-    found = {}
-    for key in (key for key, mark in effects() if marks(mark)):
-        value: Any = tree
-        for name in key.split("."):
-            value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        if value is not _ABSENT:
-            found[key] = value
-    return found
-
-
-_ABSENT = object()
-
-
-def differing(was: Mapping[str, Any], now: Mapping[str, Any], mark: Effect) -> list[tuple[str, Any, Any]]:
-    """(key path, before, after) of the settings with this `mark` that are in both, with different values."""
-    before, after = (chosen(tree, lambda found: mark in found) for tree in (was, now))
-    return [(key, before[key], after[key]) for key in after if key in before and before[key] != after[key]]
