@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ddpm_ema import keyed_random
+from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.keyed_random import Purpose
@@ -95,6 +96,21 @@ def _symmetric_uniform(seed: int, key: int, shape: torch.Size) -> Tensor:
     """Numbers in (-1, 1), fp32 `shape`."""
     words = keyed_random.words(seed, Purpose.INIT, key, torch.arange(shape[0]), shape[1:].numel())  # int64 [out, rest]
     return ((words.double() + 0.5) * 2.0**-31 - 1).float().view(shape)
+
+
+def fitting(config: Config, weights: Mapping[str, Tensor], where: str) -> UNet2DModel:
+    """The network that these weights are of, not loaded with them; its classes are counted by the weights.
+
+    Raises:
+        UserError: the settings' network lacks a tensor, or has another; each is named, and `where` they are from.
+    """
+    labels = weights.get("class_embedding.weight")
+    unet = build(config, num_classes=None if labels is None else len(labels) - 1)
+    try:
+        check_tensors(weights, {name: tensor.shape for name, tensor in unet.state_dict().items()}, where)
+    except ValueError as error:
+        raise UserError(f"not of the network that the settings describe: {error}") from None
+    return unet
 
 
 def no_label(model: UNet2DModel) -> int | None:

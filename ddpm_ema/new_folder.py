@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ddpm_ema.averaging.files import sync
 from ddpm_ema.errors import UserError
 
 
@@ -30,9 +31,9 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for written in (*partial.rglob("*"), partial):
-            _sync(written)
+            sync(written)
         os.replace(partial, path)
-        _sync(path.absolute().parent)
+        sync(path.absolute().parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             refuse_used(path, option)
@@ -40,11 +41,3 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({reason}); choose another folder with {option}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Settings: `settings` defines them, `agreement` compares them, `loading` reads files, `command_line` reads arguments and renders `--help`.
+"""Settings: `settings` defines, `agreement` compares, `loading` reads files, `command_line` reads arguments and renders `--help`.
 
 A configuration is YAML validated by pydantic: an unknown key is an error, and values are frozen. `load` is the way in for a
 file, `parse` for a command line.

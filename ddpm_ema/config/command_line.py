@@ -78,9 +78,8 @@ def show_help(program: str, summary: str, config: Config, first: Sequence[str] =
     values, defaults = flat(config), flat(Config())
     print(f"usage: {program} [RUN] [--config FILE] [--section.setting VALUE ...]\n\n{summary}\n")
     print("  RUN            a run directory, whose config.yaml has the settings")
-    print(
-        "  --config FILE  settings (YAML)\n\nThe options below override the file; a list is several values, SHARE% a share of training.steps."
-    )
+    print("  --config FILE  settings (YAML)\n\nThe options below override the file; a list is several values.")
+    print("SHARE% is a share of training.steps, such as 5%.")
     for path, about, own in sorted(sections(), key=lambda found: ([*first, found[0]]).index(found[0])):
         print(f"\n{path or 'run'}: {about}")
         for key, field in own.items():

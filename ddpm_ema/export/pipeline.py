@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from ddpm_ema import config as settings
 from ddpm_ema import diffusion, model, options, sampling
-from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
 from ddpm_ema.export.scorings import scorings_of
 from ddpm_ema.export.usage import Usage
-from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.new_folder import new_folder, refuse_used
 from ddpm_ema.rundir import Checkpoint, RunDir
@@ -43,10 +38,12 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
     """
     rundir, target = RunDir(run), Path(folder)
     refuse_used(target, "--output")
-    checkpoint = _newest_whole(rundir)
+    checkpoint = rundir.newest_usable()
     config = _config(rundir, checkpoint)
     weights = _find(WeightResolver(rundir, checkpoint, config), name, step)
-    unet = _network(config, weights.members[0](), f"{rundir.path}: weights {weights.name!r} of step {weights.step}")
+    tensors, where = weights.members[0](), f"{rundir.path}: weights {weights.name!r} of step {weights.step}"
+    unet = model.fitting(config, tensors, where).eval()
+    unet.load_state_dict(dict(tensors))
     scored = scorings_of(rundir, weights.key)
     usage = Usage(config.diffusion, scored[0].evaluation if scored else _affordable(config), unet)
     variant_name = split_step(weights.name)[0] if variant else None
@@ -57,16 +54,6 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
         for path in partial.rglob("*.safetensors"):  # safetensors makes them 0600; the card is what the umask allows
             path.chmod(readme.stat().st_mode & 0o777)
     return target
-
-
-def _newest_whole(run: RunDir) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is none (snapshots may still be there)."""
-    checkpoint, passed_over = run.newest_whole()
-    if checkpoint is None and passed_over:
-        raise UserError(f"{run.path}: no checkpoint is whole:\n  " + "\n  ".join(passed_over))
-    for reason in passed_over:
-        logger.warning(f"passed over a checkpoint that is not whole: {reason}")
-    return checkpoint
 
 
 def _config(run: RunDir, checkpoint: Checkpoint | None) -> settings.Config:
@@ -95,18 +82,6 @@ def _affordable(config: settings.Config) -> settings.EvaluationSettings:
     evaluation = config.evaluation
     usable = sampling.usable_levels(diffusion.noise_scheduler(config.diffusion).config, evaluation)
     return evaluation.model_copy(update={"num_inference_steps": min(evaluation.num_inference_steps, usable)})
-
-
-def _network(config: settings.Config, tensors: Mapping[str, Tensor], where: str) -> Any:
-    """The U-Net with these weights. Raises UserError for tensors that are missing or do not fit."""
-    labels = tensors.get("class_embedding.weight")
-    unet: Any = model.build(config, num_classes=len(labels) - 1 if labels is not None else None)
-    try:
-        check_tensors(tensors, {name: tensor.shape for name, tensor in unet.state_dict().items()}, where)
-    except ValueError as error:
-        raise UserError(f"not of the network that the settings describe: {error}") from None
-    unet.load_state_dict(dict(tensors))
-    return unet.eval()
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

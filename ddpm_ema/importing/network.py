@@ -11,7 +11,6 @@ import torch
 
 from ddpm_ema import config as settings
 from ddpm_ema import model
-from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.diffusion import SCHEDULES, VARIANCES, noise_scheduler
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import build_unet, schedule_of, unet_config_of
@@ -53,16 +52,6 @@ def with_unet(tree: Tree, unet: Mapping[str, Any]) -> Tree:
     if wrong := [f"{name} is {unet[name]!r}, here {built[name]!r}" for name in built if built[name] != unet[name]]:
         raise UserError(f"no settings express this U-Net: {'; '.join(wrong)}")
     return tree
-
-
-def check_network(tree: Tree, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raises UserError that names the tensors which the network of these settings does not have, or lacks."""
-    labels = weights.get("class_embedding.weight")
-    built = model.build(settings.validate(tree), None if labels is None else len(labels) - 1)
-    try:
-        check_tensors(weights, {name: tensor.shape for name, tensor in built.state_dict().items()}, str(path))
-    except ValueError as error:
-        raise UserError(f"not of the network that the settings describe: {error}") from None
 
 
 def diffusion_settings(source: Path) -> Tree | None:

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from ddpm_ema import config as settings
-from ddpm_ema import options
+from ddpm_ema import model, options
 from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.averaging.profiles import profile_to_dict
 from ddpm_ema.averaging.snapshots import Snapshot, write_snapshot
 from ddpm_ema.errors import UserError
-from ddpm_ema.importing.network import Tree, check_network, diffusion_settings, read_unet, with_unet
+from ddpm_ema.importing.network import Tree, diffusion_settings, read_unet, with_unet
 from ddpm_ema.importing.sources import Found, diffusers_checkpoints, series
 from ddpm_ema.named_weights import PipelineFolder, parse_target
 from ddpm_ema.new_folder import new_folder
-from ddpm_ema.rundir import RunDir, as_user_error, atomic_write
+from ddpm_ema.rundir import RunDir, as_user_error, atomic_write, weights_file
 
 
 def import_run(path: Path, found: Sequence[Found], origin: str, tree: Tree | None, num_checkpoints: int = 1) -> None:
@@ -50,7 +50,7 @@ def import_run(path: Path, found: Sequence[Found], origin: str, tree: Tree | Non
         steps = [snapshot.step for snapshot in raw if snapshot.step][-num_checkpoints:] if num_checkpoints else []
         if tree is None:
             return
-        check_network(tree, found[-1].read(), found[-1].path)
+        model.fitting(settings.validate(tree), found[-1].read(), str(found[-1].path))
         last = [f for f in found if steps and f.step == steps[-1]]
         tree = {**tree, "output_dir": str(path), "averages": _profiles(last)}
         tree["training"] = tree.get("training", {}) | {"steps": max(1, found[-1].step)}
@@ -100,7 +100,7 @@ def _step_variance(raw: Sequence[Snapshot]) -> dict[str, Any] | None:
 
 
 def _write_checkpoint(run: RunDir, step: int, found: Sequence[Found], origin: str, tree: Tree) -> None:
-    files = {"raw.safetensors" if f.name == "raw" else f"averages/{f.name}.safetensors": f for f in found}
+    files = {weights_file(f.name): f for f in found}
     tensors = {file: {name: tensor.float() for name, tensor in f.read().items()} for file, f in files.items()}
     manifest = {
         "imported": True,
@@ -109,7 +109,7 @@ def _write_checkpoint(run: RunDir, step: int, found: Sequence[Found], origin: st
         "settings_digest": settings.digest(tree),
         "dataset": {} if "source" in tree["data"] else {"name": "unknown"},
         "profiles": _profiles(found),
-        "parameters": sum(tensor.numel() for tensor in tensors["raw.safetensors"].values()),
+        "parameters": sum(tensor.numel() for tensor in tensors[weights_file("raw")].values()),
     }
     run.write_checkpoint(step, tensors, manifest)
 
@@ -162,7 +162,7 @@ def _settings(arguments: argparse.Namespace, newest: Found, notes: list[str]) ->
         tree = with_unet(tree, unet) if unet else tree
     except UserError as error:
         notes.append(
-            f"{error}; imported for averaging only (reconstruct.py); diffusers folders can be scored by their path"
+            f"{error}; imported for averaging only (ddpm-ema reconstruct); diffusers folders can be scored by their path"
         )
         return None
     if not arguments.config:

@@ -21,7 +21,7 @@ from ddpm_ema.averaging.snapshots import Snapshot
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights.folder import PipelineConfig, PipelineFolder, sha256_of
-from ddpm_ema.rundir import Checkpoint, RunDir
+from ddpm_ema.rundir import Checkpoint, RunDir, weights_file
 from ddpm_ema.weight_names import WeightName, name_of_profile, parse, profile_named
 
 Tensors: TypeAlias = "dict[str, Tensor]"
@@ -182,11 +182,11 @@ class WeightResolver:
         if checkpoint is None or checkpoint.step != step:
             return []
         files = [
-            Snapshot(step, profile_from_dict(profile), checkpoint.path / f"averages/{name}.safetensors")
+            Snapshot(step, profile_from_dict(profile), checkpoint.path / weights_file(name))
             for name in checkpoint.names
             if name != "raw" and (profile := _profile_in(checkpoint, name)) is not None
         ]
-        return [*files, Snapshot(step, RAW, checkpoint.path / "raw.safetensors")]
+        return [*files, Snapshot(step, RAW, checkpoint.path / weights_file("raw"))]
 
     def _folder(self, name: WeightName) -> NamedWeights:
         folder = PipelineFolder(Path(name.name))
@@ -203,10 +203,9 @@ class WeightResolver:
 
 
 def _stored(name: WeightName, checkpoint: Checkpoint) -> NamedWeights:
-    file = "raw.safetensors" if name.name == "raw" else f"averages/{name.name}.safetensors"
     return NamedWeights(
         name=str(name),
-        key=checkpoint.manifest["files"][file]["sha256"],
+        key=checkpoint.manifest["files"][weights_file(name.name)]["sha256"],
         step=checkpoint.step,
         profile=_profile_in(checkpoint, name.name),
         members=(lambda: checkpoint.weights(name.name),),

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ddpm_ema.errors import UserError
 from ddpm_ema.report.record import SCHEMA, Logged, Manifest, Record, Scoring, Settings
+from ddpm_ema.rundir.layout import weights_file
 
 STEP = re.compile(r"step-(\d{1,18})")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -114,7 +115,7 @@ def _read_manifest(record: Record) -> None:
         manifest = _parsed(record, folder / "manifest.json", Manifest.model_validate_json)
         if manifest is not None:
             record.manifest = manifest
-            record.num_parameters = _num_parameters(folder / "raw.safetensors")
+            record.num_parameters = _num_parameters(folder / weights_file("raw"))
             if not record.config_text:
                 record.settings = manifest.settings
             return

@@ -8,9 +8,10 @@ from __future__ import annotations
 from ddpm_ema.rundir.checkpoint import Checkpoint
 from ddpm_ema.rundir.directory import RunDir
 from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors
-from ddpm_ema.rundir.layout import Layout, step_folder
+from ddpm_ema.rundir.layout import OPTIMIZER_FILE, Layout, step_folder, weights_file
 
 __all__ = [
+    "OPTIMIZER_FILE",
     "Checkpoint",
     "Layout",
     "RunDir",
@@ -19,4 +20,5 @@ __all__ = [
     "file_sha256",
     "read_tensors",
     "step_folder",
+    "weights_file",
 ]

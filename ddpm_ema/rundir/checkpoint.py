@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm_ema.averaging.files import save_tensors, sync
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors, require_space
-from ddpm_ema.rundir.layout import step_of
+from ddpm_ema.rundir.layout import step_of, weights_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ class Checkpoint:
         """fp32 weights by parameter name, for `raw` or an average."""
         if name not in self.names:
             raise UserError(f"{self.path}: holds no weights {name!r}; there are {', '.join(self.names)}")
-        return self.tensors("raw.safetensors" if name == "raw" else f"averages/{name}.safetensors")
+        return self.tensors(weights_file(name))
 
     def verify(self) -> None:
         """Raises UserError that names the first file that is not what was written."""

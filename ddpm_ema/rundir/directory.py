@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_ema.errors import UserError
+from ddpm_ema.messages import logger
 from ddpm_ema.rundir.checkpoint import Checkpoint, write_checkpoint
 from ddpm_ema.rundir.files import atomic_write
 from ddpm_ema.rundir.layout import Layout, step_folder, step_folders, step_of
@@ -63,6 +64,20 @@ class RunDir(Layout):
             else:
                 return checkpoint, reasons
         return None, reasons
+
+    def newest_usable(self, advice: str = "") -> Checkpoint | None:
+        """The newest whole checkpoint, None if there is none at all; newer ones that are not whole are named in warnings.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole; the message ends with `advice`.
+        """
+        checkpoint, reasons = self.newest_whole()
+        if checkpoint is None and reasons:
+            lines = "\n  ".join(reasons)
+            raise UserError(f"{self.path}: no checkpoint is whole:\n  {lines}" + (f"\n{advice}" if advice else ""))
+        for reason in reasons:
+            logger.warning(f"passed over a checkpoint that is not whole: {reason}")
+        return checkpoint
 
     def write_checkpoint(
         self, step: int, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]

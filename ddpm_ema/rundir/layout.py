@@ -31,6 +31,14 @@ def step_folders(parent: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def weights_file(name: str) -> str:
+    """Where a checkpoint holds `raw` or an average."""
+    return "raw.safetensors" if name == "raw" else f"averages/{name}.safetensors"
+
+
 class Layout:
     """Where everything of one run directory lies. Nothing is read or made."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ddpm_ema.config import Config, Effect, differing, to_dict
 from ddpm_ema.errors import UserError
-from ddpm_ema.messages import logger
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.weight_names import parse, profile_named
 
@@ -32,12 +31,7 @@ def _found(config: Config) -> list[Checkpoint | None]:
     if evaluation.steps == "all":
         return list(everything)
     if evaluation.steps == "last":
-        newest, passed_over = rundir.newest_whole()
-        for reason in passed_over:
-            logger.warning(f"passed over a checkpoint that is not whole: {reason}")
-        if newest is None:
-            raise UserError(f"{rundir.path}: no checkpoint is whole:\n  " + "\n  ".join(passed_over))
-        return [newest]
+        return [rundir.newest_usable()]
     return [rundir.checkpoint(step) for step in evaluation.steps]
 
 

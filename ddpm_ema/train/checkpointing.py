@@ -17,7 +17,7 @@ from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 from ddpm_ema.averaging.snapshots import write_snapshot
 from ddpm_ema.config import Config, digest, to_dict
-from ddpm_ema.rundir import RunDir, as_user_error
+from ddpm_ema.rundir import OPTIMIZER_FILE, RunDir, as_user_error, weights_file
 from ddpm_ema.train import optimizer
 from ddpm_ema.train.step import read_checks
 from ddpm_ema.train.trainer import Trainer
@@ -30,13 +30,13 @@ def save(trainer: Trainer) -> None:
     read_checks(trainer, lag=0)
     with trainer.metrics_log.timed("save_seconds"):
         _wait_for_writer(trainer)
-        files = {f"averages/{name}.safetensors": gathered(trainer, name) for name in trainer.bank.profiles}
+        files = {weights_file(name): gathered(trainer, name) for name in trainer.bank.profiles}
         sums = trainer.means.state(trainer.processes)
         trainer.saved_step = trainer.step
         if trainer.processes.is_main:
-            files["raw.safetensors"] = host_copy(trainer.network.state_dict())
+            files[weights_file("raw")] = host_copy(trainer.network.state_dict())
             state = optimizer.named_state(trainer.optimizer, trainer.parameters)
-            files["optimizer.safetensors"] = host_copy(state)
+            files[OPTIMIZER_FILE] = host_copy(state)
             manifest = _manifest(trainer, sums)
             trainer.writer.submit(_write, trainer.rundir, trainer.step, files, manifest, trainer.config)
 

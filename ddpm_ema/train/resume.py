@@ -15,7 +15,7 @@ from ddpm_ema.config import Config, Effect, differing, to_dict, to_yaml
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
-from ddpm_ema.rundir import Checkpoint, RunDir, atomic_write, step_folder
+from ddpm_ema.rundir import OPTIMIZER_FILE, Checkpoint, RunDir, atomic_write, step_folder, weights_file
 from ddpm_ema.train import optimizer
 from ddpm_ema.train.checkpointing import save_snapshots
 from ddpm_ema.train.trainer import Trainer
@@ -38,27 +38,21 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
     """
     if starts_afresh(config):
         return None  # what an earlier run left moves aside in `restore`, when the new settings were seen to hold
-    stored = rundir.last_stored_step()
-    if config.training.resume == "never" and (rundir.checkpoints() or stored):
+    checkpoints = rundir.checkpoints()
+    stored = checkpoints[-1].step if checkpoints else rundir.last_stored_step()
+    if config.training.resume == "never" and (checkpoints or stored):
         raise UserError(f"output_dir {rundir.path}: holds a run, and training.resume is never; choose another folder")
     # A kill before the first checkpoint leaves rows and snapshots of fewer steps, which are made again.
-    if not rundir.checkpoints() and stored >= 2 * config.checkpoints.every:
+    if not checkpoints and stored >= 2 * config.checkpoints.every:
         raise UserError(
             f"{rundir.path}: holds no checkpoint, but metrics or snapshots up to step {stored}: bring the checkpoints back, or "
             "start over with --training.resume fresh, which keeps what is there in previous-N"
         )
-    checkpoint, passed_over = rundir.newest_whole()
-    if checkpoint is None and passed_over:
-        reasons = "\n  ".join(passed_over)
-        raise UserError(
-            f"{rundir.path}: no checkpoint is whole:\n  {reasons}\n--training.resume fresh keeps them aside and starts over"
-        )
-    for reason in passed_over:
-        logger.warning(f"passed over a checkpoint that is not whole: {reason}")
+    checkpoint = rundir.newest_usable("--training.resume fresh keeps them aside and starts over")
     if checkpoint is not None:
         check_resume(config, checkpoint, world_size)
     at = checkpoint.step if checkpoint else 0
-    goes_on = checkpoint is None or at < config.training.steps or bool(passed_over)
+    goes_on = checkpoint is None or at < max(config.training.steps, stored)
     if goes_on and (aside := rundir.drop_after(at)):
         logger.info(f"scores and sample grids of steps after {at}, which are trained anew, are now in {aside}")
     return checkpoint
@@ -141,11 +135,11 @@ def _load(trainer: Trainer, manifest: dict[str, Any]) -> None:
     def tensors(file: str) -> dict[str, Tensor]:
         return processes.broadcast_tensors(checkpoint.tensors(file) if checkpoint else None)
 
-    trainer.network.load_state_dict(tensors("raw.safetensors"))
-    optimizer.load_named_state(trainer.optimizer, trainer.parameters, tensors("optimizer.safetensors"))
+    trainer.network.load_state_dict(tensors(weights_file("raw")))
+    optimizer.load_named_state(trainer.optimizer, trainer.parameters, tensors(OPTIMIZER_FILE))
     for name in trainer.bank.profiles:
         known = name in manifest["profiles"]
-        weights = tensors(f"averages/{name}.safetensors") if known else dict(trainer.network.state_dict())
+        weights = tensors(weights_file(name)) if known else dict(trainer.network.state_dict())
         trainer.bank.load_weights(name, weights)
     trainer.step = trainer.saved_step = step
     trainer.skipped_steps = manifest["skipped_steps"]
