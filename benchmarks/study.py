@@ -2,7 +2,7 @@
 
     python benchmarks/study.py FOLDER [--seeds 2] [--steps 1500] [--num-images 1797] [--output FILE.json]
 
-For each seed, `configs/digits.yaml` is trained at a constant rate (after its warm-up) with every average at once; SWA's cyclical
+`make study` runs it. For each seed, `configs/digits.yaml` is trained at a constant rate (after its warm-up) with every average at once; SWA's cyclical
 rate needs another run, which is forked exactly from the checkpoint at two thirds and resumed with five cycles. All weights of a
 seed are scored from the same noise, so that differences are paired; then the seeds are combined (`metrics/across_runs.py`).
 The ensembles are means of two predictions of one run: of raw now and at two thirds, and of the two power functions.
@@ -224,12 +224,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1500, help="of each run: a multiple of 15")
     parser.add_argument("--num-images", type=int, default=1797, help="sampled from each set of weights")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "study.json")
+    parser.add_argument("--output", type=Path, help="default: study.json in FOLDER")
     arguments = parser.parse_args()
     results = study(arguments.folder, arguments.seeds, arguments.steps, arguments.num_images)
     environment = {"torch": torch.__version__, "python": platform.python_version()}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
+    output = arguments.output or arguments.folder / "study.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
     print(markdown(results))
 
 
