@@ -2,7 +2,8 @@
 
     python benchmarks/study.py FOLDER [--seeds 2] [--steps 1500] [--num-images 1797] [--output FILE.json]
 
-`make study` runs it. For each seed, `configs/digits.yaml` is trained at a constant rate (after its warm-up) with every average at once; SWA's cyclical
+`make study` runs it. For each seed,
+`configs/digits.yaml` is trained at a constant rate (after its warm-up) with every average at once; SWA's cyclical
 rate needs another run, which is forked exactly from the checkpoint at two thirds and resumed with five cycles. All weights of a
 seed are scored from the same noise, so that differences are paired; then the seeds are combined (`metrics/across_runs.py`).
 The ensembles are means of two predictions of one run: of raw now and at two thirds, and of the two power functions.
