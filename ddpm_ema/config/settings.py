@@ -102,10 +102,8 @@ class DataSettings(Section):
     """1 (grey) or 3 (RGB)."""
     horizontal_flip: Annotated[bool, RUN] = False
     """Mirror each training image with probability 1/2, drawn at every visit. Never applied to reference statistics."""
-    storage: Annotated[Literal["auto", "device", "memory", "mmap", "stream"], FREE] = "auto"
-    """Where decoded uint8 images are kept: on the device, in memory, in a memory-mapped file, or nowhere (workers decode them)."""
-    num_workers: Annotated[NonNegative, FREE] = 2
-    """Processes that decode images; used only with storage: stream."""
+    storage: Annotated[Literal["auto", "device", "memory", "mmap"], FREE] = "auto"
+    """Where decoded uint8 images are kept: on the device, in memory, or in a memory-mapped file. auto: up to 1 GiB on the device."""
     cache_dir: Annotated[Path | None, FREE] = None
     """Folder of memory-mapped images and reference statistics; null means $XDG_CACHE_HOME/ddpm_ema, by default ~/.cache/ddpm_ema."""
     max_bad_images: Annotated[NonNegative, CONTENT] = 0
