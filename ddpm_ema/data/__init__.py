@@ -6,6 +6,6 @@ pixels; `decode` reads all images once, `cache` keeps them in a file; `dataset` 
 
 from __future__ import annotations
 
-from ddpm_ema.data.dataset import ImageDataset, load
+from ddpm_ema.data.dataset import HELD_OUT, ImageDataset, load
 
-__all__ = ["ImageDataset", "load"]
+__all__ = ["HELD_OUT", "ImageDataset", "load"]
