@@ -157,7 +157,7 @@ def _check_interfaces() -> Iterator[Finding]:
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Data workers and NCCL exchange data through /dev/shm, which has 64 MiB in a container by default."""
+    """NCCL exchanges data through /dev/shm, which has 64 MiB in a container by default."""
     try:
         usage = shutil.disk_usage(path)
         with tempfile.TemporaryFile(dir=path) as file:
@@ -168,7 +168,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
         return
     text = f"{path}: {usage.free / MIB:,.0f} of {usage.total / MIB:,.0f} MiB free"
     if usage.free < GIB:
-        hint = "data workers and several GPUs want 1 GiB (--shm-size 1g, or an emptyDir in memory)"
+        hint = "several GPUs want 1 GiB (--shm-size 1g, or an emptyDir in memory)"
         yield warning("shared memory", f"{text}; {hint}")
     else:
         yield ok("shared memory", text)

@@ -96,16 +96,16 @@ class DataSettings(Section):
     """The folder of images; for torchvision, the folder the data set is read from or downloaded to."""
     split: Annotated[str, CONTENT] = "train"
     """The split that is trained on, if the source has splits."""
+    held_out: Annotated[BelowOne, RUN | SAMPLES] = 0.0
+    """Share of that split that is never trained on, chosen by the images' pixels: copies of an image lie on one side."""
     image_size: Annotated[int, Field(ge=4), RUN | SAMPLES] = 8
     """Height and width in pixels, after a centre crop and an antialiased resize."""
     channels: Annotated[Literal[1, 3], RUN | SAMPLES] = 1
     """1 (grey) or 3 (RGB)."""
     horizontal_flip: Annotated[bool, RUN] = False
     """Mirror each training image with probability 1/2, drawn at every visit. Never applied to reference statistics."""
-    storage: Annotated[Literal["auto", "device", "memory", "mmap", "stream"], FREE] = "auto"
-    """Where decoded uint8 images are kept: on the device, in memory, in a memory-mapped file, or nowhere (workers decode them)."""
-    num_workers: Annotated[NonNegative, FREE] = 2
-    """Processes that decode images; used only with storage: stream."""
+    storage: Annotated[Literal["auto", "device", "memory", "mmap"], FREE] = "auto"
+    """Where decoded uint8 images are kept: on the device, in memory, or in a memory-mapped file. auto: up to 1 GiB on the device."""
     cache_dir: Annotated[Path | None, FREE] = None
     """Folder of memory-mapped images and reference statistics; null means $XDG_CACHE_HOME/ddpm_ema, by default ~/.cache/ddpm_ema."""
     max_bad_images: Annotated[NonNegative, CONTENT] = 0
@@ -324,7 +324,7 @@ class EvaluationSettings(Section):
     extractor_batch_size: Annotated[Positive, FREE] = 256
     """Images per pass of the feature extractor."""
     reference: Annotated[str, CONTENT] = "train"
-    """What samples are compared with: a split of the data (train, test), or a published .npz file of statistics."""
+    """What samples are compared with: a split of the data (train, test), held_out (data.held_out), or an .npz file of statistics."""
     groups: Annotated[int, Field(ge=10), SCORES] = 20
     """Groups of the delete-a-group jackknife, which gives standard errors and removes the bias."""
     kid_subsets: Annotated[Positive, SCORES] = 100
@@ -406,6 +406,8 @@ def _disagreements(config: Config) -> Iterable[str]:
         yield f"data.name: a {data.source} source needs the name of a data set"
     if data.source == "folder" and data.path is None:
         yield "data.path: a folder source needs the folder"
+    if config.evaluation.reference == "held_out" and not data.held_out:
+        yield "evaluation.reference: held_out needs data.held_out, such as 0.1, from the start of training"
     if training.micro_batch_size is not None and training.micro_batch_size > training.batch_size:
         yield f"training.micro_batch_size: {training.micro_batch_size} is more than the global batch, {training.batch_size}"
     if len(config.model.attention) != len(config.model.block_out_channels):

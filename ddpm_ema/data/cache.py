@@ -46,7 +46,7 @@ class Cached:
     fingerprint: str
 
 
-def digest_settings(conversion: Conversion) -> dict[str, Any]:
+def _digest_settings(conversion: Conversion) -> dict[str, Any]:
     """The part of a fingerprint that says how pixels were made."""
     return {"version": convert.VERSION, **asdict(conversion)}
 
@@ -55,7 +55,7 @@ class Fingerprint:
     """sha256 of the conversion, the decoded pixels in order, and the labels."""
 
     def __init__(self, conversion: Conversion) -> None:
-        self._hash = hashlib.sha256(json.dumps(digest_settings(conversion), sort_keys=True).encode())
+        self._hash = hashlib.sha256(json.dumps(_digest_settings(conversion), sort_keys=True).encode())
 
     def update(self, pixels: Pixels) -> None:
         if len(pixels):
@@ -81,7 +81,7 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
     Raises:
         UserError: too many images are unreadable, the folder cannot be written, or the disk is full.
     """
-    stamp = [json.dumps(digest_settings(conversion), sort_keys=True), *source.stamp()]
+    stamp = [json.dumps(_digest_settings(conversion), sort_keys=True), *source.stamp]
     key = hashlib.sha256("\n".join(stamp).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     folder = cache_dir / "images" / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', source.name)[:40]}-{key}"
     try:
@@ -101,7 +101,7 @@ def open_cached(source: Source, conversion: Conversion, max_bad: int, cache_dir:
         needed = len(source) * conversion.channels * conversion.size**2
         raise UserError(
             f"cannot keep decoded images in {cache_dir}: {error.strerror} ({needed:,} bytes needed, {space:,} free): "
-            "set data.cache_dir to a folder with room, or data.storage to memory or stream"
+            "set data.cache_dir to a folder with room, or data.storage to memory"
         ) from None
     assert found is not None
     check_bad(source, found.bad, max_bad)
@@ -147,7 +147,7 @@ def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -
             "schema": 1,
             "name": source.name,
             "count": count,
-            **digest_settings(conversion),
+            **_digest_settings(conversion),
             "bad": decoding.bad,
             "fingerprint": fingerprint.hexdigest(readable(source, decoding.bad)[1]),
         }

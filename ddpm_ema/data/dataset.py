@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections import deque
-from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ddpm_ema.config import DataSettings
-from ddpm_ema.data import workers
-from ddpm_ema.data.cache import Cached, Fingerprint, digest_settings, open_cached, readable
+from ddpm_ema.data.cache import Cached, Fingerprint, open_cached, readable
 from ddpm_ema.data.convert import Conversion
-from ddpm_ema.data.decode import Decoding, decode
+from ddpm_ema.data.decode import Decoding
+from ddpm_ema.data.digits_source import open_digits
 from ddpm_ema.data.folder_source import open_folder
-from ddpm_ema.data.indexed_source import open_digits
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
+HELD_OUT = "held_out"
+"""The split of images that `data.held_out` keeps from training."""
 MEMORY_BUDGET = 2**30  # bytes of decoded images that storage "auto" keeps in memory, or on the device
 
-Storage = Literal["device", "memory", "mmap", "stream"]
+Storage = Literal["device", "memory", "mmap"]
 
 
 class ImageDataset:
     """Images by index: uint8 `[n, C, H, W]`, in the order of the source, never flipped.
 
-    `fingerprint` is the sha256 of the decoded pixels, the labels and the conversion, the same for every storage but
-    "stream", whose images are never all read: there it covers names and sizes instead of pixels.
+    `fingerprint` is the sha256 of the decoded pixels, the labels and the conversion, the same for every storage; of a part of the
+    images also of the share that is held out.
     """
 
-    def __init__(self, source: Source, cached: Cached, storage: Storage, movable: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        cached: Cached,
+        storage: Storage,
+        movable: bool,
+        share: float = 0.0,
+        held_out: bool = False,
+    ) -> None:
         self.name = source.name
         self.storage: Storage = storage
         self.fingerprint = cached.fingerprint
@@ -44,9 +50,15 @@ class ImageDataset:
         self.skipped = [*source.skipped, *(f"{source.where(index)}: {why}" for index, why in cached.bad)]
         """One line, with the reason, per file that was skipped: broken links, loops, unreadable images."""
         self.num_classes = source.num_classes
-        self._source, self._images, self._movable = source, cached.images, movable
+        self._source, self._images, self._movable, self._held_out = source, cached.images, movable, held_out
         self._kept, self.labels = readable(source, cached.bad)
         """int64 `[N]` on the CPU, or None where the images have none."""
+        self._rows = torch.arange(len(self._images))
+        if share:
+            self._rows = (is_held_out(self._images, share) == held_out).nonzero()[:, 0]
+            self._kept = self._kept[self._rows]
+            self.labels = self.labels[self._rows] if self.labels is not None else None
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {share} {held_out}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -63,17 +75,12 @@ class ImageDataset:
 
     def batch(self, indices: Tensor) -> Tensor:
         """The images at `indices` (int64 `[n]`), uint8 `[n, C, H, W]`, on the device the cache is on."""
-        return self._images.index_select(0, indices.to(self._images.device))
-
-    def stream(self, index_batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
-        """`batch` of each of `index_batches`, in that order; images that are not cached are decoded ahead of need."""
-        for indices in index_batches:
-            yield self.batch(indices)
+        return self._images.index_select(0, self._rows[indices.to(self._rows.device)])
 
     def to(self, device: torch.device | str) -> ImageDataset:
         """Moves the images to `device` if storage is "device", or "auto" and they fit; others stay. Returns self."""
         if self._movable:
-            self._images = self._images.to(device)
+            self._images, self._rows = self._images.to(device), self._rows.to(device)
             self.storage = "memory" if self._images.device.type == "cpu" else "device"
         return self
 
@@ -83,63 +90,63 @@ class ImageDataset:
         classes = f", {self.num_classes} classes" if self.labels is not None else ""
         ignored = f", {self.num_ignored} other files ignored" if self.num_ignored else ""
         skipped = f", {len(self.skipped)} passed over" if self.skipped else ""
-        places = {"device": "on the device", "memory": "in memory", "mmap": "memory-mapped", "stream": "streamed"}
-        where = places[self.storage]
-        return f"{self.name}: {len(self):,} images {channels}×{height}×{width}{classes}, {where}{ignored}{skipped}"
+        apart = (
+            f", {len(self._images) - len(self):,} held out"
+            if not self._held_out and len(self) < len(self._images)
+            else ""
+        )
+        where = {"device": "on the device", "memory": "in memory", "mmap": "memory-mapped"}[self.storage]
+        return (
+            f"{self.name}: {len(self):,} images {channels}×{height}×{width}{classes}, {where}{apart}{ignored}{skipped}"
+        )
 
 
-class StreamedDataset(ImageDataset):
-    """Images that are decoded each time they are read."""
+def is_held_out(images: Tensor, share: float) -> Tensor:
+    """Which images are held out: bool `[n]`, of uint8 `[n, C, H, W]` on the CPU.
 
-    def __init__(
-        self, source: Source, conversion: Conversion, bad: list[tuple[int, str]], fingerprint: str, num_workers: int
-    ) -> None:
-        nothing = torch.empty(0, *conversion.shape, dtype=torch.uint8)
-        super().__init__(source, Cached(nothing, bad, fingerprint), "stream", movable=False)
-        self._conversion, self._num_workers = conversion, num_workers
+    It depends on an image's own pixels alone, so another image moves no other, and copies of an image lie on one side, its mirror
+    image among them (`data.horizontal_flip` shows that one, too). Near-duplicates may part.
+    """
 
-    def batch(self, indices: Tensor) -> Tensor:
-        """As `ImageDataset.batch`, decoded here and now, on the CPU."""
-        chosen = self._kept[indices.cpu()].tolist()
-        pixels = np.empty((len(chosen), *self._conversion.shape), np.uint8)
-        for row, index in enumerate(chosen):
-            pixels[row] = decode(self._source, self._conversion, index)
-        return torch.from_numpy(pixels)
+    def position(image: npt.NDArray[np.uint8]) -> float:
+        either = min(image.tobytes(), image[..., ::-1].tobytes())
+        return int.from_bytes(hashlib.sha256(either).digest()[:8]) / 2**64  # uniform in 0 ... 1
 
-    def stream(self, index_batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
-        """As `ImageDataset.stream`, decoded by `data.num_workers` processes ahead of need."""
-        chosen = (self._kept[indices.cpu()].tolist() for indices in index_batches)
-        return workers.stream(self._source, self._conversion, chosen, self._num_workers)
+    return torch.tensor([position(image.numpy()) < share for image in images], dtype=torch.bool)
 
 
 def load(settings: DataSettings, *, split: str | None = None) -> ImageDataset:
-    """Opens the images that the settings name.
+    """Opens the images that the settings name: of `settings.split` without those held out.
 
     With several processes on a machine call it on one of them first: it downloads and decodes what the others then find (for
     storage "mmap" a lock ensures that anyway).
 
     Args:
         settings: which images, their size, and how they are kept.
-        split: in place of `settings.split`.
+        split: in place of `settings.split`: another split, of which none are held out, or `held_out`, those of `settings.split`
+            that are.
 
     Raises:
         UserError: the images are missing, unreadable or too few, or cannot be kept.
     """
-    cache_dir = settings.cache_folder
-    source = _open(settings, split or settings.split, cache_dir)
+    cache_dir, held_out = settings.cache_folder, split == HELD_OUT
+    share = settings.held_out if split in (None, HELD_OUT, settings.split) else 0.0
+    if held_out and not share:
+        raise UserError("data.held_out: no image of this run is held out; train with a share such as 0.1")
+    source = _open(settings, settings.split if held_out or split is None else split, cache_dir)
     conversion = Conversion(settings.image_size, settings.channels, settings.background)
-    storage = _storage(settings, len(source))
-    if storage == "stream":
-        dataset: ImageDataset = _streamed(source, conversion, settings)
-    elif storage == "mmap":
-        dataset = ImageDataset(
-            source, open_cached(source, conversion, settings.max_bad_images, cache_dir), "mmap", False
-        )
+    fits = len(source) * settings.channels * settings.image_size**2 <= MEMORY_BUDGET
+    if settings.storage == "mmap" or (settings.storage == "auto" and not fits):
+        cached = open_cached(source, conversion, settings.max_bad_images, cache_dir)
+        dataset = ImageDataset(source, cached, "mmap", False, share, held_out)
     else:
         cached = _in_memory(source, conversion, settings.max_bad_images)
-        dataset = ImageDataset(source, cached, "memory", movable=settings.storage in ("auto", "device"))
-    if len(dataset) == 0:
+        dataset = ImageDataset(source, cached, "memory", settings.storage != "memory", share, held_out)
+    if not len(cached.images):
         raise UserError(f"none of the {len(source)} images of {source.name} can be read: {dataset.skipped[0]}")
+    if len(dataset) == 0:
+        side = "held out" if held_out else "to train on"
+        raise UserError(f"data.held_out: {share:g} leaves none of the {len(source)} images of {source.name} {side}")
     return dataset
 
 
@@ -162,13 +169,6 @@ def _open(settings: DataSettings, split: str, cache_dir: Path) -> Source:
     return open_hub(settings.name, split)
 
 
-def _storage(settings: DataSettings, num_images: int) -> Storage:
-    if settings.storage == "auto":
-        fits = num_images * settings.channels * settings.image_size**2 <= MEMORY_BUDGET
-        return "memory" if fits else "mmap"
-    return settings.storage
-
-
 def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:
     images = torch.empty(len(source), *conversion.shape, dtype=torch.uint8)
     decoding, fingerprint, count = Decoding(source, conversion, max_bad), Fingerprint(conversion), 0
@@ -177,13 +177,3 @@ def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:
         fingerprint.update(pixels)
         count += len(pixels)
     return Cached(images[:count], decoding.bad, fingerprint.hexdigest(readable(source, decoding.bad)[1]))
-
-
-def _streamed(source: Source, conversion: Conversion, settings: DataSettings) -> StreamedDataset:
-    """Reads all images once if some may be skipped, to know which; otherwise none before it is needed."""
-    decoding = Decoding(source, conversion, settings.max_bad_images)
-    if settings.max_bad_images:
-        deque(decoding, maxlen=0)
-    lines = [json.dumps(digest_settings(conversion), sort_keys=True), "names and sizes", *source.listing()]
-    fingerprint = hashlib.sha256(b"\n".join(os.fsencode(line) for line in lines)).hexdigest()
-    return StreamedDataset(source, conversion, decoding.bad, fingerprint, settings.num_workers)

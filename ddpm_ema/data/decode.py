@@ -36,17 +36,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def decode(source: Source, conversion: Conversion, index: int) -> Pixels:
-    """One image, uint8 `[C, size, size]`. Raises UserError that names it if it cannot be read."""
-    try:
-        return conversion(source.read(index))
-    except UNREADABLE as error:
-        raise UserError(
-            f"unreadable image {source.where(index)}: {reason(error)}; replace or remove it, or let "
-            "data.max_bad_images be skipped"
-        ) from None
-
-
 def reason(error: BaseException) -> str:
     """Why an image cannot be read, in one line."""
     if isinstance(error, UnidentifiedImageError):

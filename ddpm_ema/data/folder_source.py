@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
 _IMAGE_FILE = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|p[pgbn]m|tga|jp2|avif)", re.IGNORECASE)
@@ -26,49 +27,11 @@ class _File:
     modified: int  # nanoseconds
 
 
-@dataclass
-class FolderSource:
-    """Every image under `root`, links followed, sorted by relative path as bytes.
+def open_folder(path: Path, split: str) -> Source:
+    """Every image under `path`, or under `path/split` if its first level holds only splits; sorted by relative path as bytes.
 
-    The first level of folders gives the labels (sorted as bytes, from 0); an image outside of them leaves all without labels.
-    """
-
-    root: Path
-    name: str
-    files: list[_File]
-    skipped: list[str]
-    num_ignored: int
-    labels: Tensor | None = None
-    num_classes: int | None = None
-
-    def __post_init__(self) -> None:
-        parts = [file.relative.split("/") for file in self.files]
-        if all(len(part) > 1 for part in parts):
-            classes = sorted({part[0] for part in parts}, key=os.fsencode)
-            number = {name: label for label, name in enumerate(classes)}
-            self.labels = torch.tensor([number[part[0]] for part in parts], dtype=torch.int64)
-            self.num_classes = len(classes)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> Image.Image:
-        with Image.open(self.root / self.files[index].relative) as image:
-            image.load()
-        return image
-
-    def where(self, index: int) -> str:
-        return printable(str(self.root / self.files[index].relative))
-
-    def listing(self) -> list[str]:
-        return [f"{file.relative}\t{file.size}" for file in self.files]
-
-    def stamp(self) -> list[str]:
-        return [str(self.root.resolve()), *(f"{f.relative}\t{f.size}\t{f.modified}" for f in self.files)]
-
-
-def open_folder(path: Path, split: str) -> FolderSource:
-    """Opens the images under `path`, or under `path/split` if the folder's first level holds only splits.
+    Links are followed. The first level of folders gives the labels (sorted as bytes, from 0); an image outside of them leaves all
+    without labels.
 
     Raises:
         UserError: there is no such folder or split, it cannot be read, or it holds no image.
@@ -85,7 +48,33 @@ def open_folder(path: Path, split: str) -> FolderSource:
         raise UserError(
             f"no images under {root} ({found}): data.path must hold .png, .jpg, .webp, .tif or the like{passed}"
         )
-    return FolderSource(root, printable(path.name or str(path)), files, walk.skipped, walk.num_ignored)
+    labels, num_classes = _labels([file.relative for file in files])
+
+    def read(index: int) -> Image.Image:
+        with Image.open(root / files[index].relative) as image:
+            image.load()
+        return image
+
+    return Source(
+        name=printable(path.name or str(path)),
+        size=len(files),
+        read=read,
+        where=lambda index: printable(str(root / files[index].relative)),
+        stamp=[str(root.resolve()), *(f"{file.relative}\t{file.size}\t{file.modified}" for file in files)],
+        labels=labels,
+        num_classes=num_classes,
+        skipped=walk.skipped,
+        num_ignored=walk.num_ignored,
+    )
+
+
+def _labels(paths: list[str]) -> tuple[Tensor | None, int | None]:
+    """A class per folder of the first level, and their number; None and None where an image lies outside of them."""
+    folders = [path.partition("/")[0] for path in paths if "/" in path]
+    if len(folders) < len(paths):
+        return None, None
+    number = {name: label for label, name in enumerate(sorted(set(folders), key=os.fsencode))}
+    return torch.tensor([number[name] for name in folders], dtype=torch.int64), len(number)
 
 
 def _split_folder(path: Path, split: str) -> str:

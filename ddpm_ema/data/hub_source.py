@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from PIL import Image
 
 from ddpm_ema.data.decode import one_line
-from ddpm_ema.data.indexed_source import IndexedSource
+from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
 
-def open_hub(name: str, split: str) -> IndexedSource:
+def open_hub(name: str, split: str) -> Source:
     """Opens a Hub data set: its first column of images, and its first ClassLabel column as labels.
 
     Args:
@@ -44,24 +43,15 @@ def open_hub(name: str, split: str) -> IndexedSource:
             labels, num_classes = None, None  # hidden labels of a test split
     # Undecoded, so that damaged images and every mode are ours to handle.
     images = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    identity = [split, column, str(data.info.dataset_size), str(data.info.version)]
-    fingerprint = getattr(data, "_fingerprint", "")
-    return IndexedSource(name, len(data), _Encoded(images, column), labels, num_classes, identity, fingerprint)
 
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Opens the encoded bytes of a row, or the file that it names."""
-
-    data: Any
-    column: str
-
-    def __call__(self, index: int) -> Image.Image:
-        cell = self.data[index][self.column]
-        content = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-        with Image.open(content) as image:
+    def read(index: int) -> Image.Image:
+        cell = images[index][column]
+        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
             image.load()
         return image
+
+    stamp = [name, split, column, str(data.info.version), getattr(data, "_fingerprint", "")]
+    return Source(name, len(data), read, lambda index: f"{name}[{index}]", stamp, labels, num_classes)
 
 
 def _load(datasets: Any, name: str, split: str) -> Any:

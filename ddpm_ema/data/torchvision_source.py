@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_ema.data.decode import one_line
-from ddpm_ema.data.indexed_source import IndexedSource
+from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
 
 
-def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
+def open_torchvision(name: str, split: str, root: Path) -> Source:
     """Opens a torchvision image set under `root`; downloads it if it is missing.
 
     Args:
@@ -42,18 +41,16 @@ def open_torchvision(name: str, split: str, root: Path) -> IndexedSource:
         raise UserError(f"data.name: {name} holds no images under {root}")
     _check_images(name, data)
     labels, num_classes = _labels(data)
-    identity = [split, *(f"{key}={value}" for key, value in sorted(arguments.items()))]
-    return IndexedSource(name, len(data), _Image(data), labels, num_classes, identity, str(root.resolve()))
-
-
-@dataclass(frozen=True)
-class _Image:
-    """Gives the image of an (image, target, ...) item. A class, because data workers get it pickled."""
-
-    data: Any
-
-    def __call__(self, index: int) -> Any:
-        return self.data[index][0]
+    stamp = [
+        name,
+        split,
+        str(len(data)),
+        str(root.resolve()),
+        *(f"{key}={arguments[key]}" for key in sorted(arguments)),
+    ]
+    return Source(
+        name, len(data), lambda index: data[index][0], lambda index: f"{name}[{index}]", stamp, labels, num_classes
+    )
 
 
 def _parse(name: str) -> tuple[Any, dict[str, Any]]:

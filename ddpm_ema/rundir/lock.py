@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 5.0
 class Lock:
     """A POSIX record lock, which the kernel releases when the process dies, and a heartbeat for other hosts. A context manager.
 
-    `fcntl.lockf` and not `flock`: data workers are forked, and would inherit a `flock` and hold it after their parent died.
+    `fcntl.lockf` and not `flock`: a child that a library forked would inherit a `flock` and hold it.
     On file systems that do not share locks between hosts, a modification time that changes shows that the owner is alive; no
     clocks are compared.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> No
         stop.drain(processes)
         finish_saving(trainer)
     finally:
-        batches.close()
         metrics_log.close()
         trainer.writer.close()
     _say(processes, f"{trainer.rundir.path}: complete at step {trainer.step}")
@@ -127,24 +126,19 @@ def _end_if_asked(trainer: Trainer, stop: StopFlag) -> None:
     )
 
 
-def batches_of(trainer: Trainer) -> Generator[list[MicroBatch], None, None]:
+def batches_of(trainer: Trainer) -> Iterator[list[MicroBatch]]:
     """This process's micro-batches of every coming step, in order."""
     config, processes = trainer.config, trainer.processes
     training, size = config.training, len(trainer.dataset)
     mine = batch_order.partition(training.batch_size, processes.rank, processes.world_size)
     pieces = [torch.arange(p.start, p.stop) for p in batch_order.micro_batches(mine, training.micro_batch_size)]
 
-    def indices() -> Iterator[Tensor]:
-        for step in range(trainer.step, training.steps):
-            for positions in pieces:
-                yield batch_order.batch_indices(config.seed, step, positions, training.batch_size, size)
+    def one(step: int, positions: Tensor) -> MicroBatch:
+        indices = batch_order.batch_indices(config.seed, step, positions, training.batch_size, size)
+        return MicroBatch(positions, indices, trainer.dataset.batch(indices))
 
-    keys, images = indices(), trainer.dataset.stream(indices())
-    try:
-        for _ in range(trainer.step, training.steps):
-            yield [MicroBatch(positions, next(keys), next(images)) for positions in pieces]
-    finally:
-        images.close()  # ends data workers
+    for step in range(trainer.step, training.steps):
+        yield [one(step, positions) for positions in pieces]
 
 
 def log(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ import torch
 from ddpm_ema import data
 from ddpm_ema.config import DataSettings
 
-STORAGES = ["memory", "mmap", "stream"]
+STORAGES = ["memory", "mmap"]
 
 
 def settings(**fields: Any) -> DataSettings:
@@ -20,7 +20,7 @@ def settings(**fields: Any) -> DataSettings:
 
 
 def load(root: Path, storage: str = "memory", **fields: Any) -> data.ImageDataset:
-    fields = {"image_size": 4, "channels": 3, "cache_dir": root.parent / "cache", "num_workers": 2, **fields}
+    fields = {"image_size": 4, "channels": 3, "cache_dir": root.parent / "cache", **fields}
     return data.load(settings(source="folder", path=root, storage=storage, **fields))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(folder: Path, t
         os.utime(target, (1, 1))
     other = tmp_path / "elsewhere"
     assert load(other).fingerprint == first.fingerprint == load(other, "mmap").fingerprint
-    assert load(other, "stream").fingerprint == load(folder, "stream").fingerprint
     assert len(first.fingerprint) == 64
 
 
@@ -48,40 +46,11 @@ def test_the_conversion_is_part_of_the_fingerprint(folder: Path) -> None:
         assert len(seen) == 4
 
 
-def test_a_streamed_fingerprint_sees_names_and_sizes(folder: Path) -> None:
-    seen = [load(folder, "stream").fingerprint]
-    (folder / "a" / "0.png").write_bytes((folder / "a" / "0.png").read_bytes() + b"0")
-    seen.append(load(folder, "stream").fingerprint)
-    (folder / "c" / "3.png").rename(folder / "c" / "4.png")
-    seen.append(load(folder, "stream").fingerprint)
-    assert len(set(seen)) == 3
-
-
-@pytest.mark.parametrize(("storage", "workers"), [*((storage, 2) for storage in ("device", *STORAGES)), ("stream", 0)])
-def test_every_storage_gives_the_same_images_in_the_order_asked_for(folder: Path, storage: str, workers: int) -> None:
-    reference = everything(load(folder, "memory"))
-    dataset = load(folder, storage, num_workers=workers).to("cpu")
-    order = [torch.tensor([11, 0, 5]), torch.tensor([5, 5]), torch.tensor([], dtype=torch.int64), torch.arange(12)]
-    for indices, streamed in zip(order, dataset.stream(iter(order)), strict=True):
-        assert streamed.dtype == torch.uint8
-        assert torch.equal(streamed, reference[indices])
+@pytest.mark.parametrize("storage", ["device", *STORAGES])
+def test_every_storage_gives_the_same_images_in_the_order_asked_for(folder: Path, storage: str) -> None:
+    reference, dataset = everything(load(folder, "memory")), load(folder, storage).to("cpu")
+    for indices in (torch.tensor([11, 0, 5]), torch.tensor([5, 5]), torch.tensor([], dtype=torch.int64)):
         assert torch.equal(dataset.batch(indices), reference[indices])
-
-
-def test_a_stream_reads_its_indices_only_a_little_ahead(folder: Path) -> None:
-    """Endless index streams must work."""
-    asked = []
-
-    def endless() -> Any:
-        while True:
-            asked.append(len(asked))
-            yield torch.tensor([asked[-1] % 12])
-
-    batches = load(folder, "stream").stream(endless())
-    for _ in range(3):
-        next(batches)
-    del batches
-    assert len(asked) < 20
 
 
 def test_auto_keeps_what_fits_in_memory_and_maps_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +61,6 @@ def test_auto_keeps_what_fits_in_memory_and_maps_the_rest(folder: Path, monkeypa
 
 def test_only_what_may_go_to_the_device_goes_there(folder: Path) -> None:
     device = torch.device("meta")  # stands for an accelerator: only its being another device matters here
-    for storage, moves in (("device", True), ("auto", True), ("memory", False), ("mmap", False), ("stream", False)):
+    for storage, moves in (("device", True), ("auto", True), ("memory", False), ("mmap", False)):
         batch = load(folder, storage).to(device).batch(torch.tensor([1], device="meta" if moves else "cpu"))
         assert (batch.device == device) == moves, storage

@@ -70,17 +70,6 @@ def test_a_torchvision_set_that_lies_there_is_read_with_its_splits(tmp_path: Pat
         data.load(settings(source="torchvision", name="MNIST", path=tmp_path, split="val"))
 
 
-def test_a_torchvision_set_can_be_streamed_by_workers(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
-    write_mnist(tmp_path, True, images, [0] * 6)
-    write_mnist(tmp_path, False, images, [0] * 6)  # torchvision wants both
-    dataset = data.load(
-        settings(source="torchvision", name="MNIST", path=tmp_path, storage="stream", image_size=28, channels=1)
-    )
-    (streamed,) = dataset.stream([torch.tensor([4, 1])])
-    assert torch.equal(streamed[:, 0], torch.from_numpy(images[[4, 1]]))
-
-
 def test_a_download_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("Temporary failure in name resolution")

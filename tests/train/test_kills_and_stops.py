@@ -24,7 +24,6 @@ from live_runs import (
     wait_for_row,
     wait_until,
 )
-from PIL import Image
 
 from ddpm_ema import config
 from ddpm_ema.rundir import RunDir, checkpoint
@@ -153,32 +152,6 @@ def test_sigterm_while_saving_and_a_second_one_give_one_clean_exit(
 
 def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.slow
-def test_data_workers_do_not_disturb_a_stop(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(40):
-        Image.new("L", (8, 8), number * 5).save(folder / f"{number}.png")
-    run = settings(
-        tmp_path / "run",
-        training__steps=4000,
-        checkpoints__every=5000,
-        data__source="folder",
-        data__path=str(folder),
-        data__storage="stream",
-    )
-    launch = start(run)
-    wait_for_row(run, 5)
-    process = psutil.Process(launch.processes[0].pid)
-    children = process.children(recursive=True)
-    assert children, "there are workers"
-    for each in [process, *children]:  # as a terminal or a container runtime does: the whole group
-        each.send_signal(signal.SIGTERM)
-    assert launch.wait() == [75]
-    assert "Traceback" not in launch.output()
-    wait_until(lambda: not any(alive(child) for child in children))
 
 
 @pytest.mark.parametrize("stop", ["launcher alone", pytest.param("launcher killed", marks=pytest.mark.slow)])
