@@ -156,8 +156,8 @@ class Processes:
             future = thread.submit(work) if work is not None else None
             told = False
             while busy := [rank for rank, done in enumerate(self.gather(self._is_done(future))) if not done]:
-                if not told and self.rank == (0 if busy[0] else 1):
-                    logger.info(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
+                if not told and self.is_main:
+                    logger.info(f"waiting for rank {', '.join(map(str, busy))}: {what}")
                     told = True
         with self.sharing_errors():
             if future is not None:
@@ -176,6 +176,7 @@ class Processes:
         except UserError as caught:
             error = caught
         if errors := [e for e in self.gather(error) if e is not None]:
+            errors[0].everywhere = error is None or len(errors) > 1  # else it is this rank's own to tell
             raise errors[0]
 
     @contextlib.contextmanager

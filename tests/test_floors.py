@@ -24,6 +24,7 @@ FLOORS = {
         "export",
         "reconstruction",
         "importing",
+        "own_folder",
         "classifier_training",
         "doctor",
         "launch",

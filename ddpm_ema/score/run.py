@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ddpm_ema import capabilities, data
 from ddpm_ema.config import Config, digest
@@ -97,7 +96,7 @@ def _score(
         yield from check_versions(scorer)
         start, complete = time.perf_counter(), scorer.is_complete(wanted)
         spent: dict[str, Any] = {}
-        for weights in tqdm([] if complete else wanted, desc=f"step {step}", unit="weights", leave=False):
+        for weights in [] if complete else wanted:
             yield from scorer.score(weights)
         for sweep in sweeps:
             spent |= yield from sweep.jobs(config.evaluation.sweep.search)

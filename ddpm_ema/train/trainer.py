@@ -21,6 +21,7 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.features.extractor import missing
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
+from ddpm_ema.train import first_lines
 from ddpm_ema.train.background import BackgroundWriter
 from ddpm_ema.train.metrics_log import MetricsLog, RunningMeans
 from ddpm_ema.train.optimizer import build_optimizer
@@ -132,13 +133,16 @@ def describe(trainer: Trainer) -> str:
     split = f", each process keeps 1/{world}" if trainer.split else ""
     threads = f" ({torch.get_num_threads()} of {os.cpu_count()} cores)" if processes.device.type == "cpu" else ""
     lines = [
+        f"version      {first_lines.version()}",
         f"device       {processes.device}{threads}, {precision}{', compiled' if config.training.compile else ''}",
         f"processes    {world}",
+        f"seed         {config.seed}",
         f"global batch {batch} images ({', '.join(map(str, shares))} per process)",
         f"data         {dataset}",
         f"parameters   {count:,}",
         f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
         f"output       {trainer.rundir.path}",
+        f"intervals    {first_lines.intervals(config)}",
         *summarize(bank.profiles, config.training.steps),
     ]
     return "\n".join(lines)
