@@ -23,6 +23,7 @@ from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.data.indexed_source import open_digits
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
+from ddpm_ema.transfer import to_device
 
 MEMORY_BUDGET = 2**30  # bytes of decoded images that storage "auto" keeps in memory, or on the device
 
@@ -63,7 +64,7 @@ class ImageDataset:
 
     def batch(self, indices: Tensor) -> Tensor:
         """The images at `indices` (int64 `[n]`), uint8 `[n, C, H, W]`, on the device the cache is on."""
-        return self._images.index_select(0, indices.to(self._images.device))
+        return self._images.index_select(0, to_device(indices, self._images.device))
 
     def stream(self, index_batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         """`batch` of each of `index_batches`, in that order; images that are not cached are decoded ahead of need."""
