@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -28,6 +29,7 @@ from ddpm_ema.messages import logger
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 15.0
+SLICE_SECONDS = 0.001
 
 
 class Processes:
@@ -198,6 +200,20 @@ class Processes:
                 f"rank {self.rank} on {socket.gethostname()}: {lost} while {what}. This process ends; start all of them again "
                 f"and the run goes on from its last checkpoint ({lost_ranks.first_line(error)})"
             ) from None
+
+    def wait_for_device(self, is_done: Callable[[], bool], what: str) -> None:
+        """Waits in slices for what the device was given, so that signals are heard and an error of a peer is raised here, too.
+
+        Raises LostRankError after `timeout` seconds, before NCCL's watchdog ends this process without a message.
+        """
+        start = asked = time.monotonic()
+        with self.naming_lost_ranks(what):
+            while not is_done():
+                time.sleep(SLICE_SECONDS)
+                if self.control is not None and (now := time.monotonic()) > asked + HEARTBEAT_SECONDS:
+                    asked = now
+                    if now > start + self.timeout or lost_ranks.failed_peer() is not None:
+                        raise dist.DistError(f"waited {now - start:.0f} s for the device")
 
     @contextlib.contextmanager
     def telling_peers(self) -> Iterator[None]:

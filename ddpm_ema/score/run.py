@@ -88,7 +88,8 @@ def _score(
     origin = {**reference.origin, "size": reference.statistics.count}
     settings = settings_of(config, generator.extractor, origin, generator.known_labels)
     path = rundir.score_dir(step, digest(settings))
-    resolver = WeightResolver(rundir, checkpoint, config, generator.num_classes, lambda: generator.own_pipeline)
+    classes, own, settled = generator.num_classes, lambda: generator.own_pipeline, generator.settled
+    resolver = WeightResolver(rundir, checkpoint, config, classes, own, settled)
     with RunDir(path).lock():
         scorer = Scorer(config, generator, reference, resolver, ScoreFolder(path), settings, world_size)
         wanted = scorer.named()  # all names first: a wrong one is an error at once

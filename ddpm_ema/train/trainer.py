@@ -46,7 +46,8 @@ class FinitenessCheck:
     """Losses and gradient norm of one step, checked for NaN and infinity before the step is saved or logged."""
 
     step: int
-    grad_norm: Tensor
+    grad_norm: Tensor  # on the host,
+    has_arrived: Callable[[], bool]  # once this is true
     losses: list[tuple[MicroBatch, Tensor]]  # fp32 [n], one per image
 
 
@@ -76,7 +77,14 @@ class Trainer:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.network.named_parameters())
+        """By every name, also the further ones of a tied parameter."""
+        return dict(self.network.named_parameters(remove_duplicate=False))
+
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """The buffers that files hold, of `raw` or an average as it is followed; a U-Net has none."""
+        known, parameters = self.network.state_dict(), self.parameters
+        buffers = known if name == "raw" else self.bank.buffers(name)
+        return {n: buffers[n] for n in known if n in buffers and n not in parameters}
 
 
 def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
@@ -94,7 +102,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     world = processes.world_size
     split = world > 1 and training.split_averages is not False
     bank = AverageBank(
-        network.named_parameters(),
+        network,
         config.averages,
         rank=processes.rank if split else 0,
         world_size=world if split else 1,
