@@ -69,10 +69,10 @@ def curve(builder: RowBuilder, batches: dict[str, FeatureBatch], sizes: list[int
             d = metrics.difference(estimates[a], estimates[b])
             unpaired = (estimates[a].stderr ** 2 + estimates[b].stderr ** 2) ** 0.5
             row["differences"][f"{a} − {b}"] = {
-                "delta": d.delta,
+                "delta": d.unbiased,
                 "stderr": d.stderr,
                 "unpaired": unpaired,
-                "significant": d.significant,
+                "significant": d.p_value <= metrics.ALPHA,
             }
         rows.append(row)
     return rows

@@ -14,9 +14,9 @@ from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.score.driver import Driver, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
-from ddpm_ema.score.reference import open_reference
+from ddpm_ema.score.reference import compares_with_population, open_reference
 from ddpm_ema.score.results import metric_of
-from ddpm_ema.score.rows import RowBuilder, Score, rows
+from ddpm_ema.score.rows import RowBuilder, Score, compare, ranked
 from ddpm_ema.score.run import open_generator
 
 Weights: TypeAlias = "Callable[[str], dict[str, Tensor]]"
@@ -47,7 +47,7 @@ def while_training(
 
     def prepare() -> Jobs[None]:
         reference = yield from open_reference(config, generator)
-        builder.append(RowBuilder(reference, settings, processes.device))
+        builder.append(RowBuilder(reference, settings, processes.device, compares_with_population(config)))
 
     def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:
         generator.load(name, None, [weights])
@@ -59,7 +59,7 @@ def while_training(
         return processes.on_main(lambda: builder[0].build(FeatureBatch.join(batches, indices), name, more))
 
     def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
-        return rows([score(name, step, weights(name)) for name in ("raw", *config.averages)])
+        return ranked(compare([score(name, step, weights(name)) for name in ("raw", *config.averages)])[0])
 
     driver.run(prepare())
     return evaluate

@@ -12,11 +12,22 @@ from torch import Tensor
 from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
-from ddpm_ema.numbers import decimals, figure, metric_label, sampler_label, says_nothing, verdict_of, with_error
+from ddpm_ema.numbers import (
+    aligned,
+    decimals,
+    figure,
+    metric_label,
+    reading,
+    sampler_label,
+    says_nothing,
+    verdict_of,
+    with_error,
+)
 from ddpm_ema.sampling import PROTOCOL
-from ddpm_ema.score.rows import Score, pairs, rows
+from ddpm_ema.score.reference import reading_of
+from ddpm_ema.score.rows import Score, compare, ranked
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def settings_of(
@@ -61,9 +72,8 @@ def results_of(
     reference: Reference,
 ) -> dict[str, Any]:
     """results.json without the sweep and the versions. `settings` are those of `settings_of`."""
-    found = rows(scores)
-    by_name = {score.row["weights"]: score for score in scores}
-    warnings = [warning for row in found for warning in row["warnings"]]
+    rows, may_be_best = compare(scores)
+    warnings = [warning for row in rows for warning in row["warnings"]]
     noise = reference.precision_of_noise
     if says_nothing(noise):
         text = f"precision says nothing here: images of uniform noise reach {noise:.2f} of it with this extractor"
@@ -75,6 +85,7 @@ def results_of(
         **{key: value for key, value in settings.items() if key != "reference"},
         "reference": _reference_text(config, settings["reference"]),
         "reference_origin": settings["reference"],
+        "reading": reading_of(config),
         "reference_saturated": reference.saturated,
         "precision_of_noise": noise,
         "timestep_spacing": "trailing",
@@ -82,8 +93,8 @@ def results_of(
         "settings_digest": digest(settings),
         "evaluation": to_dict(config)["evaluation"],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": found,
-        "pairs": pairs([by_name[row["weights"]] for row in found]),
+        "rows": ranked(rows),
+        "may_be_best": may_be_best,
         "warnings": [*reference.warnings, *dict.fromkeys(warnings)],
     }
 
@@ -99,26 +110,21 @@ def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
 def heading(results: Mapping[str, Any]) -> str:
     """What the table is of."""
     images = f"{results['num_images']:,} images per row"
-    return f"step {results['step']}, {sampler_label(results)}, {images}, against {results['reference']}"
+    return f"step {results['step']}, {sampler_label(results)}, {images}, {reading(results)}"
 
 
-def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Rows from the best to the worst, for a terminal. The distance is the bias-corrected one, ± one standard error."""
+def table(results: Mapping[str, Any]) -> str:
+    """All that was scored, from the best to the worst, for a terminal. The distance is the bias-corrected one ± its error."""
     head = ["weights", "images", metric_label(results), "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
     hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
-    body = [_cells(row, usual, hidden) for row in (results["rows"] if entries is None else entries)]
+    body = [_cells(row, usual, hidden) for row in ranked([*results["rows"], *results.get("sweep", ())])]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
-    lines = [[line[i] for i in shown] for line in [head, *body]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
-    text = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    text = aligned([[line[i] for i in shown] for line in [head, *body]])
+    if len(body) > 1:
+        text.append(f"may be the best of these: {', '.join(results['may_be_best'])}")
     if hidden and any("precision" in row for row in results["rows"]):
         text.append(f"precision is left out: images of uniform noise reach {results['precision_of_noise']:.2f} of it")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)
 
 
 def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from ddpm_ema import metrics
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.features import full_precision
-from ddpm_ema.metrics import Difference, Estimate, FrechetReference, Reference
+from ddpm_ema.metrics import Estimate, FrechetReference, Reference, Verdict
 from ddpm_ema.numbers import SATURATION_MARGIN
 from ddpm_ema.score.feature_store import FeatureBatch
 
@@ -25,22 +24,36 @@ ALIKE_VARIANCE = 0.01  # of the reference's: samples whose features vary less ar
 
 @dataclass(frozen=True)
 class Score:
-    """Figures of one set of weights: `row` as in results.json, and the `estimate` that pairs it with others."""
+    """Figures of one set of weights: `row` as in results.json, and the `estimate` that pairs it with others.
+
+    `looks`: at how many numbers of images a search may have tested them; 1 where there was none.
+    """
 
     row: dict[str, Any]
     estimate: Estimate
+    looks: int = 1
 
 
 class RowBuilder:
-    """Compares features with one reference, on `device`."""
+    """Compares features with one reference, on `device`; `population`: with what the reference's images are a sample of."""
 
-    def __init__(self, reference: Reference, settings: EvaluationSettings, device: torch.device) -> None:
+    def __init__(
+        self, reference: Reference, settings: EvaluationSettings, device: torch.device, population: bool = False
+    ) -> None:
         self.reference, self.settings, self.device = reference, settings, device
         self.frechet = FrechetReference(reference.statistics, device)
+        self.sampled_from = reference.features if population else None
 
     def estimate(self, batch: FeatureBatch, name: str) -> Estimate:
         """The Fréchet distance with its error, alone: what a search needs."""
-        return metrics.estimate_distance(batch.features, batch.indices, self.settings.groups, self.frechet, name=name)
+        return metrics.estimate_distance(
+            batch.features,
+            batch.indices,
+            self.settings.groups,
+            self.frechet,
+            sampled_from=self.sampled_from,
+            name=name,
+        )
 
     def build(self, batch: FeatureBatch, name: str, more: Mapping[str, Any]) -> Score:
         """All figures. `more` goes into the row (profile, warnings, what a sweep says of a candidate)."""
@@ -55,7 +68,7 @@ class RowBuilder:
             "frechet_distance": estimate.distance,
             "frechet_distance_unbiased": estimate.unbiased,
             "stderr": estimate.stderr,
-            "interval95": list(estimate.interval95),
+            "interval95": list(estimate.interval()),
             "saturated": float(batch.saturated.double().mean()),
             **others,
         }
@@ -108,31 +121,51 @@ class RowBuilder:
         }
 
 
-def paired(found: Difference) -> dict[str, Any]:
-    """A paired difference for results.json."""
-    interval = list(found.interval95)
-    return {"delta": found.delta, "stderr": found.stderr, "interval": interval, "significant": found.significant}
+def paired(a: Score, b: Score) -> Estimate | None:
+    """a − b; None where they are not of the same images."""
+    return metrics.difference(a.estimate, b.estimate) if a.estimate.counts == b.estimate.counts else None
 
 
-def versus_raw(score: Score, raw: Estimate | None) -> dict[str, Any]:
-    """The paired difference from raw, for a row; empty where there is no raw over the same images."""
-    if raw is None or score.row["weights"] == "raw" or raw.counts != score.estimate.counts:
+def compare(
+    scores: Sequence[Score], pair: Callable[[Score, Score], Estimate | None] = paired, unseen: int = 0
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of one table with their differences from raw, and the names that may be the best of it, the lowest first.
+
+    Args:
+        scores: of all weights in the table.
+        pair: the paired difference of two of them, over the images that both have; None where there is none.
+        unseen: candidates of a search that were not looked at.
+    """
+    raw = next((score for score in scores if score.row["weights"] == "raw"), None)
+    averages = [score for score in scores if score is not raw]
+    looks = [score.looks for score in averages]
+    verdicts = metrics.against_raw([pair(score, raw) if raw else None for score in averages], looks, unseen)
+
+    def above(a: int, b: int) -> float | None:
+        found = pair(averages[a], averages[b])
+        return None if found is None else max(looks[a], looks[b]) * found.p_above
+
+    best = [averages[place] for place in metrics.may_be_best(verdicts, above, unseen)]
+    if raw is not None and not any(verdict is not None and verdict.better for verdict in verdicts):
+        best.append(raw)
+    in_turn = iter(verdicts)
+    rows = [score.row if score is raw else {**score.row, **_versus_raw(next(in_turn))} for score in scores]
+    return rows, [score.row["weights"] for score in sorted(best, key=lambda score: score.estimate.unbiased)]
+
+
+def _versus_raw(verdict: Verdict | None) -> dict[str, Any]:
+    """For a row; empty for raw, and where there is no raw over the same images."""
+    if verdict is None:
         return {}
-    names = {"delta": "delta_vs_raw", "stderr": "delta_stderr"}
-    return {names.get(key, key): value for key, value in paired(metrics.difference(score.estimate, raw)).items()}
+    return {
+        "delta_vs_raw": verdict.difference.unbiased,
+        "delta_stderr": verdict.difference.stderr,
+        "interval": list(verdict.difference.interval(verdict.level)),
+        "p_value": verdict.p_value,
+        "significant": verdict.significant,
+    }
 
 
-def pairs(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The paired difference a − b of every two sets of weights over the same images."""
-    return [
-        {"a": a.row["weights"], "b": b.row["weights"], **paired(metrics.difference(a.estimate, b.estimate))}
-        for a, b in itertools.combinations(scores, 2)
-        if a.estimate.counts == b.estimate.counts
-    ]
-
-
-def rows(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Rows from the best to the worst, with their differences from raw, where raw is among them."""
-    raw = next((score.estimate for score in scores if score.row["weights"] == "raw"), None)
-    found = [{**score.row, **versus_raw(score, raw)} for score in scores]
-    return sorted(found, key=lambda row: float(row["frechet_distance_unbiased"]))
+def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From the lowest corrected distance to the highest."""
+    return sorted(rows, key=lambda row: float(row["frechet_distance_unbiased"]))

@@ -112,7 +112,7 @@ def _show(results: dict[str, Any]) -> None:
     logger.info(heading(results))
     logger.info(table(results))
     if results.get("sweep"):
-        logger.info(f"\n{table(results, results['sweep'])}\n{describe(results)}")
+        logger.info(describe(results))
     for warning in results["warnings"]:
         names = [row["weights"] for row in results["rows"] if warning in row["warnings"]]
         logger.warning((f"{listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)

@@ -17,6 +17,7 @@ from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.driver import Job, Jobs
 from ddpm_ema.score.folder import Record, ScoreFolder, made_with
 from ddpm_ema.score.generate import Generator
+from ddpm_ema.score.reference import compares_with_population
 from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score
 
@@ -48,7 +49,8 @@ class Scorer:
     ) -> None:
         self.config, self.generator, self.resolver, self.folder = config, generator, resolver, folder
         self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
-        self.builder = RowBuilder(reference, config.evaluation, generator.extractor.device)
+        population = compares_with_population(config)
+        self.builder = RowBuilder(reference, config.evaluation, generator.extractor.device, population)
         self.versions, self.world_size = made_with(generator.extractor.device), world_size
 
     def named(self) -> list[NamedWeights]:
