@@ -120,9 +120,7 @@ def a_search(random: np.random.Generator, truths: np.ndarray, alike: bool) -> di
     parts = np.diff([0, *RUNGS])
     drawn = noise(random, len(truths), alike, (len(RUNGS), GROUPS)) * parts[:, None] ** 0.5
     pseudo = np.cumsum(drawn, axis=1) / np.array(RUNGS)[:, None] * (RUNGS[-1] * GROUPS) ** 0.5
-    known = {
-        (i, n): estimated(truths[i] + pseudo[i, k], n) for i in range(len(truths)) for k, n in enumerate(RUNGS)
-    }
+    known = {(i, n): estimated(truths[i] + pseudo[i, k], n) for i in range(len(truths)) for k, n in enumerate(RUNGS)}
     search = Watched(truths[1:], lambda candidate, n: known[candidate + 1, n])
     for _ in search:
         pass
@@ -173,7 +171,9 @@ def cells() -> Iterator[tuple[str, str, bool, int]]:
     for alike in (False, True):
         for size in SIZES:
             yield from (("table", truth, alike, size) for truth in TRUTHS)
-            yield from (("search", truth, alike, size + 1) for truth in ("equal", "parabola") if size > 2 or truth == "equal")
+            yield from (
+                ("search", truth, alike, size + 1) for truth in ("equal", "parabola") if size > 2 or truth == "equal"
+            )
     yield from (("fréchet", "equal", alike, 6) for alike in (False, True))
 
 
@@ -198,7 +198,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.1), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    titles = ("an equal average is called\nbetter or worse than raw", "the best is left out of\nthose that may be the best")
+    titles = (
+        "an equal average is called\nbetter or worse than raw",
+        "the best is left out of\nthose that may be the best",
+    )
     for axes, error, title in zip(panels, ERRORS, (*titles, "a search separates equals"), strict=True):
         for alike, marker in ((False, "o"), (True, "s")):
             shown = [row for row in rows if row["truth"] == "equal" and row["alike"] == alike]

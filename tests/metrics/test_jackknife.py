@@ -141,7 +141,9 @@ class Draws:
             a = of(shared * 1.1 + 0.1, groups, reference)
             b = of((0.9 * shared + (1 - 0.81) ** 0.5 * fresh) * 1.03 + 0.05, groups, reference)
             d = metrics.difference(a, b)
-            rows.append((a.distance, a.unbiased, a.stderr, b.stderr, d.unbiased, d.stderr, *a.interval(), *d.interval()))
+            rows.append(
+                (a.distance, a.unbiased, a.stderr, b.stderr, d.unbiased, d.stderr, *a.interval(), *d.interval())
+            )
         columns = np.array(rows).T
         self.plain, self.corrected, self.stderr, self.stderr_b, self.delta, self.delta_stderr = columns[:6]
         self.covered = (columns[6] <= self.true_a) & (self.true_a <= columns[7])
@@ -194,3 +196,52 @@ class TestOnGaussians:
         assert abs(draws.delta.mean() / draws.true_delta - 1) < 0.02
         assert draws.covered.sum() >= 34
         assert draws.delta_covered.sum() >= 34
+
+
+class TestAgainstThePopulation:
+    """The reference is a sample, too: `benchmarks/reference.py` has more draws and the table of the documentation."""
+
+    def test_the_two_sides_add_up(self) -> None:
+        """p from leaving samples out, q from leaving reference images out: mean p + mean q - F, variances added."""
+        samples, real, groups = features(60, 3, 0), features(80, 3, 1, 1.0, 0.0), 5
+
+        def distance(kept: Tensor, reference: Tensor) -> float:
+            return frechet_distance(statistics_of(kept), statistics_of(reference))
+
+        full = distance(samples, real)
+        p, q = [], []
+        for g in range(groups):
+            kept, other = samples[torch.arange(60) % groups != g], real[torch.arange(80) % groups != g]
+            p.append(groups * full - (groups - 1) * distance(kept, real))
+            q.append(groups * full - (groups - 1) * distance(samples, other))
+        found = metrics.estimate_distance(
+            samples, torch.arange(60), groups, FrechetReference(statistics_of(real)), sampled_from=real
+        )
+        assert found.unbiased == pytest.approx(np.mean(p) + np.mean(q) - full, rel=1e-9)
+        assert found.stderr == pytest.approx(((np.var(p, ddof=1) + np.var(q, ddof=1)) / groups) ** 0.5, rel=1e-9)
+        assert Estimate.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+    def test_equal_models_are_called_different_as_often_as_they_should_and_the_reference_adds_no_bias(self) -> None:
+        """400 reference images: held fixed, they make two equally far models differ, and every distance too large."""
+        dim, images, draws = 6, 400, 120
+        different = {"fixed": 0, "both": 0}
+        bias = {"fixed": 0.0, "both": 0.0}
+        for seed in range(draws):
+            real, shared, fresh = (features(images, dim, 3 * seed + i, 1, 0) for i in range(3))
+            shift = torch.zeros(dim).double()
+            shift[0] = 0.2
+            pair = shared + shift, 0.9 * shared + (1 - 0.81) ** 0.5 * fresh - shift
+            reference = FrechetReference(statistics_of(real))
+            for name, more in (("fixed", {}), ("both", {"sampled_from": real})):
+                a, b = (metrics.estimate_distance(x, torch.arange(images), 20, reference, **more) for x in pair)
+                different[name] += metrics.difference(a, b).p_value <= metrics.ALPHA
+                bias[name] += (a.unbiased - 0.04) / draws
+        assert different["both"] <= 0.11 * draws, "5% and three standard errors of 120 draws"
+        assert different["fixed"] > 0.2 * draws
+        assert abs(bias["both"]) < 0.01 < bias["fixed"]
+
+    def test_few_reference_images_are_warned_of_like_few_samples(self) -> None:
+        samples, real = features(400, 16, 0), features(100, 16, 1)
+        reference = FrechetReference(statistics_of(real))
+        found = metrics.estimate_distance(samples, torch.arange(400), 10, reference, sampled_from=real)
+        assert found.warnings[0].startswith("100 images for 16 feature dimensions: below 10 per dimension")

@@ -99,7 +99,10 @@ def test_raw_is_shipped_alone_where_every_average_is_significantly_worse() -> No
 def test_a_row_that_was_not_paired_is_neither_better_nor_worse() -> None:
     loose = fake_run.row("b", 0.5)
     verdict = judge(scoring(RAW, average("a", 4.0, 0.6), loose, may_be_best=["b", "raw"]))
-    assert verdict.sentence == f"{FD}ship raw. No average is shown to be better. The best of this table may also be b. {MORE}"
+    assert (
+        verdict.sentence
+        == f"{FD}ship raw. No average is shown to be better. The best of this table may also be b. {MORE}"
+    )
     assert texts(verdict) == ["b was not compared with raw: no paired difference is known."]
 
 

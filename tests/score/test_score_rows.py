@@ -78,7 +78,9 @@ class TestWeights:
         shutil.rmtree(run.output_dir / "checkpoints")
         shutil.copytree(tmp_path / "old", run.output_dir / "checkpoints")
         sampled.clear()
-        for row, once in zip(results(alone)["rows"], before["rows"], strict=True):  # the sweep is gone from their family
+        for row, once in zip(
+            results(alone)["rows"], before["rows"], strict=True
+        ):  # the sweep is gone from their family
             same = ("weights", "weights_sha256", "frechet_distance", "stderr", "seconds")
             assert [row[key] for key in same] == [once[key] for key in same]
         assert sampled == []
@@ -281,7 +283,10 @@ class TestPrecisionOfNoise:
 
 def test_the_heading_names_sampler_steps_images_and_reference(tmp_path: Path) -> None:
     found = results(make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"]))
-    assert heading(found) == "step 8, ddim 4 steps, 60 images per row, against these training images (train of digits, 1797 images)"
+    assert (
+        heading(found)
+        == "step 8, ddim 4 steps, 60 images per row, against these training images (train of digits, 1797 images)"
+    )
     changed = found | {"num_inference_steps": 9, "eta": 0.5, "clip_sample": False}
     assert "ddim 9 steps, eta 0.5, x_0 not clipped, 60" in heading(changed)
 

@@ -278,7 +278,9 @@ class TestSummary:
         alone = Desk({"0.10": {400: 4.0}}, named).found_in()
         many = Desk({"0.10": {400: 4.0}, **{f"0.2{i}": {400: 5.0 + i / 100} for i in range(1, 9)}}, named).found_in()
         p_values = [[row["p_value"] for row in found["rows"] if row["weights"] == "ema"] for found in (alone, many)]
-        assert p_values[1][0] == pytest.approx(9 * p_values[0][0]), "second smallest of ten instead of the larger of two"
+        assert p_values[1][0] == pytest.approx(9 * p_values[0][0]), (
+            "second smallest of ten instead of the larger of two"
+        )
         assert [row["weights"] for row in many["rows"]] == ["ema", "raw"]
         assert "p_value" not in many["rows"][1]
         assert "raw" not in alone["may_be_best"]
