@@ -10,12 +10,14 @@ it where some average is better. That an average is not in the set does not make
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ddpm_ema.metrics.jackknife import Estimate
 
 ALPHA = 0.05
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,28 @@ def against_raw(differences: Sequence[Estimate | None], looks: Sequence[int], un
         looks: numbers of images at which each of these averages may have been tested: 1, or the rungs of a search.
         unseen: further averages that a search might have tested, and did not look at.
     """
-    p_values = {i: min(1.0, looks[i] * d.p_value) for i, d in enumerate(differences) if d is not None}
+    p_values = {i: min(1.0, looks[i] * gap.p_value) for i, gap in enumerate(differences) if gap is not None}
+    adjusted = holm(p_values, unseen)
+    tests, rejected = len(adjusted) + unseen, sum(p_value <= ALPHA for p_value in adjusted.values())
     verdicts: list[Verdict | None] = [None] * len(differences)
-    tests, adjusted, rejected = len(p_values) + unseen, 0.0, 0
-    for rank, i in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        adjusted = max(adjusted, min(1.0, (tests - rank) * p_values[i]))
-        found = differences[i]
-        assert found is not None
-        verdicts[i] = Verdict(found, adjusted, ALPHA / ((tests - rejected) * looks[i]))
-        rejected += adjusted <= ALPHA  # from the first that is not significant on, none is
+    for rank, (i, p_value) in enumerate(adjusted.items()):
+        gap = differences[i]
+        assert gap is not None
+        level = ALPHA / (tests - min(rank, rejected))  # from the first that is not significant on, none is
+        verdicts[i] = Verdict(gap, p_value, level / looks[i])
     return verdicts
+
+
+def holm(p_values: Mapping[Key, float], unseen: int = 0) -> dict[Key, float]:
+    """p-values adjusted for all of them and `unseen` further tests, the smallest first (Holm 1979).
+
+    Those of at most alpha are significant at family-wise rate alpha.
+    """
+    adjusted, highest = {}, 0.0
+    for rank, key in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) + unseen - rank) * p_values[key]))
+        adjusted[key] = highest
+    return adjusted
 
 
 def may_be_best(
