@@ -61,7 +61,7 @@ def curve(builder: RowBuilder, batches: dict[str, FeatureBatch], sizes: list[int
         }
         row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
         for name, found in estimates.items():
-            row["copies"][name] = {"plain": found.distance, "corrected": found.unbiased, "stderr": found.stderr}
+            row["copies"][name] = {"plain": found.plain, "corrected": found.unbiased, "stderr": found.stderr}
         pairs = [(first, second) for first, second in pairwise(estimates)] + [
             (next(iter(estimates)), list(estimates)[-1])
         ]

@@ -77,9 +77,9 @@ def simulate(case: Case, repeats: int, seed: int = 0) -> dict[str, object]:
         delta = difference(a, b)
         rows.append(
             [
-                *(a.distance, a.unbiased, a.stderr, covers(a, truth_a), b.stderr),
+                *(a.plain, a.unbiased, a.stderr, covers(a, truth_a), b.stderr),
                 *(
-                    a.distance - b.distance,
+                    a.plain - b.plain,
                     delta.unbiased,
                     delta.stderr,
                     covers(delta, truth),

@@ -28,7 +28,7 @@ from ddpm_ema.metrics import ALPHA, Estimate, FrechetReference, difference, esti
 
 DIM, GROUPS, SHIFT, CORRELATION = 64, 20, 0.1, 0.9
 DEVIATIONS = torch.arange(1, DIM + 1, dtype=torch.float64) ** -0.5
-CELLS = [("equal", 1797, 1797), ("equal", 1797, 6000), ("equal", 10_000, 6000), ("copies", 1797, 1797)]
+CELLS = [("equal", 1797, 1797), ("equal", 1797, 6000), ("copies", 1797, 1797)]
 
 
 def normal(generator: torch.Generator, count: int) -> Tensor:
@@ -44,7 +44,7 @@ def estimates(features: Tensor, reference: Tensor) -> tuple[Estimate, Estimate]:
         FrechetReference(statistics_of(reference)),
         sampled_from=reference,
     )
-    return Estimate(both.distance, both.sides[:1]), both
+    return Estimate(both.plain, both.sides[:1]), both
 
 
 def an_equal_pair(generator: torch.Generator, m: int, n: int) -> dict[str, float]:
@@ -69,7 +69,10 @@ def a_copier(generator: torch.Generator, m: int, n: int) -> dict[str, float]:
     trained, held_out, fresh = (normal(generator, count) * DEVIATIONS for count in (m, m, n))
     copies = trained[torch.randint(m, (n,), generator=generator)]
     ours, theirs = (estimates(samples, held_out)[1] for samples in (copies, fresh))
-    against_training = [estimates(samples, trained)[0].unbiased for samples in (copies, fresh)]
+    fixed = FrechetReference(statistics_of(trained))
+    against_training = [
+        estimate_distance(samples, torch.arange(n), GROUPS, fixed).unbiased for samples in (copies, fresh)
+    ]
     gap = difference(ours, theirs)
     return {
         "copier_better_both": float(gap.p_value <= ALPHA and gap.unbiased < 0),

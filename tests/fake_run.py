@@ -33,6 +33,10 @@ FIGURES: dict[str, tuple[Any, ...]] = {
     "power_0_05": (4.9, 1.0, -22.5, 1.9, 0.0050, 0.861, 0.751),
     "power_0_10": (2.7, 0.8, -24.7, 2.0, 0.0039, 0.889, 0.741),
 }
+MEASURES = {
+    key: {"delta": 0.0, "stderr": 0.001, "interval": [-0.002, 0.002], "p_value": 1.0, "significant": False}
+    for key in ("kid", "precision", "recall")
+}
 VERSIONS = {"ddpm_ema": "0.1.0", "torch": "2.15.0", "diffusers": "0.42.1", "device": "cpu, AVX2"}
 # The settings that training had; this scoring had others on its command line, as `EVALUATION` says.
 SETTINGS: dict[str, Any] = {
@@ -79,15 +83,16 @@ def row(name: str, distance: float, error: float = 1.0, **more: Any) -> dict[str
         "stderr": error,
         "interval95": [distance - 2.1 * error, distance + 2.1 * error],
         "kid": 0.01,
-        "kid_std": 0.001,
+        "kid_stderr": 0.001,
         "inception_score": 8.5,
         "inception_score_std": 0.1,
         "precision": 0.85,
         "precision_stderr": 0.005,
         "recall": 0.7,
+        "recall_stderr": 0.006,
         "saturated": 0.48,
         "seconds": 21.4,
-        **({} if delta is None else difference(*delta)),
+        **({} if delta is None else difference(*delta) | {"measures_vs_raw": MEASURES}),
         **more,
     }
 
@@ -103,7 +108,7 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
     scored = evaluation(num_images=num_images)
     scored |= {key: value for key, value in changes.items() if key in scored and key != "sweep"}
     keys = ("sampler", "num_inference_steps", "num_images", "seed", "eta", "clip_sample", "mixed_precision", "groups")
-    keys = (*keys, "extractor", "kid_subsets", "kid_subset_size", "precision_recall")
+    keys = (*keys, "extractor", "precision_recall")
     return {
         "schema": 3,
         "protocol": 2,

@@ -31,8 +31,6 @@ EVALUATION: dict[str, Any] = {
     "num_inference_steps": 4,
     "extractor": "classifier",
     "groups": 10,
-    "kid_subsets": 4,
-    "kid_subset_size": 40,
     "grid_images": 5,
 }
 

@@ -55,22 +55,22 @@ class Side:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A distance of samples from the reference, or the paired difference of two such distances.
+    """A number that compares samples with the reference, or the paired difference of two such numbers.
 
     Attributes:
-        distance: plain, of all images.
+        plain: of all images.
         sides: the samples, and where it is taken for a sample of its population the reference.
         warnings: sentences that belong beside the number.
     """
 
-    distance: float
+    plain: float
     sides: tuple[Side, ...]
     warnings: tuple[str, ...] = ()
 
     @cached_property
     def unbiased(self) -> float:
         """With the leading bias removed; may be negative."""
-        return sum(side.mean for side in self.sides) - (len(self.sides) - 1) * self.distance
+        return sum(side.mean for side in self.sides) - (len(self.sides) - 1) * self.plain
 
     @cached_property
     def stderr(self) -> float:
@@ -118,7 +118,7 @@ class Estimate:
     def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
         """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
         sides = tuple(Side(tuple(side["pseudo_values"]), tuple(side["counts"])) for side in values["sides"])
-        return cls(values["distance"], sides, tuple(values["warnings"]))
+        return cls(values["plain"], sides, tuple(values["warnings"]))
 
 
 def estimate_distance(
@@ -168,7 +168,7 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
         )
     pairs = zip(a.sides, b.sides, strict=True)
     sides = [Side(tuple(np.subtract(x.pseudo_values, y.pseudo_values).tolist()), x.counts) for x, y in pairs]
-    return Estimate(a.distance - b.distance, tuple(sides))
+    return Estimate(a.plain - b.plain, tuple(sides))
 
 
 def _leave_out(features: Tensor, membership: Tensor, fixed: FrechetReference) -> tuple[float, Side]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import check_statistics
-from ddpm_ema.metrics.kid_is_prc import NEIGHBOURS, neighbour_radii, precision_recall
+from ddpm_ema.metrics.neighbours import NEIGHBOURS, inside, neighbour_radii
 from ddpm_ema.metrics.statistics import Statistics, statistics_of
 
 SCHEMA = 2
@@ -103,7 +103,7 @@ def reference_of(
     statistics = statistics_of(features, name="the reference")
     reached = None
     if noise is not None and radii is not None:
-        reached = precision_recall(noise.cpu(), features, radii)[0]
+        reached = float(inside(noise.cpu(), features, radii).double().mean())
     return Reference(statistics, dict(key), features.contiguous(), radii, notes, saturated, reached)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ import torch
 from ddpm_ema import metrics
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.features import full_precision
-from ddpm_ema.metrics import Estimate, FrechetReference, Reference, Verdict
+from ddpm_ema.metrics import Estimate, FrechetReference, KernelReference, Reference, Verdict
 from ddpm_ema.numbers import SATURATION_MARGIN
 from ddpm_ema.score.feature_store import FeatureBatch
 
-NEIGHBOURS_NEEDED = 4  # precision and recall look at three neighbours beside the image itself
+NEIGHBOURS_NEEDED = 5  # three neighbours beside the image itself, when one of at least ten groups is left out
 FLAT_CONTRAST = 4  # levels of 255: an image whose values all lie so close together is of one colour to the eye
 ALIKE_VARIANCE = 0.01  # of the reference's: samples whose features vary less are nearly all alike
 
@@ -26,7 +25,8 @@ ALIKE_VARIANCE = 0.01  # of the reference's: samples whose features vary less ar
 class Score:
     """Figures of one set of weights: `row` as in results.json, and the `estimate` that pairs it with others.
 
-    `looks`: at how many numbers of images a search may have tested them; 1 where there was none.
+    The row's `measures` pair it, too, and are not of results.json. `looks`: at how many numbers of images a search may have
+    tested them; 1 where there was none.
     """
 
     row: dict[str, Any]
@@ -43,6 +43,7 @@ class RowBuilder:
         self.reference, self.settings, self.device = reference, settings, device
         self.frechet = FrechetReference(reference.statistics, device)
         self.sampled_from = reference.features if population else None
+        self.kernel: KernelReference | None = None  # made when first needed: a search needs none
 
     def estimate(self, batch: FeatureBatch, name: str) -> Estimate:
         """The Fréchet distance with its error, alone: what a search needs."""
@@ -60,17 +61,20 @@ class RowBuilder:
         start = time.perf_counter()
         estimate = self.estimate(batch, name)
         with full_precision(self.device):  # also beside a training that allows TF32
-            others = {**self._kernel_distance(batch), **self._inception_score(batch), **self._precision_recall(batch)}
+            measures, others = dict(self._measures(batch)), self._inception_score(batch)
+        for key, found in measures.items():
+            others |= {key: found.plain, f"{key}_stderr": found.stderr}
         row: dict[str, Any] = {
             "weights": name,
             **more,
             "num_images": len(batch),
-            "frechet_distance": estimate.distance,
+            "frechet_distance": estimate.plain,
             "frechet_distance_unbiased": estimate.unbiased,
             "stderr": estimate.stderr,
             "interval95": list(estimate.interval()),
             "saturated": float(batch.saturated.double().mean()),
             **others,
+            "measures": {key: found.to_dict() for key, found in measures.items()},
         }
         row["warnings"] = [*more.get("warnings", ()), *estimate.warnings, *self._doubts(batch)]
         row["seconds"] = batch.seconds + time.perf_counter() - start
@@ -91,34 +95,25 @@ class RowBuilder:
         if variance < ALIKE_VARIANCE * wanted:
             yield f"these samples are nearly all alike: features have {variance / wanted:.2%} of the reference's variance"
 
-    def _kernel_distance(self, batch: FeatureBatch) -> dict[str, float]:
-        features = self.reference.features
-        if features is None:
-            return {}
-        settings = self.settings
-        sizes = {"subsets": settings.kid_subsets, "subset_size": settings.kid_subset_size}
-        mean, std = metrics.kernel_distance(batch.features, features, **sizes, seed=settings.seed)
-        return {"kid": mean, "kid_std": std}
+    def _measures(self, batch: FeatureBatch) -> Iterator[tuple[str, Estimate]]:
+        """What else compares the samples with the reference's images, where these are at hand."""
+        reference, membership = self.reference.features, batch.indices % self.settings.groups
+        if reference is None:
+            return
+        features = batch.features.to(self.device)
+        if self.kernel is None:
+            self.kernel = KernelReference(reference, self.settings.groups, self.sampled_from is not None)
+        yield "kid", self.kernel.estimate(features, membership)
+        radii = self.reference.radii
+        if radii is not None and self.settings.precision_recall and len(batch) >= NEIGHBOURS_NEEDED:
+            yield "precision", metrics.precision(features, membership, reference.to(self.device), radii)
+            yield "recall", metrics.recall(features, membership, reference)
 
     def _inception_score(self, batch: FeatureBatch) -> dict[str, float]:
         if batch.logits is None:
             return {}
         mean, std = metrics.inception_score(batch.logits, seed=self.settings.seed)
         return {"inception_score": mean, "inception_score_std": std}
-
-    def _precision_recall(self, batch: FeatureBatch) -> dict[str, float]:
-        features = self.reference.features
-        if features is None or not self.settings.precision_recall or len(batch) < NEIGHBOURS_NEEDED:
-            return {}
-        precision, recall = metrics.precision_recall(batch.features.to(self.device), features, self.reference.radii)
-        return {
-            "precision": precision,
-            # Each image is taken as an independent trial.
-            "precision_stderr": math.sqrt(precision * (1 - precision) / len(batch)),
-            # Recall has no error here: it moves with the samples' own neighbour distances. A jackknife of it came out 1.1 to
-            # 1.5 times too large and took two to seven times as long as recall itself.
-            "recall": recall,
-        }
 
 
 def paired(a: Score, b: Score) -> Estimate | None:
@@ -148,22 +143,42 @@ def compare(
     best = [averages[place] for place in metrics.may_be_best(verdicts, above, unseen)]
     if raw is not None and not any(verdict is not None and verdict.better for verdict in verdicts):
         best.append(raw)
-    in_turn = iter(verdicts)
-    rows = [score.row if score is raw else {**score.row, **_versus_raw(next(in_turn))} for score in scores]
+    more: list[dict[str, Any]] = [_distance_versus_raw(verdict) for verdict in verdicts]
+    for key in raw.row.get("measures", {}) if raw else ():
+        gaps = [_measured(score, raw, key) for score in averages]
+        for found, verdict in zip(more, metrics.against_raw(gaps, looks, unseen), strict=True):
+            if verdict is not None:
+                found.setdefault("measures_vs_raw", {})[key] = _described(verdict)
+    in_turn = iter(more)
+    rows = [{**score.row, **({} if score is raw else next(in_turn))} for score in scores]
+    for row in rows:
+        row.pop("measures", None)
     return rows, [score.row["weights"] for score in sorted(best, key=lambda score: score.estimate.unbiased)]
 
 
-def _versus_raw(verdict: Verdict | None) -> dict[str, Any]:
-    """For a row; empty for raw, and where there is no raw over the same images."""
-    if verdict is None:
-        return {}
+def _measured(a: Score, raw: Score | None, key: str) -> Estimate | None:
+    """The difference in one of a row's measures; None where they are not of the same images."""
+    if raw is None or a.estimate.counts != raw.estimate.counts or key not in a.row.get("measures", {}):
+        return None
+    return metrics.difference(*(Estimate.from_dict(score.row["measures"][key]) for score in (a, raw)))
+
+
+def _described(verdict: Verdict) -> dict[str, Any]:
+    """A difference from raw for results.json, its interval at the level of its test."""
+    gap = verdict.difference
     return {
-        "delta_vs_raw": verdict.difference.unbiased,
-        "delta_stderr": verdict.difference.stderr,
-        "interval": list(verdict.difference.interval(verdict.level)),
+        "delta": gap.unbiased,
+        "stderr": gap.stderr,
+        "interval": list(gap.interval(verdict.level)),
         "p_value": verdict.p_value,
         "significant": verdict.significant,
     }
+
+
+def _distance_versus_raw(verdict: Verdict | None) -> dict[str, Any]:
+    """For a row; empty where there is no raw over the same images."""
+    names = {"delta": "delta_vs_raw", "stderr": "delta_stderr"}
+    return {names.get(key, key): value for key, value in _described(verdict).items()} if verdict is not None else {}
 
 
 def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

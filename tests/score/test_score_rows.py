@@ -28,7 +28,7 @@ from ddpm_ema.score.reference import noise_images
 from ddpm_ema.score.results import heading, table
 from ddpm_ema.score.rows import RowBuilder
 
-SETTINGS = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1}
+SETTINGS = {"evaluation__precision_recall": False}
 
 
 def rewrite(run: config.Config, scale: float, snapshots: bool = False) -> None:
@@ -223,7 +223,7 @@ class TestPixels:
         generator = torch.Generator().manual_seed(0)
         real = torch.randn(400, 2, generator=generator)
         reference = Reference(metrics.statistics_of(real), {}, real, saturated=saturated)
-        settings = EvaluationSettings(groups=10, kid_subsets=1, precision_recall=False)
+        settings = EvaluationSettings(groups=10, precision_recall=False)
         found = RowBuilder(reference, settings, torch.device("cpu")).build(batch(features, images), "raw", {})
         return list(found.row["warnings"])
 
@@ -263,7 +263,7 @@ class TestPrecisionOfNoise:
         extractor = open_extractor(run.evaluation, run.output_dir)
         whole = data.load(run.data)
         real, noise = (extractor(x)["features"] for x in (whole.batch(torch.arange(len(whole))), images))
-        assert found["precision_of_noise"] == metrics.precision_recall(noise, real)[0]
+        assert found["precision_of_noise"] == metrics.inside(noise, real, metrics.neighbour_radii(real)).double().mean()
 
     def test_where_noise_reaches_a_tenth_the_table_leaves_precision_out_and_says_so(self, tmp_path: Path) -> None:
         reached = results(make_run(tmp_path / "run", evaluation__weights=["raw"])) | {"precision_of_noise": 0.1}
@@ -274,8 +274,7 @@ class TestPrecisionOfNoise:
         assert "left out" not in table(below)
 
     def test_it_is_warned_of_in_results_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(metrics, "precision_recall", lambda *_: (0.97, 0.5))
-        monkeypatch.setattr("ddpm_ema.metrics.reference.precision_recall", lambda *_: (0.97, 0.5))
+        monkeypatch.setattr("ddpm_ema.metrics.reference.inside", lambda *_: torch.tensor([0.97]).double())
         found = results(make_run(tmp_path / "run", evaluation__weights=["raw"]))
         assert found["precision_of_noise"] == 0.97
         assert any("uniform noise" in text and "0.97" in text for text in found["warnings"])

@@ -306,7 +306,7 @@ class TestSweepsInOneFolder:
 
     @pytest.fixture(scope="class")
     def run(self, tmp_path_factory):
-        quick = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1, "evaluation__batch_size": 120}
+        quick = {"evaluation__precision_recall": False, "evaluation__batch_size": 120}
         quick["evaluation__num_inference_steps"] = 2
         return make_run(tmp_path_factory.mktemp("order") / "run", evaluation__weights=["raw", "ema_0_9"], **quick)
 
