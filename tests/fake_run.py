@@ -84,8 +84,6 @@ def row(name: str, distance: float, error: float = 1.0, **more: Any) -> dict[str
         "interval95": [distance - 2.1 * error, distance + 2.1 * error],
         "kid": 0.01,
         "kid_stderr": 0.001,
-        "inception_score": 8.5,
-        "inception_score_std": 0.1,
         "precision": 0.85,
         "precision_stderr": 0.005,
         "recall": 0.7,

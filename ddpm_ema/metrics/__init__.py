@@ -2,14 +2,13 @@
 
 `statistics` (means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences),
 `comparisons` (what a whole table says), `across_runs` (what several training seeds say), `kernel` (KID), `neighbours` (precision
-and recall), `inception` (Inception score), `reference` (what samples are compared with, cached by content).
+and recall), `reference` (what samples are compared with, cached by content).
 """
 
 from __future__ import annotations
 
 from ddpm_ema.metrics.comparisons import ALPHA, Verdict, against_raw, may_be_best
 from ddpm_ema.metrics.frechet import FrechetReference
-from ddpm_ema.metrics.inception import inception_score
 from ddpm_ema.metrics.jackknife import Estimate, Side, difference, estimate_distance
 from ddpm_ema.metrics.kernel import KernelReference
 from ddpm_ema.metrics.neighbours import inside, neighbour_radii, precision, recall
@@ -38,7 +37,6 @@ __all__ = [
     "content_key",
     "difference",
     "estimate_distance",
-    "inception_score",
     "inside",
     "installed_version",
     "keep",

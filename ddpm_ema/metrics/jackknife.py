@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
@@ -42,15 +43,15 @@ class Side:
     pseudo_values: tuple[float, ...]
     counts: tuple[int, ...]
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return float(np.dot(self.pseudo_values, self.counts)) / sum(self.counts)
 
-    @property
+    @cached_property
     def variance(self) -> float:
         """Of the mean."""
-        ratios = sum(self.counts) / np.asarray(self.counts, dtype=np.float64)
-        return float(np.mean((np.asarray(self.pseudo_values) - self.mean) ** 2 / (ratios - 1)))
+        ratios = sum(self.counts) / np.array(self.counts)
+        return float(np.dot(np.square(np.array(self.pseudo_values) - self.mean), 1 / (ratios - 1))) / len(ratios)
 
 
 @dataclass(frozen=True)
@@ -84,31 +85,27 @@ class Estimate:
 
     @property
     def _freedom(self) -> int:
+        """Degrees of freedom of Student's t: one below the groups."""
         return min(len(side.counts) for side in self.sides) - 1
 
     def interval(self, level: float = 0.05) -> tuple[float, float]:
-        """Leaves the true value out with probability `level`: Student's t, degrees of freedom one below the groups."""
-        from scipy.special import stdtrit
-
+        """Leaves the true value out with probability `level`."""
         half = float(stdtrit(self._freedom, 1 - level / 2)) * self.stderr
         return self.unbiased - half, self.unbiased + half
 
     @property
     def p_above(self) -> float:
         """One-sided p-value: how probable so large a value is where the true one is 0 or less."""
-        return self._tail(self.unbiased)
+        if self.stderr == 0:  # the same images
+            return 0.0 if self.unbiased > 0 else 1.0
+        return float(stdtr(self._freedom, -self.unbiased / self.stderr))
 
     @property
     def p_value(self) -> float:
         """Two-sided: how probable a value so far from 0 is where the true one is 0."""
-        return min(1.0, 2 * self._tail(abs(self.unbiased)))
-
-    def _tail(self, value: float) -> float:
-        from scipy.special import stdtr
-
-        if self.stderr == 0:  # the same images
-            return 0.0 if value > 0 else 1.0
-        return float(stdtr(self._freedom, -value / self.stderr))
+        if self.stderr == 0:
+            return float(self.unbiased == 0)
+        return float(2 * stdtr(self._freedom, -abs(self.unbiased) / self.stderr))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able objects."""
@@ -173,30 +170,39 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
 
 def _leave_out(features: Tensor, membership: Tensor, fixed: FrechetReference) -> tuple[float, Side]:
     """The plain distance, and the pseudo-values of the groups of these features, the other side held fixed."""
-    present = membership.unique().tolist()
+    counts = group_counts(membership)
     if len(features) < 2:
         raise UserError(f"scoring needs at least 2 images and there are {len(features)}: raise --evaluation.num-images")
-    if len(present) < 2:
-        raise UserError(f"error bars need images in at least 2 groups: {len(features)} images fill {len(present)}")
-    members = {group: (membership == group).nonzero().squeeze(1) for group in present}
+    if len(counts) < 2:
+        raise UserError(f"error bars need images in at least 2 groups: {len(features)} images fill {len(counts)}")
 
     def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
-        return features[members[group].to(features.device)].to(fixed.device).double() - fixed.mu
+        return features[(membership == group).to(features.device)].to(fixed.device).double() - fixed.mu
 
     path = _GramPath if len(features) <= len(fixed.mu) else _SumPath
-    return jackknife(path(rows, present, fixed).distance, {group: len(found) for group, found in members.items()})
+    return jackknife(path(rows, list(counts), fixed).distance, counts)
 
 
-def jackknife(statistic: Callable[[int | None], float], counts: Mapping[int, int]) -> tuple[float, Side]:
+def group_counts(membership: Tensor) -> dict[int, int]:
+    """Group -> images, of those that have some."""
+    present, counts = membership.unique(return_counts=True)
+    return dict(zip(present.tolist(), counts.tolist(), strict=True))
+
+
+def jackknife(
+    statistic: Callable[[int | None], float], counts: Mapping[int, int], corrected: bool = True
+) -> tuple[float, Side]:
     """The statistic of all images, and one pseudo-value per group (formulas at the head of this file).
 
     Args:
         statistic: of all images but a group; `statistic(None)` of all.
         counts: group -> images.
+        corrected: False for a statistic without a bias of order 1/N: pseudo-values are moved to have it as their mean.
     """
     plain, ratios = statistic(None), {group: sum(counts.values()) / count for group, count in counts.items()}
-    pseudo = (ratio * plain - (ratio - 1) * statistic(group) for group, ratio in ratios.items())
-    return plain, Side(tuple(pseudo), tuple(counts.values()))
+    pseudo = [ratio * plain - (ratio - 1) * statistic(group) for group, ratio in ratios.items()]
+    side = Side(tuple(pseudo), tuple(counts.values()))
+    return plain, side if corrected else Side(tuple(p + plain - side.mean for p in pseudo), side.counts)
 
 
 def _doubts(fewest: int, dim: int) -> Iterator[str]:
@@ -224,8 +230,7 @@ class _SumPath:
         """n, Σ(x−c), Σ|x−c|² and Σ Lᵀ(x−c)(x−c)ᵀL with c the reference's mean."""
         factor = self.reference.factor
         count, total, squares, outer = 0, torch.zeros_like(factor[0]), 0.0, torch.zeros_like(factor)
-        for group in groups:
-            rows = self.rows(group)
+        for rows in map(self.rows, groups):
             whitened = rows @ factor
             count += len(rows)
             total += rows.sum(dim=0)
@@ -234,10 +239,13 @@ class _SumPath:
         return count, total, squares, outer
 
     def distance(self, leave_out: int | None) -> float:
-        count, total, squares, outer = self.count, self.total, self.squares, self.outer
-        if leave_out is not None:
-            sums = self._sums([leave_out])
-            count, total, squares, outer = count - sums[0], total - sums[1], squares - sums[2], outer - sums[3]
+        less = self._sums([] if leave_out is None else [leave_out])
+        count, total, squares, outer = (
+            self.count - less[0],
+            self.total - less[1],
+            self.squares - less[2],
+            self.outer - less[3],
+        )
         offset = total / count
         whitened_offset = offset @ self.reference.factor
         sigma = (outer - count * torch.outer(whitened_offset, whitened_offset)) / (count - 1)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics.jackknife import Estimate, jackknife
+from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
 
 PAIRS = 2**26  # kernel values held at once: 256 MiB
 
 
 class KernelReference:
-    """One side of the kernel distance, with the kernel between its own images summed once."""
+    """One side of the kernel distance, with the kernel between its own images summed once.
+
+    `features`: float32 `[m, d]`; `population`: they are a sample of it, whose error is part of every estimate.
+    """
 
     def __init__(self, features: Tensor, groups: int, population: bool = False) -> None:
-        """`features`: float32 `[m, d]`; `population`: they are a sample of it, whose error is part of every estimate."""
-        if len(features) < 2:
-            raise UserError("the kernel distance needs at least 2 images on both sides: raise --evaluation.num-images")
         self.features, self.population = features, population
         self.membership = torch.arange(len(features)) % groups
         self.sums = _sums(features, self.membership, features, self.membership)
@@ -33,29 +33,30 @@ class KernelReference:
             membership: group of each image, int64 `[n]`.
 
         Raises:
-            UserError: fewer than 2 images.
+            UserError: fewer than 2 images on one of the sides.
         """
-        if len(features) < 2:
+        if min(len(features), len(self.features)) < 2:
             raise UserError("the kernel distance needs at least 2 images on both sides: raise --evaluation.num-images")
         _, membership = membership.cpu().unique(return_inverse=True)
-        within, across = (
-            _sums(features, membership, features, membership),
-            _sums(features, membership, self.features, self.membership),
-        )
-        sizes, others = membership.bincount().double(), self.membership.bincount().double()
+        counts, others = group_counts(membership), group_counts(self.membership)
+        within = _sums(features, membership, features, membership)
+        across = _sums(features, membership, self.features, self.membership)
 
-        def distance(kept: Tensor, kept_others: Tensor) -> float:
-            """Of the groups that are 1 in both, the others being 0."""
-            n, m = float(kept @ sizes), float(kept_others @ others)
-            same = kept @ within @ kept / (n * (n - 1)) + kept_others @ self.sums @ kept_others / (m * (m - 1))
-            return float(same - 2 * (kept @ across @ kept_others) / (n * m))
+        def distance(g: int | None, h: int | None) -> float:
+            """Without group g of these images and group h of the reference."""
+            a, b = _kept(counts, g), _kept(others, h)
+            n, m = (sum(c for k, c in of.items() if k != left) for of, left in ((counts, g), (others, h)))
+            same = a @ within @ a / (n * (n - 1)) + b @ self.sums @ b / (m * (m - 1))
+            return float(same - 2 * (a @ across @ b) / (n * m))
 
-        ones, other_ones = torch.ones_like(sizes), torch.ones_like(others)
-        plain, side = jackknife(lambda g: distance(_without(ones, g), other_ones), _counts(sizes))
-        sides = [side]
-        if self.population:
-            sides.append(jackknife(lambda h: distance(ones, _without(other_ones, h)), _counts(others))[1])
-        return Estimate(plain, tuple(sides))
+        plain, side = jackknife(lambda g: distance(g, None), counts, corrected=False)
+        more = [jackknife(lambda h: distance(None, h), others, corrected=False)[1]] if self.population else []
+        return Estimate(plain, (side, *more))
+
+
+def _kept(counts: dict[int, int], left_out: int | None) -> Tensor:
+    """1 for each group but the one that is left out: float64 [G]."""
+    return torch.tensor([float(group != left_out) for group in counts], dtype=torch.float64)
 
 
 def _sums(a: Tensor, groups_a: Tensor, b: Tensor, groups_b: Tensor) -> Tensor:
@@ -72,14 +73,3 @@ def _sums(a: Tensor, groups_a: Tensor, b: Tensor, groups_b: Tensor) -> Tensor:
         alone = (a.double().square().sum(dim=1).cpu() / a.shape[1] + 1) ** 3
         found.diagonal().index_add_(0, groups_a, -alone)
     return found
-
-
-def _without(ones: Tensor, group: int | None) -> Tensor:
-    kept = ones.clone()
-    if group is not None:
-        kept[group] = 0
-    return kept
-
-
-def _counts(sizes: Tensor) -> dict[int, int]:
-    return {group: int(size) for group, size in enumerate(sizes.tolist())}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics.jackknife import Estimate, jackknife
+from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
 
 NEIGHBOURS = 3
 ROWS = 1024  # of a distance matrix held at once
@@ -44,7 +44,7 @@ def precision(features: Tensor, membership: Tensor, reference: Tensor, radii: Te
     """Share of samples, features [n, d] in groups [n], among the reference [m, d] with these `neighbour_radii` [m]."""
     among = inside(features, reference, radii).double()
     kept = {None: among, **{g: among[membership != g] for g in membership.unique().tolist()}}
-    plain, side = jackknife(lambda g: float(kept[g].mean()), _counts(membership))
+    plain, side = jackknife(lambda g: float(kept[g].mean()), group_counts(membership))
     return Estimate(plain, (side,))
 
 
@@ -60,7 +60,7 @@ def recall(features: Tensor, membership: Tensor, reference: Tensor) -> Estimate:
         apart = distances(rows, features)
         for group, reach in radii.items():
             covered[group] += int((apart <= reach).any(dim=1).sum())
-    plain, side = jackknife(lambda g: covered[g] / len(reference), _counts(membership))
+    plain, side = jackknife(lambda g: covered[g] / len(reference), group_counts(membership), corrected=False)
     return Estimate(plain, (side,))
 
 
@@ -81,8 +81,3 @@ def _radii_without(features: Tensor, membership: Tensor) -> dict[int | None, Ten
     for g, columns in members.items():
         radii[g][columns] = -1.0
     return radii
-
-
-def _counts(membership: Tensor) -> dict[int, int]:
-    present, counts = membership.unique(return_counts=True)
-    return dict(zip(present.tolist(), counts.tolist(), strict=True))

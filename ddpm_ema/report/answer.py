@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.numbers import SATURATION_MARGIN, listed, verdict_of, with_error
-from ddpm_ema.report.record import Difference, Row, Scoring
+from ddpm_ema.numbers import SATURATION_MARGIN, listed, says_nothing, verdict_of, with_error
+from ddpm_ema.report.record import Row, Scoring
 
 BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
 LABELS = {"num_inference_steps": "steps", "num_images": "images", "clip_sample": "clipping of x_0"}
@@ -72,15 +72,14 @@ def rivals(scoring: Scoring, scorings: Sequence[Scoring]) -> list[Scoring]:
     Two recommendations exclude each other where they have no weights in common, although each scored some that the other
     recommends.
     """
-    ours, scored = set(judge(scoring).recommended), {row.weights for row in scoring.entries}
-    found = []
-    for other in scorings:
-        theirs = set(judge(other).recommended)
-        if other.step != scoring.step or ours & theirs or not (scoring.compares_with_raw and other.compares_with_raw):
-            continue
-        if theirs & scored and ours & {row.weights for row in other.entries}:
-            found.append(other)
-    return sorted(found, key=lambda other: other.finished, reverse=True)
+
+    def excludes(other: Scoring) -> bool:
+        theirs, there = set(judge(other).recommended), {row.weights for row in other.entries}
+        return bool(not ours & theirs and theirs & here and ours & there)
+
+    ours, here = set(judge(scoring).recommended), {row.weights for row in scoring.entries}
+    both = [s for s in scorings if s.step == scoring.step and s.compares_with_raw and scoring.compares_with_raw]
+    return sorted(filter(excludes, both), key=lambda other: other.finished, reverse=True)
 
 
 def differing(scoring: Scoring, other: Scoring) -> str:
@@ -112,17 +111,13 @@ def answer(scoring: Scoring, against: Sequence[Scoring]) -> Answer:
 def judge(scoring: Scoring) -> Answer:
     """The answer of one scoring alone, by the table above; the sentence begins with what it holds for."""
     found = _decide(scoring)
-    notes = (_scope(scoring), *found.notes, *saturation(scoring, scoring.entries))
-    return Answer(f"{scoring.conditions}: {found.sentence}", notes, found.recommended)
-
-
-def _scope(scoring: Scoring) -> str:
-    """What the answer holds for."""
     copying = " Weights that copy these images would be closer still." if scoring.reading == "training images" else ""
-    return (
+    scope = (
         f"This holds for step {scoring.step:,} of this training run, {scoring.against}.{copying} "
         "Another training run, reference or sampler may rank the weights differently."
     )
+    notes = (scope, *found.notes, *saturation(scoring, scoring.entries))
+    return Answer(f"{scoring.conditions}: {found.sentence}", notes, found.recommended)
 
 
 def _decide(scoring: Scoring) -> Answer:
@@ -133,74 +128,64 @@ def _decide(scoring: Scoring) -> Answer:
     if len(rows) == 1:
         return Answer(f"only {rows[0].weights} was scored, so there is nothing to compare it with: {lowest}.")
     if raw is None:
-        return _without_raw(scoring, lowest)
+        start = f"{rows[0].weights} has the lowest distance of the {len(rows)} weights scored, {lowest}."
+        return _of_set(scoring, rows[0], start, " raw was not scored, so whether averaging helps is not known.")
     averages = [row for row in rows if row is not raw]
-    by_word = {
-        word: [row for row in averages if against_raw(row) == word] for word in (BETTER, UNCLEAR, WORSE, UNKNOWN)
-    }
-    unknown = [row.weights for row in by_word[UNKNOWN]]
+    better, worse, unknown = (
+        [row for row in averages if against_raw(row) == word] for word in (BETTER, WORSE, UNKNOWN)
+    )
     if len(unknown) == len(averages):
-        return Answer(
-            "no paired difference from raw is known, so no weights are recommended. "
-            f"{rows[0].weights} has the lowest distance, {lowest}."
-        )
-    was = "was" if len(unknown) == 1 else "were"
-    notes = (f"{listed(unknown)} {was} not compared with raw: no paired difference is known.",) if unknown else ()
-    found = _average(scoring, by_word[BETTER]) if by_word[BETTER] else _raw(scoring, raw, by_word[WORSE])
-    return Answer(found.sentence, (*found.notes, *notes), found.recommended)
+        start = "no paired difference from raw is known, so no weights are recommended."
+        return Answer(f"{start} {rows[0].weights} has the lowest distance, {lowest}.")
+    found = _average(scoring, better) if better else _raw(scoring, raw, worse)
+    loose = [f"{row.weights} was not compared with raw: no paired difference is known." for row in unknown]
+    return Answer(found.sentence, (*found.notes, *loose), found.recommended)
 
 
 def _average(scoring: Scoring, better: Sequence[Row]) -> Answer:
     """One of those that may be the best, shown to be better than raw where there is such a one."""
     both = [row for row in better if row.weights in scoring.may_be_best]
     best = scoring.preferred(both or scoring.entries)
-    if both:
-        size = with_error(abs(_gap(best).delta), _gap(best).stderr)
-        why = f"Its {scoring.metric_name} is {size} below that of raw, a significant difference."
-    else:  # a narrow average may be shown to be better, and a wide one, paired less well with raw, to be lower than that
-        names = listed([row.weights for row in better])
-        why = (
-            f"{names} {'is' if len(better) == 1 else 'are'} significantly better than raw, and others are lower still."
-        )
-    return Answer(f"ship {best.weights}. {why}{_others(scoring, best)}", (), _with_ties(scoring, best))
+    why = f"Its {scoring.metric_name} is {_size(best)} below that of raw, a significant difference."
+    if (
+        not both
+    ):  # a narrow average may be shown to be better, and a wide one, paired less well with raw, to be lower yet
+        are = "is" if len(better) == 1 else "are"
+        why = f"{listed([row.weights for row in better])} {are} significantly better than raw, and others are lower still."
+    found = _of_set(scoring, best, f"ship {best.weights}. {why}")
+    return Answer(found.sentence, tuple(_against(scoring, best)), found.recommended)
 
 
 def _raw(scoring: Scoring, raw: Row, worse: Sequence[Row]) -> Answer:
     """Raw, where no average is shown to be better."""
     if len(worse) == len(scoring.entries) - 1:
-        nearest = worse[0]
-        gap = with_error(_gap(nearest).delta, _gap(nearest).stderr)
-        sentence = f"ship raw. Every average is significantly worse; the lowest is {nearest.weights}, {gap} above raw."
-    else:
-        more = " More images may decide." if len(scoring.may_be_best) > 1 else ""
-        sentence = f"ship raw. No average is shown to be better.{_others(scoring, raw)}{more}"
-    return Answer(sentence, (), _with_ties(scoring, raw))
+        lowest = f"the lowest is {worse[0].weights}, {_size(worse[0])} above raw"
+        return Answer(f"ship raw. Every average is significantly worse; {lowest}.", (), ("raw",))
+    more = " More images may decide." if len(scoring.may_be_best) > 1 else ""
+    return _of_set(scoring, raw, "ship raw. No average is shown to be better.", more)
 
 
-def _without_raw(scoring: Scoring, lowest: str) -> Answer:
-    best = scoring.entries[0]
-    sentence = (
-        f"{best.weights} has the lowest distance of the {len(scoring.entries)} weights scored, {lowest}."
-        f"{_others(scoring, best)} raw was not scored, so whether averaging helps is not known."
+def _of_set(scoring: Scoring, best: Row, start: str, end: str = "") -> Answer:
+    """`best`, and what else may be the best."""
+    others = [name for name in scoring.may_be_best if name != best.weights]
+    also = (
+        f"The best of this table may also be {listed(others, 'or')}"
+        if others
+        else "It alone may be the best of this table"
     )
-    return Answer(sentence, (), _with_ties(scoring, best))
+    return Answer(f"{start} {also}.{end}", (), (best.weights, *others))
 
 
-def _with_ties(scoring: Scoring, best: Row) -> tuple[str, ...]:
-    return (best.weights, *(name for name in scoring.may_be_best if name != best.weights))
-
-
-def _others(scoring: Scoring, best: Row) -> str:
-    """Which others may be the best, each with its difference from raw."""
-    rows = [row for row in scoring.entries if row.weights in scoring.may_be_best and row is not best]
-    if not rows:
-        return " It alone may be the best of this table." if best.weights in scoring.may_be_best else ""
-    gaps = [
-        f" ({with_error(gap.delta, gap.stderr, signed=True)} from raw)" if (gap := row.versus_raw) else ""
-        for row in rows
-    ]
-    which = listed([row.weights + gap for row, gap in zip(rows, gaps, strict=True)], "or")
-    return f" The best of this table may also be {which}."
+def _against(scoring: Scoring, best: Row) -> Iterator[str]:
+    """Other measures by which raw is better than what is recommended."""
+    for key, gap in best.measures_vs_raw.items():
+        silent = key == "precision" and says_nothing(scoring.precision_of_noise)
+        if not gap.significant or gap.delta is None or silent:
+            continue
+        if (gap.delta > 0) == (key == "kid"):  # of precision and recall, more is better
+            where = "above" if gap.delta > 0 else "below"
+            label, size = "KID" if key == "kid" else key, with_error(abs(gap.delta), gap.stderr)
+            yield f"{best.weights} is worse than raw in {label}: {size} {where} it, a significant difference."
 
 
 def against_raw(row: Row) -> str:
@@ -209,9 +194,9 @@ def against_raw(row: Row) -> str:
     return UNKNOWN if gap is None else verdict_of(gap.delta, gap.significant)
 
 
-def _gap(row: Row) -> Difference:
-    assert row.versus_raw is not None
-    return row.versus_raw
+def _size(row: Row) -> str:
+    """Of the difference from raw, without its sign."""
+    return with_error(abs(row.delta_vs_raw or 0.0), row.delta_stderr)
 
 
 def saturation(scoring: Scoring, rows: Sequence[Row]) -> Iterator[str]:

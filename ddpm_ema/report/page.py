@@ -22,7 +22,7 @@ MAX_IMAGE_BYTES = 24 * 2**20  # a larger page no longer opens well on a phone
 Looks = Mapping[str, Look]
 
 
-FURTHER = (("kid", "KID", 5), ("inception_score", "IS", 2), ("precision", "Precision", 3), ("recall", "Recall", 3))
+FURTHER = (("kid", "KID", 5), ("precision", "Precision", 3), ("recall", "Recall", 3))
 """Further columns of the table of weights: key, title, digits after the point."""
 
 

@@ -63,6 +63,14 @@ class Difference(NamedTuple):
     significant: bool
 
 
+class MeasureDifference(Shape):
+    """The paired difference from raw in KID, precision or recall; `significant` as for the distance."""
+
+    delta: Number = None
+    stderr: Error = None
+    significant: bool = False
+
+
 class Row(Shape):
     """One scored entry of `rows`, `sweep`, or a quick scoring. What was not computed is None."""
 
@@ -75,6 +83,7 @@ class Row(Shape):
     delta_stderr: Error = None
     interval: tuple[Number, Number] | None = None
     significant: bool | None = None
+    measures_vs_raw: dict[str, MeasureDifference] = {}
     saturated: Number = None
     seconds: Number = None
     warnings: tuple[str, ...] = ()

@@ -27,26 +27,27 @@ def reference_split(config: Config) -> str | None:
     return config.data.split if reference == "train" else reference
 
 
-def compares_with_population(config: Config) -> bool:
-    """Whether the reference is a sample that the model was not trained on, so that its own sampling error counts, too.
-
-    Not so for a file of statistics, whose images are not at hand, and not for a split that shares images with the one trained
-    on: samples that copy their reference are not independent of it.
-    """
-    split = reference_split(config)
-    return split is not None and not _splits(split) & _splits(config.data.split)
-
-
-def _splits(text: str) -> set[str]:
-    """The splits that `train[:50%]+test` takes images from."""
-    return {part.partition("[")[0].strip() for part in text.split("+")}
-
-
 def reading_of(config: Config) -> str:
-    """What the distances are from: `population`, `training images`, or `images` of whatever else."""
-    if compares_with_population(config):
-        return "population"
-    return "training images" if reference_split(config) == config.data.split else "images"
+    """What the distances are from: `population`, `training images`, or `images` of whatever else.
+
+    The population, where the reference is a sample that the model was not trained on. Not so for a file of statistics, whose
+    images are not at hand, and not for a split that shares images with the one trained on: samples that copy their reference
+    are not independent of it.
+    """
+
+    def splits(text: str) -> set[str]:
+        """The splits that `train[:50%]+test` takes images from."""
+        return {part.partition("[")[0].strip() for part in text.split("+")}
+
+    split = reference_split(config)
+    if split == config.data.split:
+        return "training images"
+    return "images" if split is None or splits(split) & splits(config.data.split) else "population"
+
+
+def compares_with_population(config: Config) -> bool:
+    """Whether the reference's own sampling error counts, too."""
+    return reading_of(config) == "population"
 
 
 def open_reference(config: Config, generator: Generator) -> Jobs[Reference]:

@@ -9,20 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm_ema import numbers
 from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
-from ddpm_ema.numbers import (
-    aligned,
-    decimals,
-    figure,
-    metric_label,
-    reading,
-    sampler_label,
-    says_nothing,
-    verdict_of,
-    with_error,
-)
+from ddpm_ema.numbers import aligned, decimals, figure, metric_label, says_nothing, verdict_of, with_error
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.reference import reading_of
 from ddpm_ema.score.rows import Score, compare, ranked
@@ -110,7 +101,7 @@ def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
 def heading(results: Mapping[str, Any]) -> str:
     """What the table is of."""
     images = f"{results['num_images']:,} images per row"
-    return f"step {results['step']}, {sampler_label(results)}, {images}, {reading(results)}"
+    return f"step {results['step']}, {numbers.sampler_label(results)}, {images}, {numbers.reading(results)}"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -135,8 +126,8 @@ def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -
         figure(row["frechet_distance"], decimals(row["stderr"])),
         with_error(row["delta_vs_raw"], row["delta_stderr"], signed=True) if "delta_vs_raw" in row else "",
         verdict_of(row["delta_vs_raw"], row["significant"]) if "significant" in row else "",
-        figure(row["kid"], 5) if "kid" in row else "",
-        f"{row['precision']:.3f}" if "precision" in row and not without_precision else "",
-        f"{row['recall']:.3f}" if "recall" in row else "",
+        with_error(row["kid"], row["kid_stderr"]) if "kid" in row else "",
+        with_error(row["precision"], row["precision_stderr"]) if "precision" in row and not without_precision else "",
+        with_error(row["recall"], row["recall_stderr"]) if "recall" in row else "",
         f"{row['seconds']:.1f}",
     ]

@@ -1,4 +1,4 @@
-"""Features of one set of weights → its row of results.json: distance with error bars, KID, Inception score, precision, recall."""
+"""Features of one set of weights → its row of results.json: distance with error bars, KID, precision, recall."""
 
 from __future__ import annotations
 
@@ -47,23 +47,15 @@ class RowBuilder:
 
     def estimate(self, batch: FeatureBatch, name: str) -> Estimate:
         """The Fréchet distance with its error, alone: what a search needs."""
-        return metrics.estimate_distance(
-            batch.features,
-            batch.indices,
-            self.settings.groups,
-            self.frechet,
-            sampled_from=self.sampled_from,
-            name=name,
-        )
+        more: dict[str, Any] = {"sampled_from": self.sampled_from, "name": name}
+        return metrics.estimate_distance(batch.features, batch.indices, self.settings.groups, self.frechet, **more)
 
     def build(self, batch: FeatureBatch, name: str, more: Mapping[str, Any]) -> Score:
         """All figures. `more` goes into the row (profile, warnings, what a sweep says of a candidate)."""
         start = time.perf_counter()
         estimate = self.estimate(batch, name)
         with full_precision(self.device):  # also beside a training that allows TF32
-            measures, others = dict(self._measures(batch)), self._inception_score(batch)
-        for key, found in measures.items():
-            others |= {key: found.plain, f"{key}_stderr": found.stderr}
+            measures = dict(self._measures(batch))
         row: dict[str, Any] = {
             "weights": name,
             **more,
@@ -73,9 +65,10 @@ class RowBuilder:
             "stderr": estimate.stderr,
             "interval95": list(estimate.interval()),
             "saturated": float(batch.saturated.double().mean()),
-            **others,
             "measures": {key: found.to_dict() for key, found in measures.items()},
         }
+        for key, found in measures.items():
+            row |= {key: found.plain, f"{key}_stderr": found.stderr}
         row["warnings"] = [*more.get("warnings", ()), *estimate.warnings, *self._doubts(batch)]
         row["seconds"] = batch.seconds + time.perf_counter() - start
         return Score(row, estimate)
@@ -97,23 +90,17 @@ class RowBuilder:
 
     def _measures(self, batch: FeatureBatch) -> Iterator[tuple[str, Estimate]]:
         """What else compares the samples with the reference's images, where these are at hand."""
-        reference, membership = self.reference.features, batch.indices % self.settings.groups
+        reference, radii = self.reference.features, self.reference.radii
         if reference is None:
             return
-        features = batch.features.to(self.device)
+        features, reference = batch.features.to(self.device), reference.to(self.device)
+        membership = batch.indices % self.settings.groups
         if self.kernel is None:
             self.kernel = KernelReference(reference, self.settings.groups, self.sampled_from is not None)
         yield "kid", self.kernel.estimate(features, membership)
-        radii = self.reference.radii
         if radii is not None and self.settings.precision_recall and len(batch) >= NEIGHBOURS_NEEDED:
-            yield "precision", metrics.precision(features, membership, reference.to(self.device), radii)
+            yield "precision", metrics.precision(features, membership, reference, radii)
             yield "recall", metrics.recall(features, membership, reference)
-
-    def _inception_score(self, batch: FeatureBatch) -> dict[str, float]:
-        if batch.logits is None:
-            return {}
-        mean, std = metrics.inception_score(batch.logits, seed=self.settings.seed)
-        return {"inception_score": mean, "inception_score_std": std}
 
 
 def paired(a: Score, b: Score) -> Estimate | None:
