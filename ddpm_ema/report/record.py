@@ -182,7 +182,7 @@ class Scoring(Shape):
     @property
     def compares_with_raw(self) -> bool:
         """Whether it includes raw and at least one average."""
-        return self.raw is not None and len(self.rows) > 1
+        return self.raw is not None and len(self.entries) > 1
 
     @property
     def settings(self) -> dict[str, str]:

@@ -130,17 +130,19 @@ def compare(
     best = [averages[place] for place in metrics.may_be_best(verdicts, above, unseen)]
     if raw is not None and not any(verdict is not None and verdict.better for verdict in verdicts):
         best.append(raw)
-    more: list[dict[str, Any]] = [_distance_versus_raw(verdict) for verdict in verdicts]
+    found = [_described(verdict, "delta_vs_raw", "delta_stderr") for verdict in verdicts]
     for key in raw.row.get("measures", {}) if raw else ():
         gaps = [_measured(score, raw, key) for score in averages]
-        for found, verdict in zip(more, metrics.against_raw(gaps, looks, unseen), strict=True):
+        for more, verdict in zip(found, metrics.against_raw(gaps, looks, unseen), strict=True):
             if verdict is not None:
-                found.setdefault("measures_vs_raw", {})[key] = _described(verdict)
-    in_turn = iter(more)
-    rows = [{**score.row, **({} if score is raw else next(in_turn))} for score in scores]
+                more.setdefault("measures_vs_raw", {})[key] = _described(verdict)
+    if raw is not None:
+        found.insert(scores.index(raw), {})
+    rows = [{**score.row, **more} for score, more in zip(scores, found, strict=True)]
     for row in rows:
         row.pop("measures", None)
-    return rows, [score.row["weights"] for score in sorted(best, key=lambda score: score.estimate.unbiased)]
+    names = (score.row["weights"] for score in sorted(best, key=lambda score: score.estimate.unbiased))
+    return rows, list(dict.fromkeys(names))
 
 
 def _measured(a: Score, raw: Score | None, key: str) -> Estimate | None:
@@ -150,22 +152,13 @@ def _measured(a: Score, raw: Score | None, key: str) -> Estimate | None:
     return metrics.difference(*(Estimate.from_dict(score.row["measures"][key]) for score in (a, raw)))
 
 
-def _described(verdict: Verdict) -> dict[str, Any]:
-    """A difference from raw for results.json, its interval at the level of its test."""
-    gap = verdict.difference
-    return {
-        "delta": gap.unbiased,
-        "stderr": gap.stderr,
-        "interval": list(gap.interval(verdict.level)),
-        "p_value": verdict.p_value,
-        "significant": verdict.significant,
-    }
-
-
-def _distance_versus_raw(verdict: Verdict | None) -> dict[str, Any]:
-    """For a row; empty where there is no raw over the same images."""
-    names = {"delta": "delta_vs_raw", "stderr": "delta_stderr"}
-    return {names.get(key, key): value for key, value in _described(verdict).items()} if verdict is not None else {}
+def _described(verdict: Verdict | None, delta: str = "delta", stderr: str = "stderr") -> dict[str, Any]:
+    """A difference from raw for results.json, its interval at the level of its test; empty where there is none."""
+    if verdict is None:
+        return {}
+    gap, interval = verdict.difference, list(verdict.difference.interval(verdict.level))
+    found = {delta: gap.unbiased, stderr: gap.stderr, "interval": interval}
+    return found | {"p_value": verdict.p_value, "significant": verdict.significant}
 
 
 def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

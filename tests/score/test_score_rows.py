@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scored import again, make_run, results, start, weights
+from scored import again, make_run, results, settings, start, weights
 
 from ddpm_ema import config, data, metrics, sampling
 from ddpm_ema.averaging import PowerFunction, write_snapshot
@@ -24,7 +24,7 @@ from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir, read_tensors
 from ddpm_ema.score.feature_store import FeatureBatch, pixel_figures
-from ddpm_ema.score.reference import noise_images
+from ddpm_ema.score.reference import compares_with_population, noise_images, reading_of
 from ddpm_ema.score.results import heading, table
 from ddpm_ema.score.rows import RowBuilder
 
@@ -288,6 +288,41 @@ def test_the_heading_names_sampler_steps_images_and_reference(tmp_path: Path) ->
     )
     changed = found | {"num_inference_steps": 9, "eta": 0.5, "clip_sample": False}
     assert "ddim 9 steps, eta 0.5, x_0 not clipped, 60" in heading(changed)
+
+
+@pytest.mark.parametrize(
+    ("reference", "split", "reading"),
+    [
+        ("train", "train", "training images"),
+        ("train", "train[:90%]", "training images"),
+        ("train[90%:]", "train[:90%]", "images"),
+        ("train+test", "train", "images"),
+        ("test", "train", "population"),
+        ("held_out", "train", "population"),
+        ("statistics.npz", "train", "images"),
+    ],
+)
+def test_only_images_that_nobody_trained_on_stand_for_their_population(
+    tmp_path: Path, reference: str, split: str, reading: str
+) -> None:
+    held_out = {"data__held_out": 0.1} if reference == "held_out" else {}
+    run = settings(tmp_path, evaluation__reference=reference, data__split=split, **held_out)
+    assert reading_of(run) == reading
+    assert compares_with_population(run) == (reading == "population")
+
+
+def test_against_held_out_images_the_reference_is_left_out_in_groups_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"])
+    (alone,) = results(run)["rows"]
+    held_out = make_run(
+        tmp_path / "held", **SETTINGS, evaluation__weights=["raw"], data__held_out=0.2, evaluation__reference="held_out"
+    )
+    found = results(held_out)
+    assert found["reading"] == "population"
+    assert "against the population of which the reference is a sample (held_out of digits" in heading(found)
+    (record,) = (json.loads(path.read_text()) for path in held_out.output_dir.glob("scores/*/weights/*/score.json"))
+    assert [len(side["counts"]) for side in record["estimates"]["60"]["sides"]] == [10, 10]
+    assert found["rows"][0]["stderr"] > alone["stderr"]
 
 
 class TestFullDisk:
