@@ -43,11 +43,11 @@ class Side:
     pseudo_values: tuple[float, ...]
     counts: tuple[int, ...]
 
-    @cached_property
+    @property
     def mean(self) -> float:
         return float(np.dot(self.pseudo_values, self.counts)) / sum(self.counts)
 
-    @cached_property
+    @property
     def variance(self) -> float:
         """Of the mean."""
         ratios = sum(self.counts) / np.array(self.counts)
@@ -96,9 +96,10 @@ class Estimate:
     @property
     def p_above(self) -> float:
         """One-sided p-value: how probable so large a value is where the true one is 0 or less."""
-        if self.stderr == 0:  # the same images
-            return 0.0 if self.unbiased > 0 else 1.0
-        return float(stdtr(self._freedom, -self.unbiased / self.stderr))
+        value, stderr = self.unbiased, self.stderr
+        if stderr == 0:  # the same images
+            return 0.0 if value > 0 else 1.0
+        return float(stdtr(self._freedom, -value / stderr))
 
     @property
     def p_value(self) -> float:

@@ -124,6 +124,9 @@ def compare(
     verdicts = metrics.against_raw([pair(score, raw) if raw else None for score in averages], looks, unseen)
 
     def above(a: int, b: int) -> float | None:
+        ours, theirs = averages[a].estimate, averages[b].estimate
+        if ours.counts == theirs.counts and ours.unbiased <= theirs.unbiased:
+            return 1.0  # which most pairs are
         found = pair(averages[a], averages[b])
         return None if found is None else max(looks[a], looks[b]) * found.p_above
 
