@@ -41,7 +41,7 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
         f"{row.weights} {with_error(gap.delta, gap.stderr, signed=True)}, {against_raw(row)}" for row, gap in rows
     )
     caption = (
-        f"{scoring.conditions}, {scoring.against}. Paired over the same noise; each interval leaves out zero where the "
+        f"{scoring.conditions}. Distances {scoring.against}, paired over the same noise; an interval leaves out zero where the "
         "difference is significant at the error rate of the whole table. A hollow mark is a difference that is not."
     )
     svg = to_svg(figure, "differences", f"Difference from raw: {spoken}")
