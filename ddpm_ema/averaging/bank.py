@@ -266,6 +266,12 @@ class AverageBank:
         _fill(targets, given)
         self._step, self._loaded = None, True
 
+    def load_buffers(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set all buffers of an average. Raises as `load_weights`."""
+        targets, given = self.buffers(name), clean_named(tensors.items(), f"buffers of {name!r}")
+        check_tensors(given, _shapes(targets), f"buffers of {name!r}")
+        _fill(targets, given)
+
     def state_dict(self) -> dict[str, Any]:
         """What this process has to store, with the bank's own tensors.
 
