@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: ["averaging", "errors", "lost_ranks", "messages", "options", "transfer", "weight_names"],
-    1: ["config", "numbers", "new_folder", "keyed_random", "rundir", "distributed"],
+    1: ["config", "numbers", "new_folder", "keyed_random", "rundir", "distributed", "integrations"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
         *["capabilities", "image_grid", "named_weights", "own_statistics", "sampling_network"],

@@ -58,7 +58,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     Args:
         path: the file; its folder is made if need be.
-        tensors: name -> tensor of any layout and device; channels-last ones, which safetensors refuses, are made contiguous.
+        tensors: name -> tensor of any layout (safetensors refuses channels-last ones as they are) and device.
         metadata: text stored in the header.
 
     Raises:
