@@ -88,7 +88,7 @@ def _score(
     rundir, step = RunDir(config.output_dir), checkpoint.step if checkpoint is not None else 0
     origin = {**reference.origin, "size": reference.statistics.count}
     settings = settings_of(config, generator.extractor, origin, generator.known_labels)
-    path = rundir.score_dir(step, digest(settings))
+    path = RunDir(config.evaluation.output or rundir.path).score_dir(step, digest(settings))
     classes, own, settled = generator.num_classes, lambda: generator.own_pipeline, generator.settled
     resolver = WeightResolver(rundir, checkpoint, config, classes, own, settled)
     with RunDir(path).lock():
