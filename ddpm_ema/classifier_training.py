@@ -12,6 +12,7 @@ from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import read_metadata, save_classifier, train_classifier
 from ddpm_ema.messages import logger
+from ddpm_ema.rundir import as_user_error
 
 MOST_IMAGES = 60_000  # held in memory for training; more cost minutes and change little
 
@@ -41,7 +42,9 @@ def train_features(config: Config) -> Path:
         num_classes=dataset.num_classes,
         device=device,
     )
-    save_classifier(path, trained, fingerprint=fingerprint, seed=config.seed)
+    needed = sum(tensor.nbytes for tensor in trained.network.state_dict().values())
+    with as_user_error(path, needed, "Nothing was written"):
+        save_classifier(path, trained, fingerprint=fingerprint, seed=config.seed)
     logger.info(f"{path}: feature classifier of {dataset.name}, accuracy {trained.accuracy:.1%} on images it never saw")
     return path
 

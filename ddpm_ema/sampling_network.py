@@ -65,13 +65,12 @@ class SamplingNetwork:
         Raises UserError that names a tensor which is missing, extra or misshaped. All members of an ensemble stay on the
         device.
         """
+        shapes = {key: tensor.shape for key, tensor in self._parameters.items()}
         for weights in members:
             try:
-                check_tensors(
-                    weights, {key: tensor.shape for key, tensor in self._parameters.items()}, f"weights {name}"
-                )
+                check_tensors(weights, shapes, f"weights {name}: not of this model")
             except ValueError as error:
-                raise UserError(f"{error}; not of this model: check the model settings") from None
+                raise UserError(f"{error}; check the model settings") from None
         self._members = []
         if len(members) > 1:
             self._members = [{k: w[k].to(self.device, torch.float32) for k in self._parameters} for w in members]

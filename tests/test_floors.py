@@ -15,8 +15,9 @@ FLOORS = {
     1: ["config", "numbers", "new_folder", "keyed_random", "rundir", "distributed", "integrations"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["capabilities", "image_grid", "named_weights", "own_statistics", "sampling_network"],
+        *["capabilities", "image_grid", "named_weights", "sampling_network"],
     ],
+    2.5: ["own_statistics"],
     3: [
         "train",
         "score",

@@ -333,6 +333,8 @@ class EvaluationSettings(Section):
     """Images per subset, at most all."""
     precision_recall: Annotated[bool, SCORES] = True
     """Also compute precision and recall (k = 3 nearest neighbours)."""
+    output: Annotated[Path | None, FREE] = None
+    """Folder that takes the scores/ of a run directory that is read-only; null means the run directory."""
     grid_images: Annotated[Positive, FREE] = 16
     """Images per row of the grid."""
     sweep: SweepSettings = SweepSettings()

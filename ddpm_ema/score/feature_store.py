@@ -112,8 +112,6 @@ class FeatureStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._indices: dict[Path, Tensor] = {}
-        for partial in folder.glob(".*.partial"):  # what a kill left; whoever reads this folder holds its lock
-            partial.unlink(missing_ok=True)
         taken: set[int] = set()
         for path in sorted(folder.glob("features-*.safetensors")):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.numbers import listed
+from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.checkpoints import checkpoints
 from ddpm_ema.score.driver import Driver, Jobs, even_batch
@@ -87,9 +89,9 @@ def _score(
     rundir, step = RunDir(config.output_dir), checkpoint.step if checkpoint is not None else 0
     origin = {**reference.origin, "size": reference.statistics.count}
     settings = settings_of(config, generator.extractor, origin, generator.known_labels)
-    path = rundir.score_dir(step, digest(settings))
-    classes, own, settled = generator.num_classes, lambda: generator.own_pipeline, generator.settled
-    resolver = WeightResolver(rundir, checkpoint, config, classes, own, settled)
+    path = RunDir(config.evaluation.output or rundir.path).score_dir(step, digest(settings))
+    settle = partial(with_own_statistics, config=config, device=generator.extractor.device)
+    resolver = WeightResolver(rundir, checkpoint, config, generator.num_classes, lambda: generator.own_pipeline, settle)
     with RunDir(path).lock():
         scorer = Scorer(config, generator, reference, resolver, ScoreFolder(path), settings, world_size)
         wanted = scorer.named()  # all names first: a wrong one is an error at once

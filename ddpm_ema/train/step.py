@@ -157,4 +157,9 @@ def _why_diverged(trainer: Trainer, check: FinitenessCheck) -> str:
 
 
 def last_checkpoint(trainer: Trainer) -> str:
-    return f"last checkpoint: step {trainer.saved_step}" if trainer.saved_step else "no checkpoint yet"
+    """What a run that ends here goes on from: on rank 0 the newest that was written, on others the newest that was asked for."""
+    step = trainer.saved_step
+    if trainer.processes.is_main:
+        trainer.writer.close()
+        step = max((checkpoint.step for checkpoint in trainer.rundir.checkpoints()), default=0)
+    return f"last checkpoint: step {step}" if step else "no checkpoint yet"
