@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_ema import network_call
 from ddpm_ema.averaging.batch_norm import update_batch_norm
 from ddpm_ema.config import Config
 from ddpm_ema.keyed_random import Purpose, integers, seed_for
@@ -45,7 +46,7 @@ def with_own_statistics(
     def predict(inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> object:
         x_0, noise, timesteps, labels = inputs
         x_t = objective.add_noise(x_0, noise, timesteps)
-        return network(x_t, timesteps, class_labels=labels, return_dict=False)
+        return network_call.predict(network, x_t, timesteps, labels)
 
     device = next(network.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from ddpm_ema.config.agreement import chosen
-from ddpm_ema.config.loading import load, to_dict
+from ddpm_ema.config.loading import load, require_named, to_dict
 from ddpm_ema.config.settings import INTERVAL, Config, sections
 from ddpm_ema.errors import UserError
 
@@ -38,7 +38,7 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
     path = str(Path(run, "config.yaml"))
     if not Path(path).is_file():
         raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
-    return load(path, overrides, output_dir=run)
+    return require_named(load(path, overrides, output_dir=run), *overrides.get("model.factory", [None])[:1], where=path)
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:

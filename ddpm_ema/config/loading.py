@@ -220,6 +220,20 @@ def _siblings(path: list[str]) -> list[str]:
     )
 
 
+def require_named(config: Config, factory: str | None, where: object) -> Config:
+    """Returns settings that a run directory, perhaps a stranger's, holds. Code that it names must not run because of that alone.
+
+    Raises UserError unless the network is the U-Net, or `factory` repeats what the settings say at `where`.
+    """
+    if config.model.factory not in (None, factory):
+        named = config.model.factory
+        raise UserError(
+            f"{where}: its network comes from {named}, Python code that would run here; if you trust that code, name it: "
+            f"--model.factory {named}"
+        )
+    return config
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain JSON- and YAML-able objects that `validate` takes back."""
     return config.model_dump(mode="json")
