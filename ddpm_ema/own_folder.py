@@ -96,7 +96,7 @@ def choose(
             "num_images": 10_000 if on_gpu else 1000,
             "sampler": "dpm_solver++",
             "num_inference_steps": 25,
-            "extractor": "inception-v3-compat" if num_classes is None else "classifier",
+            "extractor": "classifier",
         },
     }
     tree["training"] |= {"warmup_steps": "5%", "log_every": "1%", "sample_every": "10%"}

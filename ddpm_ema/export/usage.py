@@ -45,7 +45,8 @@ class Usage:
 
     def _beyond(self) -> Iterator[str]:
         if self.factory is not None:
-            yield "knows U-Nets alone"
+            yield "fits no network but diffusers' own"
+            return
         if self.no_label is not None:
             yield "passes no labels"
         if self.learned:
