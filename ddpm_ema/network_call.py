@@ -8,20 +8,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def predict(network: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-    """One evaluation of a network, which may be inside DDP.
-
-    Args:
-        network: of `model.build` or of a diffusers folder.
-        x_t: `[n, C, H, W]`.
-        timesteps: int64 `[n]`.
-        labels: int64 `[n]`; None for a network without classes.
-
-    Returns:
-        `[n, C, H, W]`, or `[n, 2C, H, W]` for a learned variance.
-    """
+    """One evaluation, also inside DDP: x_t `[n, C, H, W]`, timesteps and labels int64 `[n]` -> `[n, C or 2C, H, W]`."""
     inner = network.module if isinstance(network, DistributedDataParallel) else network
-    if isinstance(inner, UNet2DModel):
-        output: Tensor = network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
-        return output
-    prediction: Tensor = network(x_t, timesteps, labels)
+    is_unet = isinstance(inner, UNet2DModel)
+    prediction: Tensor = (
+        network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+        if is_unet
+        else network(x_t, timesteps, labels)
+    )
     return prediction

@@ -19,7 +19,7 @@ from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.messages import logger
 
 LOOKED_AT = 64  # images, spread over the folder
-# In the first column for a CPU, in the second for a GPU: a first run that takes an hour or two.
+# For a CPU and for a GPU.
 LARGEST, COARSEST, BATCH, STEPS = (32, 64), (8, 4), (64, 128), (3000, 100_000)
 AVERAGES = {
     "ema_0_999_debiased": {"kind": "bias_corrected", "decay": 0.999},
@@ -71,15 +71,7 @@ def _look(source: Any) -> list[Image.Image]:
 def choose(
     images: Sequence[Image.Image], count: int, num_classes: int | None, on_gpu: bool, given: Mapping[str, list[str]]
 ) -> tuple[dict[str, Any], str]:
-    """Settings for such images, and what they are in words.
-
-    Args:
-        images: some of them.
-        count: of all images.
-        num_classes: None without labels.
-        on_gpu: whether a GPU will train.
-        given: overrides; the network fits the `data.image_size` among them.
-    """
+    """Settings for a folder of `count` such images, and what they are in words. The network fits an image size that is `given`."""
     short = [min(image.size) for image in images] or [32]
     grey = all(_is_grey(image) for image in images)
     size = _size(short, LARGEST[on_gpu])
@@ -93,7 +85,7 @@ def choose(
         "averages": AVERAGES,
         "checkpoints": {"every": "5%", "keep_every": "25%", "snapshots_every": "5%"},
         "evaluation": {
-            "num_images": 10_000 if on_gpu else 1000,
+            "num_images": 10_000 if on_gpu else 1280,  # ten per dimension of the classifier's features
             "sampler": "dpm_solver++",
             "num_inference_steps": 25,
             "extractor": "classifier",

@@ -35,10 +35,10 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
     """The settings of a command line that was `split`. Raises UserError as `parse` does."""
     if run is None or path is not None:
         return load(path, overrides, output_dir=run)
-    path = str(Path(run, "config.yaml"))
-    if not Path(path).is_file():
+    kept = Path(run, "config.yaml")
+    if not kept.is_file():
         raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
-    return require_named(load(path, overrides, output_dir=run), *overrides.get("model.factory", [None])[:1], where=path)
+    return require_named(load(kept, overrides, output_dir=run), " ".join(overrides.get("model.factory", [])), kept)
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:

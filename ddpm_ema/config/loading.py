@@ -221,16 +221,13 @@ def _siblings(path: list[str]) -> list[str]:
 
 
 def require_named(config: Config, factory: str | None, where: object) -> Config:
-    """Returns settings that a run directory, perhaps a stranger's, holds. Code that it names must not run because of that alone.
+    """Returns settings that a run directory, perhaps a stranger's, holds at `where`: code that they name must not run by that alone.
 
-    Raises UserError unless the network is the U-Net, or `factory` repeats what the settings say at `where`.
+    Raises UserError unless the network is the U-Net, or the user's `factory` repeats theirs.
     """
-    if config.model.factory not in (None, factory):
-        named = config.model.factory
-        raise UserError(
-            f"{where}: its network comes from {named}, Python code that would run here; if you trust that code, name it: "
-            f"--model.factory {named}"
-        )
+    if (named := config.model.factory) not in (None, factory):
+        cure = f"if you trust that code, name it: --model.factory {named}"
+        raise UserError(f"{where}: its network comes from {named}, Python code that would run here; {cure}")
     return config
 
 
