@@ -16,6 +16,7 @@ from ddpm_ema import config
 from ddpm_ema.config import Config
 from ddpm_ema.data.decode import UNREADABLE
 from ddpm_ema.data.folder_source import open_folder
+from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
 
 LOOKED_AT = 64  # images, spread over the folder
@@ -41,13 +42,15 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
     Raises:
         UserError: no such folder, no images in it, or a bad override.
     """
+    if len(overrides["data.path"]) != 1:
+        raise UserError("--data.path: takes one folder")
     folder = Path(*overrides["data.path"])
     output = " ".join(overrides.get("output_dir", [f"runs/{folder.resolve().name}"]))
     if Path(output, "config.yaml").is_file():
         logger.info(f"the settings are those of {output}/config.yaml")
         return config.resolve(output, None, overrides)
     on_gpu = overrides.get("machine.device") != ["cpu"] and torch.cuda.is_available()
-    source = open_folder(folder, *overrides.get("data.split", ["train"]))
+    source = open_folder(folder, " ".join(overrides.get("data.split", ["train"])))
     tree, seen = choose(_look(source), len(source), source.num_classes, on_gpu, overrides)
     tree["data"]["path"], tree["output_dir"] = str(folder), output
     chosen = config.load(tree, overrides)
