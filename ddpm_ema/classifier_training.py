@@ -23,7 +23,7 @@ def train_features(config: Config) -> Path:
     """
     path = config.output_dir / "features.safetensors"
     dataset = data.load(config.data)
-    labels = dataset.labels.cpu() if (dataset.num_classes or 0) > 1 else None
+    labels = dataset.labels if (dataset.num_classes or 0) > 1 else None
     told = "which way up" if labels is None else labels.tolist()
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} {told}".encode()).hexdigest()
     if _is_done(path, fingerprint, config.seed):

@@ -110,7 +110,9 @@ def sample(
     if len(loaded.weights.members) > 1:
         ready.load([read() for read in loaded.weights.members], loaded.weights.name)
     if no_label is not None and labels is None:
-        labels = sampling.labels_for(used.seed, torch.arange(count), data.load(config.data).labels)
+        known = data.load(config.data).labels
+        assert known is not None  # `model.build` has refused classes without labels
+        labels = sampling.labels_for(used.seed, torch.arange(count), known)
     sampler = sampling.Sampler(loaded.scheduler.config, used)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     same: dict[str, Any] = {"seed": used.seed, "image_shape": shape, "device": device}
