@@ -103,12 +103,12 @@ def choose(
 def _is_grey(image: Image.Image) -> bool:
     if image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"):
         return True
-    pixels = np.asarray(image.convert("RGB")).astype(int)  # [H, W, 3]
+    pixels = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.NEAREST)).astype(int)  # [64, 64, 3]
     return bool((pixels.max(axis=2) - pixels.min(axis=2)).max() <= 8)  # JPEG rounds
 
 
 def _size(short: Sequence[int], largest: int) -> int:
-    """The images' own size where it is one that fits, else the largest power of two that enlarges few of them."""
+    """The images' own size where all have one that fits, else the largest power of two that enlarges less than half of them."""
     typical = int(statistics.median(short))
     if min(short) == max(short) <= largest and typical % 4 == 0:
         return typical
