@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ema import data, diffusion, model
+from ddpm_ema import data, diffusion, model, network_call
 from ddpm_ema.averaging.batch_norm import update_batch_norm
 from ddpm_ema.config import Config
 from ddpm_ema.keyed_random import Purpose, integers, seed_for
@@ -35,17 +35,19 @@ def with_own_statistics(
     """
     if not any(name.endswith("running_var") for name in weights):
         return dict(weights)
-    network: Any = model.fitting(config, weights, "an average").to(device)
+    images = dataset or data.load(config.data)
+    network = model.fitting(config, weights, "an average", lambda: images.num_classes).to(device)
     network.load_state_dict(dict(weights))
     objective = diffusion.Objective(config.diffusion).to(device)
 
     def predict(inputs: diffusion.Inputs) -> object:
         x_0, noise, timesteps, labels = inputs
-        return network(objective.add_noise(x_0, noise, timesteps), timesteps, class_labels=labels, return_dict=False)
+        x_t = objective.add_noise(x_0, noise, timesteps)
+        return network_call.predict(network, x_t, timesteps, labels)
 
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed_for(config.seed, Purpose.BATCH_NORM, 0))  # of dropout, which training mode has
-        update_batch_norm(network, _batches(config, objective, dataset or data.load(config.data)), call=predict)
+        update_batch_norm(network, _batches(config, objective, images), call=predict)
     return {**weights, **{name: buffer for name, buffer in network.named_buffers() if name in weights}}
 
 
