@@ -207,8 +207,8 @@ def metrics(steps: int = STEPS, every: int = 50) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grid(path: Path, title: str = "", columns: int = 16, cell: int = 32) -> None:
-    """A labelled grid of blobs, with the title that a picture holds."""
+def grid(path: Path, title: str = "", columns: int = 16, cell: int = 34) -> None:
+    """A labelled grid of blobs, with the title that a picture holds, and where its rows lie."""
     labels = tuple(FIGURES)
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(1)
@@ -219,7 +219,9 @@ def grid(path: Path, title: str = "", columns: int = 16, cell: int = 32) -> None
         for column in range(columns):
             patch = Image.fromarray((noise.random((8, 8)) * 255).astype(np.uint8))
             image.paste(patch.resize((cell - 2, cell - 2), Image.Resampling.NEAREST), (150 + column * cell, row * cell))
+    places = {"names": labels, "columns": columns, "left": 150, "top": 0, "width": cell - 2, "height": cell - 2}
     entries = PngImagePlugin.PngInfo()
+    entries.add_text("Rows", json.dumps({**places, "gap": 2, "scale": 4}))
     if title:
         entries.add_text("Title", title)
     image.save(path, pnginfo=entries)

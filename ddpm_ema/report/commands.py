@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ddpm_ema.report.record import Record, Scoring
@@ -24,6 +24,10 @@ def train(record: Record) -> str:
 def report(record: Record, scoring: Scoring | None = None) -> str:
     chosen = f" --scoring {shlex.quote(scoring.folder)}" if scoring else ""
     return f"ddpm-ema report {_run(record)}{chosen}"
+
+
+def report_runs(records: Sequence[Record]) -> str:
+    return " ".join(["ddpm-ema report", *map(_run, records)])
 
 
 def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str:
