@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddpm_ema.report.record import Record, Scoring
@@ -21,13 +21,9 @@ def train(record: Record) -> str:
     return f"ddpm-ema train {_run(record)}"
 
 
-def report(record: Record, scoring: Scoring | None = None) -> str:
-    chosen = f" --scoring {shlex.quote(scoring.folder)}" if scoring else ""
-    return f"ddpm-ema report {_run(record)}{chosen}"
-
-
-def report_runs(records: Sequence[Record]) -> str:
-    return " ".join(["ddpm-ema report", *map(_run, records)])
+def report(*records: Record, scoring: Scoring | None = None) -> str:
+    chosen = ["--scoring", shlex.quote(scoring.folder)] if scoring else []
+    return " ".join(["ddpm-ema report", *map(_run, records), *chosen])
 
 
 def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str:

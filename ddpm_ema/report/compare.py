@@ -1,4 +1,4 @@
-"""Scorings of one run, or several runs, side by side: what differs in their settings, and what each says."""
+"""Scorings of one run, or several runs, side by side: in which settings they differ, and what each says."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import yaml
+
 from ddpm_ema.numbers import listed, with_error
 from ddpm_ema.report import commands, facts, figures
 from ddpm_ema.report.answer import LABELS, judge, newest
 from ddpm_ema.report.gallery import Gallery, galleries
-from ddpm_ema.report.plot import Look, Plot, Point, Series
-from ddpm_ema.report.record import Record, Row, Scoring
+from ddpm_ema.report.plot import Look, Plot, Series
+from ddpm_ema.report.record import Record, Row, Scoring, plain
 
-ONLY_NETWORK = ("versions.", "model.", "diffusion.", "settings_digest")
-"""Settings of a scoring in which two runs that are compared may differ: their distances mean the same."""
+OF_THE_NETWORK = ("versions.", "model.", "diffusion.", "settings_digest")
+"""Settings of a scoring in which compared runs may differ: their distances mean the same."""
 
 
 class Table(NamedTuple):
@@ -27,7 +29,7 @@ class Table(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One of the runs that are compared, and the scoring that speaks for it. `name`: what tells it from the others."""
+    """One of the runs that are compared, under a name of its own, and the scoring that speaks for it."""
 
     name: str
     record: Record
@@ -36,111 +38,138 @@ class Run(NamedTuple):
     @property
     def best(self) -> Row | None:
         """The recommended weights, or those with the lowest distance."""
-        rows = self.scoring.rows if self.scoring else ()
-        wanted = judge(self.scoring).best if self.scoring else None
-        return next((row for row in rows if row.weights == wanted), rows[0] if rows else None)
+        if self.scoring is None or not self.scoring.rows:
+            return None
+        wanted = judge(self.scoring).best
+        return next((row for row in self.scoring.rows if row.weights == wanted), self.scoring.rows[0])
 
 
 def chosen(records: Sequence[Record]) -> list[Run]:
-    """The newest scoring of the first run, and of each other run the newest that was made like it, or else its newest."""
+    """Each run with its newest scoring, if possible of one protocol that all of them were scored by."""
     names = [record.path.resolve().name for record in records]
     names = names if len(set(names)) == len(names) else [str(record.path) for record in records]
-    first = newest(records[0].scorings)
-    alike = [[s for s in record.scorings if first and not differing([_protocol(first), _protocol(s)])] for record in records]
-    found = [first, *(newest(same) or newest(record.scorings) for record, same in zip(records[1:], alike[1:], strict=True))]
-    return [Run(*fields) for fields in zip(names, records, found, strict=True)]
+    for first in sorted(records[0].scorings, key=lambda s: (s.compares_with_raw, s.step, s.finished), reverse=True):
+        alike = [newest([s for s in record.scorings if _protocol(s) == _protocol(first)]) for record in records]
+        if None not in alike:
+            return list(map(Run, names, records, alike))
+    return [Run(name, record, newest(record.scorings)) for name, record in zip(names, records, strict=True)]
 
 
 def _protocol(scoring: Scoring) -> dict[str, str]:
     """The settings that must agree if distances of different runs are to be compared."""
-    return {key: value for key, value in scoring.settings.items() if not key.startswith(ONLY_NETWORK)}
+    return {key: value for key, value in scoring.settings.items() if not key.startswith(OF_THE_NETWORK)}
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Name of a setting -> its value in each, for settings that are not the same in all."""
     keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
-    values = {key: [one.get(key, "none") for one in settings] for key in keys}
+    values = {key: [one.get(key, "none")[:100] for one in settings] for key in keys}
     return {LABELS.get(key, key.replace("_", " ")): found for key, found in values.items() if len(set(found)) > 1}
 
 
 def scorings(record: Record, scoring: Scoring) -> Table | None:
-    """All scorings of the run, this one first, then the newest: settings that differ, what each recommends, its own page."""
-    others = sorted(record.scorings, key=lambda s: (s is scoring, s.step, s.finished), reverse=True)
-    if len(others) < 2:
-        return None
-    differs = differing([one.settings for one in others])
+    """All scorings of the run, this one first, then the newest."""
+    found = sorted(record.scorings, key=lambda s: (s is scoring, s.step, s.finished), reverse=True)
+    differs = differing([one.settings for one in found])
     rows = []
-    for i, one in enumerate(others):
-        lowest = with_error(one.rows[0].distance, one.rows[0].stderr) if one.rows else "none"
-        told = (judge(one).brief, f"{one.metric_name} {lowest}", commands.report(record, one))
-        rows.append((f"step {one.step:,}", *(values[i][:100] for values in differs.values()), *told))
+    for i, one in enumerate(found):
+        told = (
+            judge(one).brief,
+            _distance(one, one.rows[0] if one.rows else None),
+            commands.report(record, scoring=one),
+        )
+        rows.append((f"step {one.step:,}", *(values[i] for values in differs.values()), *told))
     head = ("Scoring", *differs, "Recommended", "Lowest distance", "Page of this scoring")
-    return Table("Scorings of this run, the one on this page first, with all settings in which they differ", head, tuple(rows), True)
+    caption = "Scorings of this run, the one on this page first, with all settings in which they differ"
+    return Table(caption, head, tuple(rows), commands=True) if len(found) > 1 else None
 
 
 def runs(compared: Sequence[Run]) -> Table:
     """What each run says, then all settings of scoring and training in which the runs differ."""
-    rows = [
-        ("Recommended", *(judge(run.scoring).brief if run.scoring else "not scored" for run in compared)),
-        ("Its distance", *(_distance(run, run.best) for run in compared)),
-        ("Distance of raw", *(_distance(run, run.scoring and run.scoring.raw) for run in compared)),
-        ("Trained", *(dict(facts.run(run.record)).get("Steps", "none") for run in compared)),
-        ("Time", *(dict(facts.run(run.record)).get("Time", "not logged") for run in compared)),
-        ("Scored step", *(f"{run.scoring.step:,}" if run.scoring else "none" for run in compared)),
+    told = [
+        {
+            "Recommended": judge(run.scoring).brief if run.scoring else "not scored",
+            "Its distance": _distance(run.scoring, run.best),
+            "Distance of raw": _distance(run.scoring, run.scoring and run.scoring.raw),
+            "Scored step": f"{run.scoring.step:,}" if run.scoring else "none",
+            **{key: value for key, value in facts.run(run.record) if key in ("Steps", "Time")},
+        }
+        for run in compared
     ]
-    scored = [run.scoring.settings if run.scoring else {} for run in compared]
-    rows += [(f"scoring: {key}", *values) for key, values in differing(scored).items()]
-    rows += [(key, *values) for key, values in differing([run.record.settings.flat for run in compared]).items()]
+    rows = [(key, *(one.get(key, "") for one in told)) for key in told[0]]
+    for settings in ([run.scoring.settings if run.scoring else {} for run in compared], list(map(_settings, compared))):
+        rows += [(key, *values) for key, values in differing(settings).items()]
     return Table("The runs, and all settings in which they differ", ("", *(run.name for run in compared)), tuple(rows))
 
 
-def _distance(run: Run, row: Row | None) -> str:
-    return f"{run.scoring.metric_name} {with_error(row.distance, row.stderr)}" if run.scoring and row else "not scored"
+def _distance(scoring: Scoring | None, row: Row | None) -> str:
+    return f"{scoring.metric_name} {with_error(row.distance, row.stderr)}" if scoring and row else "none"
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """config.yaml by dotted key, two levels deep and of scalars: a stranger's YAML may unfold to gigabytes."""
+    found = {}
+    for section, keys in yaml.safe_load(run.record.config_text or "{}").items():
+        for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
+            parts = (
+                value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
+            )
+            shown = [
+                f"{part if isinstance(part, str) else ''} {plain(v)}"
+                for part, v in parts
+                if not isinstance(v, (dict, list))
+            ]
+            found[f"{section}.{key}".rstrip(".")] = ",".join(shown).strip()
+    return found | {"output_dir": ""}
 
 
 def sentence(compared: Sequence[Run]) -> str:
     """The run with the lowest distance, or why their distances cannot be compared."""
-    scored = [run for run in compared if run.scoring is not None and run.best is not None]
-    if len(scored) < 2:
+    scored = [(run, run.scoring, run.best) for run in compared]
+    known = [
+        (row.distance, run, scoring, row) for run, scoring, row in scored if scoring is not None and row is not None
+    ]
+    if len(known) < 2:
         return "Fewer than two of these runs have been scored, so there is nothing to compare."
-    if differs := differing([_protocol(run.scoring) for run in scored if run.scoring]):
+    if differs := differing([_protocol(scoring) for _, _, scoring, _ in known]):
         shown = listed([f"{key} ({', '.join(value[:12] for value in values)})" for key, values in differs.items()])
         return f"The distances of these runs cannot be compared, because they were scored with different settings: {shown}."
-    first, second = sorted(scored, key=lambda run: run.best.distance if run.best else math.inf)[:2]
-    assert first.scoring is not None and first.best is not None and second.best is not None
-    error = math.hypot(first.best.stderr or 0.0, second.best.stderr or 0.0)
-    gap = with_error(second.best.distance - first.best.distance, error)
+    (_, run, scoring, row), (_, other, _, behind) = sorted(known, key=lambda one: one[0])[:2]
+    gap = with_error(behind.distance - row.distance, math.hypot(row.stderr or 0.0, behind.stderr or 0.0))
     return (
-        f"{first.scoring.conditions}: {first.best.weights} of {first.name} has the lowest {first.scoring.metric_name}, "
-        f"{with_error(first.best.distance, first.best.stderr)}, {gap} below {second.best.weights} of {second.name}."
+        f"{scoring.conditions}: {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
+        f"{with_error(row.distance, row.stderr)}, {gap} below {behind.weights} of {other.name}."
     )
 
 
-def plots(scored: Sequence[Run], look: Mapping[str, Look]) -> Iterator[Plot | None]:
-    """Distance of each run's best weights over training, and over the width of its sweep."""
-    metric = scored[0].scoring.metric_name if scored and scored[0].scoring else ""
-    over, widths = [], []
-    for run in scored:
-        assert run.scoring is not None and run.best is not None
-        alike = [(one.step, one.rows) for one in run.record.scorings if one.comparable(run.scoring)]
-        points = figures.by_weights(alike)
-        over.append(Series(f"{run.name} {run.best.name}", look[run.name], points[run.best.name], "errors"))
-        over.append(Series(f"{run.name} raw", look[run.name]._replace(dash="2 2"), points.get("raw", []), "errors"))
-        rows = figures.swept(run.scoring, "std")
-        points_of = [Point(row.get("std") or 0.0, row.distance, row.stderr or 0.0, f"{run.name} {row.weights}") for row in rows]
-        widths += [Series(run.name, look[run.name], points_of, "band")] if len(rows) > 1 else []
+def plots(compared: Sequence[Run], looks: Mapping[str, Look]) -> Iterator[Plot | None]:
+    """Distance of each run's best and raw weights over training, and over the width of its sweep."""
+    over, widths, metric = [], [], ""
+    for run in compared:
+        (name, record, scoring), best = run, run.best
+        if scoring is None or best is None:
+            continue
+        metric = scoring.metric_name
+        points = figures.by_weights((one.step, one.rows) for one in record.scorings if one.comparable(scoring))
+        for weights, dash in {"raw": "2 2", best.name: ""}.items():
+            over.append(Series(f"{name} {weights}", looks[name]._replace(dash=dash), points.get(weights, []), "errors"))
+        swept = figures.swept(scoring, "std", prefix=f"{name} ")
+        widths += [Series(name, looks[name], swept, "band")] if len(swept) > 1 else []
     yield figures.over_training(over, f"{metric} over training", metric, "Bars are one standard error.")
-    if len(widths) > 1:
-        title, label, scale = figures.WIDTHS["std"]
-        yield Plot(f"{metric} over {title}", label, metric, tuple(widths), "Bands are one and two standard errors.", scale)
+    if widths:
+        title, label = figures.WIDTHS["std"]
+        yield Plot(f"{metric} over {title}", label, metric, tuple(widths), "Bands are one and two standard errors.")
 
 
-def gallery(scored: Sequence[Run]) -> list[Gallery]:
+def gallery(compared: Sequence[Run]) -> list[Gallery]:
     """The best and the raw weights of each run, at one place."""
     pictures = []
-    for run in scored:
-        assert run.scoring is not None and run.best is not None
-        for grid in galleries(run.record, [run.scoring])[:1]:
-            wanted = [one for one in grid.pictures if one.name in (run.best.weights, "raw")]
-            pictures += [one._replace(name=f"{run.name} {one.name} ({run.scoring.sampling})") for one in wanted]
-    return [Gallery("Samples of each run", tuple(pictures))] if pictures else []
+    for run in compared:
+        for grid in galleries(run.record, [run.scoring])[:1] if run.scoring and run.best else ():
+            wanted = [one for one in grid.pictures if run.best and one.name in (run.best.weights, "raw")]
+            pictures += [one._replace(name=f"{run.name} {one.name}") for one in wanted]
+    return (
+        [Gallery("Samples of each run, from the same noise where the seed is the same", tuple(pictures))]
+        if pictures
+        else []
+    )

@@ -5,54 +5,41 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from ddpm_ema.numbers import with_error
-from ddpm_ema.report.plot import Level, Look, Plot, Point, Series
+from ddpm_ema.report.plot import Look, Plot, Point, Series
 from ddpm_ema.report.record import Logged, Number, Row, Scoring
 from ddpm_ema.weight_names import split_step
 
 Looks = Mapping[str, Look]
 Rows = Sequence[Logged]
 WIDTHS = {
-    "std": ("the width of the average", "\u03c3_rel", "linear"),
-    "decay": ("the decay", "constant decay", "nines"),
-    "cooldown": ("the length of the emulated decay", "steps of the emulated linear decay of the learning rate", "linear"),
+    "std": ("the width of the average", "\u03c3_rel"),
+    "decay": ("the decay", "1 / (1 \u2212 decay), steps"),
+    "cooldown": ("the length of the emulated decay", "steps of the emulated linear decay of the learning rate"),
 }
-"""What a sweep varies: as a title says it, as an axis says it, and the scale of that axis."""
+"""What a sweep varies: as a title says it, and as an axis says it."""
 
 
 def weightings(given: Mapping[str, Sequence[Number]], looks: Looks) -> Plot | None:
-    """Where in training each average's weights come from, one row per average, each on its own scale.
+    """Which share of each average's weight lies on parameters from before a moment of training.
 
     A weighting is a density over [0, 1] in equal parts; what its integral lacks to 1 is the weight of the initial parameters.
     """
-    known = {name: np.array(values, float) for name, values in given.items() if len(values) > 1 and None not in values}
-    curves = {name: curve for name, curve in known.items() if name in looks and curve.max() > 0}
-    series, labels = [], []
-    for base, (name, curve) in zip(range(len(curves) - 1, -1, -1), curves.items(), strict=True):
-        times = 100 * (np.arange(len(curve)) + 0.5) / len(curve)
-        points = [Point(x, y, note=name) for x, y in zip(times.tolist(), curve.tolist(), strict=True)]
-        series.append(Series(name, looks[name], points, "area", base, 0.56 / curve.max()))
-        initial = 1 - curve.mean()
-        held = f": {initial:.0%} initial weights" if initial >= 0.005 else ""
-        labels.append((0.0, base + 0.86, f"{name}{held}; centre {(curve @ times) / curve.sum():.0f}%"))
-    caption = "Weight of the parameters of each training step in the average. Each row has its own scale."
-    return series and Plot(
-        "Weighting of each average over training",
-        *("% of training", "density", tuple(series), caption),
-        labels=tuple(labels),
-        height=60 + 44 * len(series),
-        linear=True,
-        y_axis=False,
-        legend=False,
-    ) or None
+    series = []
+    for name in [name for name in given if name in looks]:
+        density = [value for value in given[name] if value is not None]
+        shares = [0.0, *itertools.accumulate(value / len(density) for value in density)]
+        points = [Point(100 * i / len(density), 1 - shares[-1] + share) for i, share in enumerate(shares) if density]
+        series.append(Series(name, looks[name], points))
+    caption = "Share of an average's weight that lies on parameters from before. At 0% it is the share of the initial parameters."
+    return over_training(series, "Weighting of each average", "share", caption, x_label="% of training", linear=True)
 
 
 def over_training(series: Iterable[Series], title: str, label: str, caption: str, **more: object) -> Plot | None:
     """Series over the training step, of those that have two points."""
     known = tuple(one for one in series if len(one.points) > 1)
-    return Plot(title, "step", label, known, caption, **more) if known else None  # type: ignore[arg-type]
+    more = {"x_label": "step", **more}
+    return Plot(title, y_label=label, series=known, caption=caption, **more) if known else None  # type: ignore[arg-type]
 
 
 def by_weights(scored: Iterable[tuple[int, Sequence[Row]]]) -> dict[str, list[Point]]:
@@ -67,7 +54,11 @@ def by_weights(scored: Iterable[tuple[int, Sequence[Row]]]) -> dict[str, list[Po
 
 
 def distance(
-    scored: Iterable[tuple[int, Sequence[Row]]], label: str, caption: str, looks: Looks, level: Level | None = None
+    scored: Iterable[tuple[int, Sequence[Row]]],
+    label: str,
+    caption: str,
+    looks: Looks,
+    level: tuple[float, str] | None = None,
 ) -> Plot | None:
     """Distance of all weights over training, with standard errors, from scorings that can be compared with each other."""
     points = by_weights(scored)
@@ -85,7 +76,8 @@ def quarters(rows: Rows, num_timesteps: int) -> Plot | None:
     """The loss of each quarter of the noise levels."""
     bounds = itertools.pairwise(-(-num_timesteps * quarter // 4) for quarter in range(5))
     series = [
-        Series(f"t = {low}\u2013{high - 1}", Look(f"q{i}"), column(rows, f"loss_q{i}")) for i, (low, high) in enumerate(bounds)
+        Series(f"t = {low}\u2013{high - 1}", Look(f"q{i}"), column(rows, f"loss_q{i}"))
+        for i, (low, high) in enumerate(bounds)
     ]
     caption = "t is the noise level: little noise at 0, which is hardest to predict; almost only noise at the last."
     return over_training(series, "Loss by quarter of the timesteps", "loss", caption)
@@ -102,63 +94,55 @@ def column(rows: Rows, key: str) -> list[Point]:
     return [Point(row.step, value) for row in rows if (value := row.get(key)) is not None]
 
 
-def swept(scoring: Scoring, key: str) -> list[Row]:
-    """The rows of the sweep that varies `key` (a key of WIDTHS), in its order."""
-    return sorted((row for row in scoring.sweep if row.get(key) is not None), key=lambda row: row.get(key) or 0.0)
+def swept(scoring: Scoring, key: str, value: str = "", prefix: str = "") -> list[Point]:
+    """The sweep that varies `key` (a key of WIDTHS) as points: the distance, or another value of its rows, over the width.
+
+    Marks of rows that are significantly worse than the best are hollow.
+    """
+    told = scoring.sweep_best.get(key)
+    close = (told.weights, *told.not_significantly_worse) if told is not None else ()
+    points = []
+    for row in scoring.sweep:
+        x, y = row.get(key), row.get(value) if value else row.distance
+        error = row.get(f"{value}_stderr" if value else "stderr") or 0.0
+        if x is not None and y is not None and not (key == "decay" and x >= 1):
+            x = 1 / (1 - x) if key == "decay" else x
+            points.append(Point(x, y, error, prefix + row.weights, row.weights not in close and not value))
+    return sorted(points)
 
 
 def sweep(scoring: Scoring, key: str, note: str) -> list[Plot]:
     """Distance, then precision and recall, over the width of reconstructed averages. `note` is added to the second caption."""
-    rows = swept(scoring, key)
-    if len(rows) < 2:
+    (title, label), points, metric = WIDTHS[key], swept(scoring, key), scoring.metric_name
+    if len(points) < 2:
         return []
-    title, label, scale = WIDTHS[key]
-    shares = []
-    for share, look in (("precision", Look("c0")), ("recall", Look("c1", dash="7 3"))):
-        values = [(row, row.get(share)) for row in rows]
-        points = [Point(row.get(key) or 0.0, y, row.get(f"{share}_stderr") or 0.0) for row, y in values if y is not None]
-        shares += [Series(share, look, points, "band")] if len(points) > 1 else []
-    caption = "Precision: share of the samples that lie among reference images. Recall: share of the reference images that lie "
-    drawn = Plot(
-        f"Precision and recall over {title}",
-        *(label, "share of images", tuple(shares), f"{caption}among samples. {note}".rstrip(), scale),
-        linear=True,
-    )
-    return [_sweep_distance(scoring, rows, key), *([drawn] if shares else [])]
-
-
-def _sweep_distance(scoring: Scoring, rows: Sequence[Row], key: str) -> Plot:
-    title, label, scale = WIDTHS[key]
     told = scoring.sweep_best.get(key)
-    names = [row.weights for row in rows]
-    lowest = min(rows, key=lambda row: row.distance).weights
-    best = names.index(told.weights if told is not None and told.weights in names else lowest)
-    filled = {names[best], *(told.not_significantly_worse if told is not None else ())}
-    points = [
-        Point(row.get(key) or 0.0, row.distance, row.stderr or 0.0, row.weights, row.weights not in filled) for row in rows
-    ]
-    ring = points[best]
-    width = f"{ring.x:,.0f} steps" if key == "cooldown" else f"{ring.x:.4g}"
+    best = [point for point in points if told is not None and point.note == told.weights]
+    ring = best[0] if best else min(points, key=lambda point: point.y)
     caption = (
-        f"At step {scoring.step:,}, {scoring.sampling}. Averages reconstructed after training. "
-        f"Bands are one and two standard errors; the ring is the best, {width}."
+        f"At step {scoring.step:,}, {scoring.sampling}. Averages reconstructed after training. Bands are one and two standard "
+        f"errors; the ring is the best, {ring.note}. Filled marks are not significantly worse."
     )
-    caption += " Filled marks are not significantly worse." if len(filled) > 1 else ""
-    if best in (0, len(rows) - 1):
+    if ring in (points[0], points[-1]):
         caption += " It lies at the end of the range: a wider range may hold a better one."
-    return Plot(
-        f"{scoring.metric_name} over {title}",
-        *(label, scoring.metric_name, (Series("sweep", Look("c0"), points, "band"),), caption, scale),
-        level=floor(scoring),
-        labels=((ring.x, ring.y + 2 * ring.error, f"best: {width}"),),
-        ring=ring,
-        legend=False,
-    )
+    drawn, log = (Series("sweep", Look("c0"), points, "band"),), key == "decay"
+    found = [Plot(f"{metric} over {title}", label, metric, drawn, caption, log, level=floor(scoring), ring=ring)]
+    looks = {"precision": Look("c0"), "recall": Look("c1", dash="7 3")}
+    shares = tuple(Series(share, look, swept(scoring, key, share), "band") for share, look in looks.items())
+    if all(len(one.points) > 1 for one in shares):
+        caption = (
+            "Precision: share of the samples that lie among reference images. "
+            f"Recall: share of the reference images that lie among samples. {note}"
+        )
+        found.append(
+            Plot(f"Precision and recall over {title}", label, "share of images", shares, caption, log, linear=True)
+        )
+    return found
 
 
-def floor(scoring: Scoring) -> Level | None:
+def floor(scoring: Scoring) -> tuple[float, str] | None:
     """The distance of real images from the reference, where it was measured."""
     known = scoring.floor
     if known is None or known.distance is None:
         return None
-    return Level(known.distance, f"real images ({known.split}): {with_error(known.distance, known.stderr)}")
+    return known.distance, f"real images ({known.split}): {with_error(known.distance, known.stderr)}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ddpm_ema.report.reading import picture
 from ddpm_ema.report.record import Record, Scoring
@@ -38,18 +38,14 @@ class Rows(BaseModel):
     """Where image_grid.py laid the images: `names` from top to bottom, `columns` of images that were enlarged by `scale`."""
 
     model_config = ConfigDict(strict=True)
-    names: list[str]
-    columns: Size
+    names: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    columns: Annotated[int, Field(ge=1, le=1000)]
     left: Offset
     top: Offset
     width: Size
     height: Size
     gap: Offset
     scale: Size
-
-    def fits(self, image: Image.Image) -> bool:
-        right, bottom = self.columns * (self.width + self.gap), len(self.names) * (self.height + self.gap)
-        return self.left + right <= image.width and self.top + bottom <= image.height
 
     def cut(self, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
         """Name and images of each row, in lines of LINE, at their own size, with a transparent pixel between them."""
@@ -90,11 +86,9 @@ def galleries(record: Record, scorings: Sequence[Scoring]) -> list[Gallery]:
 def _gallery(image: Image.Image, title: str) -> Gallery:
     try:
         rows = Rows.model_validate_json(image.info.get("Rows", ""))
-    except ValidationError:
-        rows = None
-    if rows is None or not rows.fits(image):
+        return Gallery(title, tuple(_picture(name, sheet) for name, sheet in rows.cut(image.convert("RGB"))))
+    except ValueError:  # no rows, or rows outside the picture
         return Gallery(title, (_picture("", image),), whole=True)
-    return Gallery(title, tuple(_picture(name, sheet) for name, sheet in rows.cut(image.convert("RGB"))))
 
 
 def _picture(name: str, image: Image.Image) -> Picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from markupsafe import Markup, escape
 from ddpm_ema import numbers
 from ddpm_ema.report import answer, commands, compare, facts, figures
 from ddpm_ema.report.gallery import galleries
-from ddpm_ema.report.plot import Look, Plot, Series, csv_uri, looks
-from ddpm_ema.report.record import Record, Row, Scoring
+from ddpm_ema.report.plot import COLOURS, Look, Plot, Series, csv_uri, looks
+from ddpm_ema.report.record import Record, Scoring
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 Looks = Mapping[str, Look]
@@ -29,50 +30,75 @@ CURVES = (
     ("images_per_second", "Speed", "images/s", "Over all processes.", True),
 )
 """Plots of metrics.jsonl: key, title, label of y, caption, whether the axis is always linear."""
+POLICY = (
+    "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "style-src 'sha256-{}'; script-src 'sha256-{}'"
+)
 
 
 class Table(NamedTuple):
-    """One scoring's rows, its own answer, and notes on its columns. `differs`: from the settings of the first table."""
+    """The scores of one scoring, as the page shows them."""
 
     scoring: Scoring
-    answer: answer.Answer
-    columns: tuple[tuple[str, str, int], ...]
-    notes: tuple[str, ...]
-    differs: str
+
+    @property
+    def columns(self) -> list[tuple[str, str, int]]:
+        return [column for column in FURTHER if any(row.get(column[0]) is not None for row in self.scoring.rows)]
+
+    @property
+    def notes(self) -> list[str]:
+        noise = _precision_note(self.scoring) if any(key == "precision" for key, _, _ in self.columns) else ""
+        return [*answer.saturation(self.scoring, self.scoring.rows), *([noise] if noise else [])]
 
     def place(self, value: float) -> float:
-        """Where a difference from raw is drawn, in 2 ... 118."""
-        gaps = [gap for row in self.scoring.rows if (gap := row.versus_raw)]
-        low, high = min(0.0, *(gap.low for gap in gaps)), max(0.0, *(gap.high for gap in gaps))
-        return round(2 + 116 * (value - low) / (high - low or 1), 1)
+        """Where a difference from raw is drawn, in 0 ... 120: by its square root, because one average may be far worse."""
+        gaps = [end for row in self.scoring.rows if row.versus_raw for end in (row.versus_raw.low, row.versus_raw.high)]
+        low, high, at = (math.copysign(math.sqrt(abs(v)), v) for v in (min(0.0, *gaps), max(0.0, *gaps), value))
+        return round(4 + 112 * (at - low) / (high - low or 1), 1)
 
     @property
     def csv(self) -> str:
-        keys = ("weights", "frechet_distance_unbiased", "frechet_distance", "stderr", "delta_vs_raw", "delta_stderr")
-        keys += tuple(key for key, _, _ in self.columns)
-        return csv_uri([(*keys, "against_raw"), *((*(getattr(r, k, "") for k in keys), answer.against_raw(r)) for r in self.scoring.rows)])
+        keys = ["weights", "frechet_distance_unbiased", "frechet_distance", "stderr", "delta_vs_raw", "delta_stderr"]
+        keys += [key for key, _, _ in self.columns]
+        rows = [[*(getattr(row, key, "") for key in keys), answer.against_raw(row)] for row in self.scoring.rows]
+        return csv_uri([[*keys, "against_raw"], *rows])
 
 
 def render(record: Record, scoring: Scoring | None) -> str:
     """The page as HTML, with the answer of `scoring`. Every value is escaped by the template."""
     look = looks(record.names)
-    content = {
-        "title": record.path.resolve().name,
-        "facts": facts.run(record),
-        "profiles": figures.weightings(record.manifest.weightings, look),
-        "curves": _curves(record, look),
-        "train": commands.train(record),
-        "score": commands.score(record),
-        "report": commands.report(record),
-        "pictures": galleries(record, _shown(record, scoring)),
-        "over_steps": [],
-    }
-    if quick := _quick(record, look):
-        content["over_steps"].append(quick)
+    shown = [scoring, *answer.rivals(scoring, record.scorings)] if scoring else []
+    content: dict[str, Any] = {"pictures": galleries(record, shown), "curves": _curves(record, look)}
+    alike, quick = None, _quick(record, look)
     if scoring is not None:
-        content |= _scored(record, scoring, look, quick)
+        series = [(s.step, s.rows) for s in record.scorings if s.comparable(scoring)]
+        caption, level = f"{scoring.conditions}.", figures.floor(scoring)
+        alike = figures.distance(series, scoring.metric_name, caption, look, level)
+        found = answer.answer(scoring, shown[1:])
+        offered = [*found.recommended[:1], *(note.export for note in found.notes if note.export)]
+        exports = filter(None, (commands.export(record, scoring, name) for name in offered))
+        content |= {"answer": found, "exports": "\n".join(exports), "sweep": _sweep(record, scoring)}
+    content |= {
+        "alike": alike,
+        "over_steps": [plot for plot in (alike, quick) if plot],
+        "tables": list(map(Table, shown)),
+    }
     content["warnings"] = _warnings(record, scoring)  # last: problems found on the way are among them
-    return _fill("report.html", [record], record=record, looks=look, scoring=scoring, **content)
+    title = record.path.resolve().name
+    return _fill("report.html", [record], title=title, record=record, scoring=scoring, looks=look, **content)
+
+
+def render_runs(compared: Sequence[compare.Run]) -> str:
+    """The page that sets several runs side by side."""
+    look = {run.name: Look(f"c{i % COLOURS}") for i, run in enumerate(compared)}
+    plots = [*compare.plots(compared, look)]
+    for key, title, label, caption, linear in CURVES:
+        series = [Series(run.name, look[run.name], figures.column(run.record.training, key)) for run in compared]
+        plots.append(figures.over_training(series, title, label, caption, linear=linear))
+    content = {"compared": compared, "plots": [plot for plot in plots if plot], "pictures": compare.gallery(compared)}
+    warnings = [f"{run.name}: {text}" for run in compared for text in run.record.problems]
+    title, records = " and ".join(run.name for run in compared), [run.record for run in compared]
+    return _fill("runs.html", records, title=title, warnings=warnings, **content)
 
 
 def _fill(template: str, records: Sequence[Record], **content: Any) -> str:
@@ -80,76 +106,13 @@ def _fill(template: str, records: Sequence[Record], **content: Any) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters["names"] = _name_marker(records)
-    environment.globals.update(figure=numbers.figure, with_error=numbers.with_error, decimals=numbers.decimals)
-    environment.globals["against_raw"] = answer.against_raw
+    environment.globals |= {"numbers": numbers, "answers": answer, "commands": commands, "compare": compare}
+    environment.globals |= {"facts": facts, "figures": figures}
     style, script = (Markup((TEMPLATES / name).read_text()) for name in ("page.css", "page.js"))
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'"
     return environment.get_template(template).render(
-        style=style, script=script, policy=Markup(policy.format(*digests)), **content
+        style=style, script=script, policy=Markup(POLICY.format(*digests)), records=records, **content
     )
-
-
-def render_runs(compared: Sequence[compare.Run]) -> str:
-    """The page that sets several runs side by side."""
-    look = {run.name: Look(f"c{i % 7}") for i, run in enumerate(compared)}
-    scored = [run for run in compared if run.scoring is not None]
-    curves = (
-        figures.over_training(
-            [Series(run.name, look[run.name], figures.column(run.record.training, key)) for run in compared],
-            *(title, label, caption),
-            linear=linear,
-        )
-        for key, title, label, caption, linear in CURVES
-    )
-    warnings = [f"{run.name}: {text}" for run in compared for text in _warnings(run.record, run.scoring)]
-    return _fill(
-        "runs.html",
-        [run.record for run in compared],
-        title=" and ".join(run.name for run in compared),
-        sentence=compare.sentence(compared),
-        table=compare.runs(compared),
-        answers=[(run.name, answer.judge(run.scoring).sentence, commands.report(run.record)) for run in scored],
-        plots=[plot for plot in (*compare.plots(scored, look), *curves) if plot],
-        pictures=compare.gallery(scored),
-        warnings=warnings,
-        report=commands.report_runs([run.record for run in compared]),
-    )
-
-
-def _shown(record: Record, scoring: Scoring | None) -> list[Scoring]:
-    return [] if scoring is None else [scoring, *answer.rivals(scoring, record.scorings)]
-
-
-def _scored(record: Record, scoring: Scoring, look: Looks, quick: Plot | None) -> dict[str, Any]:
-    """The content about the run's scorings."""
-    shown = _shown(record, scoring)
-    found = answer.answer(scoring, shown[1:])
-    alike = sorted((s for s in record.scorings if s.comparable(scoring)), key=lambda s: s.step)
-    series = [(s.step, s.rows) for s in alike]
-    floor = figures.floor(scoring)
-    curve = figures.distance(series, scoring.metric_name, f"{scoring.conditions}.", look, floor)
-    offered = [*found.recommended[:1], *(note.export for note in found.notes if note.export)]
-    return {
-        "answer": found,
-        "tables": [_table(one, answer.differing(scoring, one) if one is not scoring else "") for one in shown],
-        "over_steps": [plot for plot in (curve, quick) if plot],
-        "curve": curve,
-        "sweep": _sweep(record, scoring),
-        "made": facts.made(scoring),
-        "others": compare.scorings(record, scoring),
-        "exports": list(filter(None, (commands.export(record, scoring, name) for name in offered))),
-        "sweep_command": commands.sweep(record, scoring),
-        "steps_command": commands.score(record, scoring, steps="all"),
-    }
-
-
-def _table(scoring: Scoring, differs: str) -> Table:
-    columns = tuple(column for column in FURTHER if any(row.get(column[0]) is not None for row in scoring.rows))
-    notes = [*answer.saturation(scoring, scoring.rows)]
-    if any(key == "precision" for key, _, _ in columns):
-        notes += filter(None, [_precision_note(scoring)])
-    return Table(scoring, answer.judge(scoring), columns, tuple(notes), differs)
 
 
 def _precision_note(scoring: Scoring) -> str:
@@ -166,11 +129,10 @@ def _quick(record: Record, look: Looks) -> Plot | None:
         return None
     evaluation, series = record.settings.evaluation, [(row.step, row.scores or ()) for row in record.quick]
     images, sampler, steps = (evaluation.get(key) for key in ("every_num_images", "sampler", "num_inference_steps"))
-    label = f"{'FID' if series[-1][1][0].metric == 'fid' else 'FD'} while training"
+    label = "FID while training" if series[-1][1][0].metric == "fid" else "FD while training"
     label += f" ({images:,} images)" if isinstance(images, int) else ""
-    known = isinstance(sampler, str) and isinstance(steps, int)
-    caption = f"Scored while training{f' (config.yaml: {sampler} in {steps} steps)' if known else ''}."
-    return figures.distance(series, label, caption, look)
+    known = f" (config.yaml: {sampler} in {steps} steps)" if isinstance(sampler, str) and isinstance(steps, int) else ""
+    return figures.distance(series, label, f"Scored while training{known}.", look)
 
 
 def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
@@ -186,8 +148,8 @@ def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
 
 def _curves(record: Record, look: Looks) -> list[Plot]:
     rows = record.training
-    found = [figures.curve(rows, *fields) for fields in CURVES]
-    found[1:1] = [figures.quarters(rows, record.settings.num_train_timesteps), figures.distances(rows, look)]
+    found = [figures.weightings(record.manifest.weightings, look)] + [figures.curve(rows, *fields) for fields in CURVES]
+    found[2:2] = [figures.quarters(rows, record.settings.num_train_timesteps), figures.distances(rows, look)]
     if any(row.get("skipped_steps") for row in rows):
         caption = "Steps that mixed precision skipped because a gradient overflowed; they changed no average."
         found.append(figures.curve(rows, "skipped_steps", "Skipped steps", "steps", caption))

@@ -238,11 +238,6 @@ class Settings(Shape):
     averages: dict[str, dict[str, Any]] = {}
     evaluation: dict[str, Any] = {}
 
-    @property
-    def flat(self) -> dict[str, str]:
-        """All settings of training by dotted key."""
-        return dict(_flat({**(self.__pydantic_extra__ or {}), "averages": self.averages, "output_dir": None}))
-
 
 class Manifest(Shape):
     """manifest.json of a checkpoint."""
