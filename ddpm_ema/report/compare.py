@@ -64,7 +64,7 @@ def differing(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Name of a setting -> its value in each, for settings that are not the same in all."""
     keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
     values = {key: [one.get(key, "none")[:100] for one in settings] for key in keys}
-    return {LABELS.get(key, key.replace("_", " ")): found for key, found in values.items() if len(set(found)) > 1}
+    return {LABELS.get(key, key): found for key, found in values.items() if len(set(found)) > 1}
 
 
 def scorings(record: Record, scoring: Scoring) -> Table | None:
@@ -80,7 +80,7 @@ def scorings(record: Record, scoring: Scoring) -> Table | None:
         )
         rows.append((f"step {one.step:,}", *(values[i] for values in differs.values()), *told))
     head = ("Scoring", *differs, "Recommended", "Lowest distance", "Page of this scoring")
-    caption = "Scorings of this run, the one on this page first, with all settings in which they differ"
+    caption = "The one on this page first, with all settings in which they differ"
     return Table(caption, head, tuple(rows), commands=True) if len(found) > 1 else None
 
 
@@ -112,14 +112,16 @@ def _settings(run: Run) -> dict[str, str]:
     for section, keys in yaml.safe_load(run.record.config_text or "{}").items():
         for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
             parts = (
-                value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
+                sorted(value.items(), key=str)
+                if isinstance(value, dict)
+                else enumerate(value if isinstance(value, list) else [value])
             )
             shown = [
                 f"{part if isinstance(part, str) else ''} {plain(v)}"
                 for part, v in parts
                 if not isinstance(v, (dict, list))
             ]
-            found[f"{section}.{key}".rstrip(".")] = ",".join(shown).strip()
+            found[f"{section}.{key}".rstrip(".")] = ", ".join(map(str.strip, shown))
     return found | {"output_dir": ""}
 
 
@@ -135,10 +137,11 @@ def sentence(compared: Sequence[Run]) -> str:
         shown = listed([f"{key} ({', '.join(value[:12] for value in values)})" for key, values in differs.items()])
         return f"The distances of these runs cannot be compared, because they were scored with different settings: {shown}."
     (_, run, scoring, row), (_, other, _, behind) = sorted(known, key=lambda one: one[0])[:2]
-    gap = with_error(behind.distance - row.distance, math.hypot(row.stderr or 0.0, behind.stderr or 0.0))
+    gap, error = behind.distance - row.distance, math.hypot(row.stderr or 0.0, behind.stderr or 0.0)
     return (
         f"{scoring.conditions}: {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
-        f"{with_error(row.distance, row.stderr)}, {gap} below {behind.weights} of {other.name}."
+        f"{with_error(row.distance, row.stderr)}. That is {with_error(gap, error)} below {behind.weights} of {other.name}, "
+        f"{'more' if gap > 2 * error else 'less'} than two standard errors."
     )
 
 

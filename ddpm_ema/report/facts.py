@@ -1,19 +1,12 @@
-"""What was trained, on what, for how long, and how a scoring was made: words and their values for the page."""
+"""What was trained, on what, and for how long: words and their values for the page."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ddpm_ema.report.record import Record, Scoring, plain
+from ddpm_ema.report.record import Record, plain
 
 Facts = list[tuple[str, str]]
-# Settings of a scoring, beside those that `made` words itself.
-OPTIONAL = {
-    "clip_sample": "Clipping of x_0",
-    "mixed_precision": "Precision of the network",
-    "groups": "Jackknife groups",
-    "settings_digest": "Digest of the settings",
-}
 
 
 def run(record: Record) -> Facts:
@@ -43,29 +36,6 @@ def _rule(name: str, rule: dict[str, Any]) -> str:
     if (kind := fields.pop("kind", None)) is None:
         return name
     return f"{name} ({', '.join([str(kind), *(f'{key} {plain(value)}' for key, value in fields.items())])})"
-
-
-def made(scoring: Scoring) -> Facts:
-    """The protocol of a scoring."""
-    settings = scoring.settings
-    meaning = "Fr\u00e9chet Inception distance, comparable with published figures of the same protocol"
-    if scoring.metric != "fid":
-        meaning = (
-            "Fr\u00e9chet distance in the features of this extractor: not an FID, not comparable with published FIDs"
-        )
-    sha256 = f", sha256 {scoring.extractor_sha256}" if scoring.extractor_sha256 else ""
-    found = [
-        ("Distance", meaning),
-        ("Extractor", f"{scoring.extractor}{sha256}"),
-        ("Reference", scoring.reference),
-        ("Images", f"{scoring.num_images:,} per average"),
-        ("Sampler", f"{scoring.sampling}; a step is one network evaluation per image"),
-        *((title, settings[key]) for key, title in OPTIONAL.items() if settings.get(key, "none") != "none"),
-        ("Seed", f"{scoring.seed}; image i has the same noise for all weights"),
-        ("Scored step", f"{scoring.step:,}"),
-    ]
-    seconds = sum(row.seconds or 0.0 for row in scoring.rows)
-    return [*found, ("Time", duration(seconds))] if seconds else found
 
 
 def duration(seconds: float) -> str:

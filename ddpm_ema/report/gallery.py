@@ -27,15 +27,19 @@ class Picture(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """The same images of several weights. `whole`: a grid that does not say where its rows lie, as it is."""
+    """The same images of several weights, and real ones. `whole`: a grid that does not say where its rows lie, as it is."""
 
     title: str
     pictures: tuple[Picture, ...]
+    real: Picture | None = None
     whole: bool = False
 
 
 class Rows(BaseModel):
-    """Where image_grid.py laid the images: `names` from top to bottom, `columns` of images that were enlarged by `scale`."""
+    """Where image_grid.py laid the images: `names` from top to bottom, `columns` of images that were enlarged by `scale`.
+
+    `real`: whether the first row is of the data set.
+    """
 
     model_config = ConfigDict(strict=True)
     names: Annotated[list[str], Field(min_length=1, max_length=1000)]
@@ -46,6 +50,7 @@ class Rows(BaseModel):
     height: Size
     gap: Offset
     scale: Size
+    real: bool = False
 
     def cut(self, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
         """Name and images of each row, in lines of LINE, at their own size, with a transparent pixel between them."""
@@ -80,13 +85,15 @@ def galleries(record: Record, scorings: Sequence[Scoring]) -> list[Gallery]:
             record.problems.append(f"{path.relative_to(record.path)} was left out of this page: it would be too large")
         else:
             found.append(gallery)
-    return found
+    real = next((gallery.real for gallery in found if gallery.real), None)  # a scoring's grid has none of its own
+    return [gallery if gallery.real or gallery.whole else gallery._replace(real=real) for gallery in found]
 
 
 def _gallery(image: Image.Image, title: str) -> Gallery:
     try:
         rows = Rows.model_validate_json(image.info.get("Rows", ""))
-        return Gallery(title, tuple(_picture(name, sheet) for name, sheet in rows.cut(image.convert("RGB"))))
+        pictures = [_picture(name, sheet) for name, sheet in rows.cut(image.convert("RGB"))]
+        return Gallery(title, tuple(pictures[rows.real :]), pictures[0] if rows.real else None)
     except ValueError:  # no rows, or rows outside the picture
         return Gallery(title, (_picture("", image),), whole=True)
 

@@ -30,13 +30,13 @@ def test_the_lowest_run_is_named_with_the_error_of_the_difference_of_two_indepen
     assert page == tmp_path / "comparison.html"
     assert sentence == (  # 0.42 = √(0.3² + 0.3²)
         "With dpm_solver++ in 25 steps and 6,000 images per average: power_0_10 of b has the lowest FD (classifier), "
-        "3.00 ± 0.30, 1.00 ± 0.42 below power_0_10 of a."
+        "3.00 ± 0.30. That is 1.00 ± 0.42 below power_0_10 of a, more than two standard errors."
     )
     text = page.read_text()
     assert (
-        '<th scope="row">training.learning rate</th><td data-label="a">0.001</td><td data-label="b">0.0005</td>' in text
+        '<th scope="row">training.learning_rate</th><td data-label="a">0.001</td><td data-label="b">0.0005</td>' in text
     )
-    assert "training.batch size" not in text
+    assert "training.batch_size" not in text
     assert f"ddpm-ema report {a}</code>" in text
 
 

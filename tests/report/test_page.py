@@ -83,7 +83,7 @@ def test_the_answer_comes_first_with_what_it_holds_for_its_gain_and_what_may_be_
 
 
 def test_rows_stand_from_the_lowest_corrected_distance_to_the_highest(page: Page) -> None:
-    table = page.text[page.text.index("lowest distance first") : page.text.index("The other scorings")]
+    table = page.text[page.text.index("lowest distance first") : page.text.index("Scorings of this run")]
     order = ["power_0_10", "ema_0_999_debiased", "power_0_05", "ema_0_999", "ema_0_9999_debiased"]
     places = [table.index(text) for text in (*(f"{name} better" for name in order), "raw –")]
     assert places == sorted(places)
@@ -140,7 +140,7 @@ def test_each_grid_is_a_switch_between_the_pictures_of_its_weights_which_begins_
     page: Page,
 ) -> None:
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 4 * len(fake_run.FIGURES)  # the scoring's grid, and the first, middle and last of training
+    assert len(sources) == 4 * (1 + len(fake_run.FIGURES))  # of the scoring, and the first, middle and last of training
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     inputs = [attributes for tag, attributes in page.tags if tag == "input"]
     names = list(fake_run.FIGURES)
@@ -194,7 +194,7 @@ def test_a_difference_that_is_not_significant_has_a_hollow_mark(tmp_path: Path) 
         ("3,000, 64 images per step", 1),
         ("2 min 36 s", 1),
         ("1,214 images/s, 2 processes", 1),
-        ("dpm_solver++ 25 steps; a step is one network evaluation per image", 1),
+        ("A step of the sampler is one network evaluation per image; image i has the same noise for all weights.", 1),
         ("ab" * 32, 1),
         ("train of digits, 1797 images", 3),
         ("torch 2.15.0", 1),
@@ -380,6 +380,20 @@ def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path:
     rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1), saturated=0.55)]
     fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
     assert written(tmp_path).text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 2
+
+
+def test_real_images_stand_above_every_grid_of_a_run_that_has_them(tmp_path: Path, page: Page) -> None:
+    assert [a["alt"] for tag, a in page.tags if tag == "img"].count("Images of the data set") == 4
+    fake_run.grid(fake_run.write_results(tmp_path, fake_run.results()) / "grid.png")
+    assert "Real images" not in written(tmp_path).text
+
+
+def test_the_distance_of_real_images_is_a_line_in_every_plot_of_distances(tmp_path: Path, page: Page) -> None:
+    assert "real images (" not in page.text
+    floor = {"distance": 1.9, "stderr": 0.2, "interval95": [1.5, 2.3], "num_images": 500, "split": "test"}
+    fake_run.write_results(tmp_path, fake_run.results(2000))
+    fake_run.write_results(tmp_path, fake_run.results(floor=floor, **fake_run.swept()))
+    assert written(tmp_path).text.count("real images (test): 1.90 ± 0.20") == 2  # over the width, over training
 
 
 def test_scorings_made_otherwise_never_stand_on_one_curve(tmp_path: Path) -> None:
