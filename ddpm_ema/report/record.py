@@ -17,11 +17,11 @@ from ddpm_ema.numbers import metric_label, sampler_label
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 2
-LARGEST = 1e30  # matplotlib overflows far beyond
+LARGEST = 1e30  # a larger figure is not drawn
 # Keys of results.json that are no settings: they differ between two scorings with the same settings.
 NO_SETTINGS = {
     *("schema", "step", "finished", "evaluation", "world_size", "rows", "pairs", "warnings", "folder", "grid"),
-    *("sweep", "sweep_best", "sweep_search", "reference_saturated", "precision_of_noise"),
+    *("sweep", "sweep_best", "sweep_search", "reference_saturated", "precision_of_noise", "floor"),
 }
 
 
@@ -127,6 +127,14 @@ class SweepBest(Shape):
     versus_best_kept: VersusKept | None = None
 
 
+class Floor(Shape):
+    """The distance of real images of `split` from the reference."""
+
+    distance: Number = None
+    stderr: Error = None
+    split: str = ""
+
+
 class Scoring(Shape):
     """results.json of one scoring; `sweep` are reconstructed averages that were scored beside the stored ones."""
 
@@ -147,6 +155,7 @@ class Scoring(Shape):
     extractor_sha256: str = ""
     reference_saturated: Number = None
     precision_of_noise: Number = None
+    floor: Floor | None = None
     pairs: tuple[Pair, ...] = ()
     sweep: Ranked = ()
     sweep_best: dict[str, SweepBest] = {}
