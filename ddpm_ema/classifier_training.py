@@ -27,7 +27,7 @@ def train_features(config: Config) -> Path:
     if dataset.labels is None:
         raise UserError(
             f"{dataset.name} has no labels and a feature classifier needs them: put images into one folder per class, or score with "
-            "--evaluation.extractor inception-v3-compat"
+            "--evaluation.extractors inception-v3-compat"
         )
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} {dataset.labels.tolist()}".encode()).hexdigest()
     if _is_done(path, fingerprint, config.seed):

@@ -52,7 +52,7 @@ def settings() -> dict[str, Any]:
 
 def evaluation(**changes: Any) -> dict[str, Any]:
     """All evaluation settings of the scoring."""
-    scored = {"sampler": "dpm_solver++", "num_inference_steps": 25, "num_images": 6000, "extractor": "classifier"}
+    scored = {"sampler": "dpm_solver++", "num_inference_steps": 25, "num_images": 6000, "extractors": ["classifier"]}
     return {**settings()["evaluation"], **scored, **changes}
 
 
@@ -108,7 +108,7 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
     scored = evaluation(num_images=num_images)
     scored |= {key: value for key, value in changes.items() if key in scored and key != "sweep"}
     keys = ("sampler", "num_inference_steps", "num_images", "seed", "eta", "clip_sample", "mixed_precision", "groups")
-    keys = (*keys, "extractor", "kid_subsets", "kid_subset_size", "precision_recall")
+    keys = (*keys, "kid_subsets", "kid_subset_size", "precision_recall")
     return {
         "schema": 2,
         "protocol": 2,
@@ -117,6 +117,7 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
         "metric": "fd",
         **{key: scored[key] for key in keys},
         "guidance_scale": None,
+        "extractor": "classifier",
         "extractor_sha256": "ab" * 32,
         "feature_layer": "features",
         "reference": "train of digits, 1797 images",

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ema import keyed_random, metrics
 from ddpm_ema.config import Config
+from ddpm_ema.features import Extractor
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.score.driver import Job, Jobs
-from ddpm_ema.score.feature_store import FeatureBatch
-from ddpm_ema.score.generate import Generator
+from ddpm_ema.score.feature_store import FeatureBatch, Joined
+from ddpm_ema.score.generate import Generator, Made
 
 
 def reference_split(config: Config) -> str | None:
@@ -27,26 +29,50 @@ def reference_split(config: Config) -> str | None:
     return config.data.split if reference == "train" else reference
 
 
-def open_reference(config: Config, generator: Generator) -> Jobs[Reference]:
-    """The reference that `evaluation.reference` names: from its file, from the cache, or from its images."""
-    extractor, dataset, split = generator.extractor, generator.compared, reference_split(config)
-    if split is None:
-        return metrics.read_published(Path(config.evaluation.reference), extractor.dim)
-    cache = config.data.cache_folder
+def open_references(config: Config, generator: Generator) -> Jobs[dict[str, Reference]]:
+    """What `evaluation.reference` names, by extractor: from its file, from the cache, or from its images, read once for all."""
+    if reference_split(config) is None:
+        path = Path(config.evaluation.reference)
+        return {key: metrics.read_published(path, one.dim) for key, one in generator.extractors.items()}
+    cache, found, lacking = config.data.cache_folder, {}, {}
+    for extractor in generator.extractors.values():
+        key = _content_key(config, generator, extractor)
+        reference, notes = metrics.load_cached(cache, key)
+        for note in notes:
+            logger.warning(note)
+        if reference is None:
+            lacking[extractor.key] = key
+        else:
+            found[extractor.key] = reference
+    if lacking:
+        features = yield from features_of(generator, "reference", tuple(lacking))
+        noise = noise_images(generator.image_shape)
+        for name, key in lacking.items():
+            batch, of_noise = features[name], generator.extractors[name](noise)["features"]
+            saturated = float(batch.saturated.double().mean())
+            found[name] = metrics.reference_of(batch.features, key, saturated, of_noise)
+            for note in metrics.keep(found[name], cache):
+                logger.warning(note)
+    return found
+
+
+def _content_key(config: Config, generator: Generator, extractor: Extractor) -> dict[str, Any]:
     resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
-    key = metrics.content_key(fingerprint=dataset.fingerprint, split=split, resize=resize, extractor=extractor)
-    reference, notes = metrics.load_cached(cache, key)
-    if reference is None:
-        batches: list[FeatureBatch] = []
-        yield Job("reference", list(range(len(dataset))), batches.append)
-        saturated = sum(float(batch.saturated.double().sum()) for batch in batches) / max(1, len(dataset))
-        features = torch.cat([batch.features for batch in batches])
-        noise = extractor(noise_images(generator.image_shape))["features"]
-        reference = metrics.reference_of(features, key, saturated, noise)
-        notes += metrics.keep(reference, cache)
-    for note in notes:
-        logger.warning(note)
-    return reference
+    fingerprint, split = generator.datasets["reference"].fingerprint, str(reference_split(config))
+    return metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor)
+
+
+def features_of(generator: Generator, dataset: str, extractors: tuple[str, ...]) -> Jobs[dict[str, FeatureBatch]]:
+    """Of all images of a data set, by extractor. Memory: the features, and one batch."""
+    images = torch.arange(len(generator.datasets[dataset]))
+    joined = {key: Joined(FeatureBatch, images) for key in extractors}
+
+    def take(made: Made) -> None:
+        for key, batch in made.items():
+            joined[key].add(batch)
+
+    yield Job(dataset, images.tolist(), extractors, take, dataset=dataset)
+    return {key: one.result() for key, one in joined.items()}
 
 
 def noise_images(image_shape: Sequence[int], count: int = 256) -> Tensor:

@@ -19,31 +19,49 @@ from ddpm_ema.score.rows import Score, pairs, rows
 SCHEMA = 2
 
 
-def settings_of(
-    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
-) -> dict[str, Any]:
-    """The settings that change the scores. Their digest names the folder of a scoring.
+def sampling_settings(config: Config, labels: Tensor | None = None) -> dict[str, Any]:
+    """The settings that change the images sampled from given weights. Their digest names the folder of the images.
 
     Args:
-        config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
-        extractor: what makes the features.
-        origin: what the samples are compared with, as in results.json.
+        config: of whose settings those count that are marked SAMPLES; an inert one counts as None.
         labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
     """
-    settings: dict[str, Any] = {"protocol": PROTOCOL}
-    for key, value in chosen(to_dict(config), lambda mark: mark & (Effect.SAMPLES | Effect.SCORES)).items():
-        section, _, name = key.partition(".")
-        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    settings = {"protocol": PROTOCOL, **_marked(config, Effect.SAMPLES)}
     if settings["sampler"] != "ddim":
         settings["eta"] = None
     if not config.model.class_conditional:
         settings["guidance_scale"] = None
     return settings | {
+        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    }
+
+
+def _marked(config: Config, mark: Effect) -> dict[str, Any]:
+    """The settings with this mark: those of `evaluation` by name, the others by section."""
+    settings: dict[str, Any] = {}
+    for key, value in chosen(to_dict(config), lambda found: mark in found).items():
+        section, _, name = key.partition(".")
+        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    return settings
+
+
+def settings_of(
+    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
+) -> dict[str, Any]:
+    """The settings that change the scores: those of the samples, and those marked SCORES. Their digest names a table's folder.
+
+    Args:
+        config, labels: as in `sampling_settings`.
+        extractor: what makes the features.
+        origin: what the samples are compared with, as in results.json.
+    """
+    return {
+        **sampling_settings(config, labels),
+        **_marked(config, Effect.SCORES),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
         "reference": {key: value for key, value in origin.items() if key != "versions"},
-        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
     }
 
 
@@ -73,6 +91,7 @@ def results_of(
         "step": step,
         "metric": metric_of(extractor),
         **{key: value for key, value in settings.items() if key != "reference"},
+        "extractor": extractor.label,
         "reference": _reference_text(config, settings["reference"]),
         "reference_origin": settings["reference"],
         "reference_saturated": reference.saturated,

@@ -8,37 +8,51 @@ import weakref
 import pytest
 import torch
 
-from ddpm_ema.score.feature_store import FeatureBatch, FeatureStore
+from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
 
 
 def batch_of(indices: list[int]) -> FeatureBatch:
     numbers = torch.tensor(indices)
-    none = torch.zeros(0, dtype=torch.int64)
-    images = torch.zeros(0, 1, 8, 8, dtype=torch.uint8)
     features = numbers.float()[:, None].expand(-1, 3).contiguous()
-    return FeatureBatch(numbers, features, None, numbers / 10, numbers.to(torch.uint8), none, images, seconds=1.0)
+    contrast = numbers.to(torch.uint8)
+    return FeatureBatch(indices=numbers, features=features, saturated=numbers / 10, contrast=contrast, seconds=1.0)
+
+
+def store_in(folder) -> BatchStore[FeatureBatch]:
+    return BatchStore(folder, "features", FeatureBatch)
 
 
 def test_batches_come_back_as_they_were_kept(tmp_path):
     batches = [batch_of([3, 4]), batch_of([0, 1, 2])]
-    store = FeatureStore(tmp_path)
+    store = store_in(tmp_path)
     for batch in batches:
         store.add(batch)
-    whole = FeatureStore(tmp_path).join(5)
+    whole = store_in(tmp_path).join(5)
     assert whole.indices.tolist() == [0, 1, 2, 3, 4]
     assert whole.features[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert whole.saturated.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert whole.seconds == 2.0
-    part = FeatureStore(tmp_path).join(4)
+    part = store_in(tmp_path).join(4)
     assert part.indices.tolist() == [0, 1, 2, 3]
     assert part.contrast.tolist() == [0, 1, 2, 3]
     assert part.seconds == 1.5
 
 
+def test_images_that_are_there_already_are_not_kept_again(tmp_path):
+    store = store_in(tmp_path)
+    store.add(batch_of([0, 1, 2]))
+    store.add(batch_of([1, 2, 3, 4]))
+    store.add(batch_of([0, 4]))
+    whole = store_in(tmp_path).join(5)
+    assert whole.indices.tolist() == [0, 1, 2, 3, 4]
+    assert whole.seconds == 1.5, "one batch, and half of another"
+    assert len(list(tmp_path.glob("features-*"))) == 2
+
+
 def test_joining_holds_one_batch_beside_the_result(tmp_path, monkeypatch):
     for start in (0, 2, 4):
-        FeatureStore(tmp_path).add(batch_of([start, start + 1]))
-    store, read, alive = FeatureStore(tmp_path), FeatureBatch.read, []
+        store_in(tmp_path).add(batch_of([start, start + 1]))
+    store, read, alive = store_in(tmp_path), FeatureBatch.read, []
 
     def reading(path):
         gc.collect()
@@ -54,7 +68,7 @@ def test_joining_holds_one_batch_beside_the_result(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("harm", ["truncate", "pickle", "repeat", "nan"])
 def test_a_damaged_batch_is_named_and_left_out(tmp_path, harm, capsys):
-    store = FeatureStore(tmp_path)
+    store = store_in(tmp_path)
     store.add(batch_of([0, 1]))
     store.add(batch_of([2, 3]))
     bad = sorted(tmp_path.glob("features-*"))[1]
@@ -68,7 +82,7 @@ def test_a_damaged_batch_is_named_and_left_out(tmp_path, harm, capsys):
         batch = batch_of([2, 3])
         batch.features[1, 0] = float("nan")
         bad.unlink()
-        store.add(batch)
-    assert FeatureStore(tmp_path).missing(4) == [2, 3]
+        store_in(tmp_path).add(batch)
+    assert store_in(tmp_path).missing(4) == [2, 3]
     assert not bad.exists()
     assert bad.name in capsys.readouterr().err

@@ -53,7 +53,7 @@ class TestTheWholeWay:
             image_shape=(1, 8, 8),
             device="cpu",
         )
-        extractor = open_extractor(evaluation, run.output_dir)
+        extractor = open_extractor("classifier", run.output_dir)
         real = data.load(run.data).batch(torch.arange(1797))
         ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
         row = next(row for row in scored["rows"] if row["weights"] == "raw")
@@ -113,7 +113,7 @@ class TestWhatChangesTheNumbers:
             assert figures(found)[name] == pytest.approx(numbers, rel=0.01)
 
     def test_only_settings_that_change_the_numbers_name_the_folder(self, run):
-        extractor = open_extractor(run.evaluation, run.output_dir)
+        extractor = open_extractor("classifier", run.output_dir)
         origin = {"data": "f", "versions": {"torch": "1"}}
 
         def digest(**changes):

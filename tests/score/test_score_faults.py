@@ -106,7 +106,7 @@ class TestWhatIsNotFinite:
             assert "power_0_10: the pixels of image 0 are not finite" in launch.output(rank)
             assert "Traceback" not in launch.output(rank)
         # What was finished before is kept.
-        records = [json.loads(path.read_text()) for path in run.output_dir.glob("scores/*/weights/*/score.json")]
+        records = [json.loads(path.read_text()) for path in run.output_dir.glob("scores/*/weights/*.json")]
         assert [record["name"] for record in records if record["rows"]] == ["raw"]
 
 
