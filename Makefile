@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/digits.yaml
 RUN ?= runs/digits
+# Two workers, each with the tests of whole files, because modules share what is slow to make.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo install test test-all test-gpu test-cluster check format bench image docs-check clean
+.PHONY: help demo install test test-all test-gpu test-cluster check format study bench image docs-check clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -35,10 +37,10 @@ demo: install    ## train, score and report on handwritten digits: about six min
 	$(BIN)/ddpm-ema report $(RUN)
 
 test: install    ## the tests, in at most eight minutes on two cores
-	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+	$(PYTEST) -m "not slow and not gpu and not cluster"
 
 test-all: install  ## also the slow ones
-	$(BIN)/python -m pytest -m "not gpu and not cluster" --timeout=1800
+	$(PYTEST) -m "not gpu and not cluster" --timeout=1800
 
 test-gpu: install  ## those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -55,6 +57,9 @@ check: install   ## lint, format, types, floors
 format: install  ## rewrite what `check` would complain of
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+study: install   ## every rule of averaging over several seeds of digits; STUDY=full for the record
+	$(BIN)/python benchmarks/study.py runs/study $(if $(filter full,$(STUDY)),--seeds 4 --output benchmarks/results/study.json)
 
 bench: install   ## every benchmark; ratios from interleaved runs, as JSON under benchmarks/results
 	for script in averaging conformance train_step sampling; do $(BIN)/python benchmarks/$$script.py || exit 1; done

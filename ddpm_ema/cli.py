@@ -1,4 +1,4 @@
-"""`ddpm-ema COMMAND ...`: the one entry to every stage. Errors that a person can cause become a message and an exit code.
+"""`ddpm-ema COMMAND ...`: the one entry to every stage. It turns a user's mistake into one message and an exit code.
 
 A stage is imported when it runs, so that `--help` does not wait for torch.
 """
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from ddpm_ema.config import Config
 
 
-def _features(config: Config) -> object:
-    from ddpm_ema.classifier_training import train_features
-
-    return train_features(config)
+def _lazy(module: str, function: str) -> Callable[[Config], object]:
+    return lambda config: getattr(import_module(f"ddpm_ema.{module}"), function)(config)
 
 
 def _train(config: Config) -> None:
@@ -34,19 +32,13 @@ def _train(config: Config) -> None:
     train.run(config, evaluate=score.while_training)
 
 
-def _score(config: Config) -> object:
-    from ddpm_ema import score
-
-    return score.run(config)
-
-
 def _sweep(config: Config) -> object:
     sweep = config.evaluation.sweep
     if not (sweep.stds or sweep.decays or sweep.cooldowns):
         raise UserError(
             "sweep: name a range: --evaluation.sweep.stds 0.02:0.25:12, or decays or cooldowns (see --help)"
         )
-    return _score(config)
+    return _lazy("score", "run")(config)
 
 
 @dataclass(frozen=True)
@@ -60,16 +52,18 @@ class Stage:
 
 STAGES = {
     "features": Stage(
-        "Train a feature classifier on the labels of the data set, for scoring.", _features, ("data", "")
+        "Train a feature classifier on the labels of the data set, for scoring.",
+        _lazy("classifier_training", "train_features"),
+        ("data", ""),
     ),
     "train": Stage(
-        "Train a DDPM U-Net and keep averages of its weights; resume if the run directory has checkpoints.",
+        "Train a network and keep averages of its weights; go on if the run has checkpoints. --dry-run only says what it takes.",
         _train,
         ("training", "", "checkpoints", "data", "model", "diffusion", "machine"),
     ),
     "score": Stage(
         "Sample from every average with the same noise, score the samples, and say which differences are significant.",
-        _score,
+        _lazy("score", "run"),
         ("evaluation", "evaluation.sweep", "machine"),
     ),
     "sweep": Stage(
@@ -94,19 +88,24 @@ TOOLS: dict[str, tuple[str, str, Callable[[], Any] | None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 bad input, 3 diverged, 75 stopped and saved."""
-    return guard(_dispatch, list(sys.argv[1:] if argv is None else argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    return guard(_dispatch, [word for word in given if word != "--quiet"], quiet="--quiet" in given)
 
 
-def guard(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Calls `function` and returns its exit code, if it returns an int; a UserError becomes one message on stderr."""
-    to_stderr()
+def guard(function: Callable[..., Any], *args: Any, quiet: bool = False) -> int:
+    """Calls `function` and returns its exit code, if it returns an int; a UserError becomes one message on stderr.
+
+    `quiet` shows warnings and errors alone. What every rank raises, one rank of each machine prints.
+    """
+    to_stderr(quiet)
     try:
         try:
-            result = function(*args, **kwargs)
+            result = function(*args)
         finally:
             sys.stdout.flush()
     except UserError as error:
-        print(f"{error.prefix}{error}", file=sys.stderr, flush=True)
+        if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{error.prefix}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         if not _reader_is_gone():
@@ -146,7 +145,14 @@ def _usage() -> str:
     }
     lines = [f"  {name:<12} {summary}" for name, summary in summaries.items()]
     return "\n".join(
-        ["usage: ddpm-ema COMMAND ...", "", *lines, "", "ddpm-ema COMMAND --help lists the options of a command."]
+        [
+            "usage: ddpm-ema COMMAND ...",
+            "",
+            *lines,
+            "",
+            "ddpm-ema COMMAND --help lists the options of a command; --quiet",
+            "is one of every command: warnings and errors alone.",
+        ]
     )
 
 
@@ -155,14 +161,33 @@ def _run_stage(name: str, arguments: list[str]) -> object:
         from ddpm_ema import config
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install 'ddpm_ema[train]'") from None
-    stage, given = STAGES[name], [word for word in arguments if word not in ("-h", "--help")]
-    if given != arguments:
+    dry, flags = name == "train" and "--dry-run" in arguments, ("-h", "--help", *["--dry-run"] * (name == "train"))
+    stage, given = STAGES[name], [word for word in arguments if word not in flags]
+    if {"-h", "--help"} & set(arguments):
         config.show_help(f"ddpm-ema {name}", stage.summary, config.parse(given), stage.first)
         return EXIT_DONE
-    run, path, _ = config.split(given)
-    if name == "train" and run is None and path is None:
-        raise UserError(f"train: name the settings with --config FILE; these come with the program:\n{_shipped()}")
-    return stage.run(config.parse(given))
+    try:
+        settings = _settings(name, given)
+    except UserError as error:
+        error.everywhere = True
+        raise
+    return _lazy("train", "dry_run")(settings) if dry else stage.run(settings)
+
+
+def _settings(name: str, arguments: list[str]) -> Config:
+    from ddpm_ema import config
+
+    run, path, overrides = config.split(arguments)
+    if name not in ("train", "features") or run is not None or path is not None:
+        return config.resolve(run, path, overrides)
+    if "data.path" in overrides and "data.source" not in overrides:
+        from ddpm_ema import own_folder
+
+        return own_folder.settings(overrides)
+    raise UserError(
+        f"{name}: name your images with --data.path FOLDER, which chooses settings for them, or settings with --config FILE; "
+        f"these come with the program:\n{_shipped()}"
+    )
 
 
 def _shipped() -> str:

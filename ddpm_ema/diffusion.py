@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_ema import keyed_random
 from ddpm_ema.config import DiffusionSettings
+from ddpm_ema.transfer import to_device
 
 Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`predict(x_t, timesteps, labels)`: fp32 `[n, C, H, W]`, int64 `[n]`, int64 `[n]` or None -> `[n, C or 2C, H, W]`."""
@@ -70,6 +71,33 @@ class Objective:
         """`labels` (int64 `[n]`), each replaced by `no_label` with probability `diffusion.label_dropout`."""
         drawn = keyed_random.uniform(seed, keyed_random.Purpose.LABEL_DROPOUT, step, positions)
         return torch.where((drawn < self.settings.label_dropout).to(labels.device), no_label, labels)
+
+    def inputs(
+        self, seed: int, step: int, positions: Tensor, images: Tensor, labels: Tensor | None, flip: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What `loss` takes at these positions of a global batch, by the keys (seed, step, position).
+
+        Args:
+            seed: of the run.
+            step: completed optimizer steps.
+            positions: int64 `[n]`, on the CPU.
+            images: uint8 `[n, C, H, W]`.
+            labels: int64 `[n]`, or None for an unconditional network.
+            flip: whether to mirror half of the images.
+
+        Returns:
+            (x_0 fp32 `[n, C, H, W]` in [-1, 1], noise likewise, timesteps int64 `[n]`, labels), on the objective's device.
+        """
+        device = self._signal.device
+        x_0 = to_device(images, device).float() / 127.5 - 1
+        # Numbers that are few are drawn on the host: on CUDA each would cost a hundred launches of tiny kernels.
+        if flip:
+            flipped = keyed_random.uniform(seed, keyed_random.Purpose.FLIP, step, positions) < 0.5  # bool [n]
+            x_0 = torch.where(to_device(flipped, device)[:, None, None, None], x_0.flip(-1), x_0)
+        at = to_device(positions, device)
+        noise = keyed_random.normal(seed, keyed_random.Purpose.NOISE, step, at, tuple(x_0.shape[1:]))
+        timesteps = to_device(self.timesteps(seed, step, positions), device)
+        return x_0, noise, timesteps, None if labels is None else to_device(labels, device)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, fp32 (Ho et al. 2020, eq. 4)."""

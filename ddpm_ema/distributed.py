@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -28,6 +29,7 @@ from ddpm_ema.messages import logger
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 15.0
+SLICE_SECONDS = 0.001
 
 
 class Processes:
@@ -156,8 +158,8 @@ class Processes:
             future = thread.submit(work) if work is not None else None
             told = False
             while busy := [rank for rank, done in enumerate(self.gather(self._is_done(future))) if not done]:
-                if not told and self.rank == (0 if busy[0] else 1):
-                    logger.info(f"rank {self.rank} waits for rank {', '.join(map(str, busy))}: {what}")
+                if not told and self.is_main:
+                    logger.info(f"waiting for rank {', '.join(map(str, busy))}: {what}")
                     told = True
         with self.sharing_errors():
             if future is not None:
@@ -176,6 +178,7 @@ class Processes:
         except UserError as caught:
             error = caught
         if errors := [e for e in self.gather(error) if e is not None]:
+            errors[0].everywhere = error is None or len(errors) > 1  # else it is this rank's own to tell
             raise errors[0]
 
     @contextlib.contextmanager
@@ -197,6 +200,20 @@ class Processes:
                 f"rank {self.rank} on {socket.gethostname()}: {lost} while {what}. This process ends; start all of them again "
                 f"and the run goes on from its last checkpoint ({lost_ranks.first_line(error)})"
             ) from None
+
+    def wait_for_device(self, is_done: Callable[[], bool], what: str) -> None:
+        """Waits in slices for what the device was given, so that signals are heard and an error of a peer is raised here, too.
+
+        Raises LostRankError after `timeout` seconds, before NCCL's watchdog ends this process without a message.
+        """
+        start = asked = time.monotonic()
+        with self.naming_lost_ranks(what):
+            while not is_done():
+                time.sleep(SLICE_SECONDS)
+                if self.control is not None and (now := time.monotonic()) > asked + HEARTBEAT_SECONDS:
+                    asked = now
+                    if now > start + self.timeout or lost_ranks.failed_peer() is not None:
+                        raise dist.DistError(f"waited {now - start:.0f} s for the device")
 
     @contextlib.contextmanager
     def telling_peers(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
-"""Is this machine or image fit to train? `ddpm-ema doctor` (`python -m ddpm_ema.doctor`) tries what a run needs.
+"""`ddpm-ema doctor`: does what a run does (allocates, reduces, writes, syncs, renames), and says what fails and what to do.
 
-Each check does what a run does (allocates, reduces, writes, syncs, renames). Exit code 0: fit, perhaps with warnings; 2: a check
-failed. Takes seconds, and some hundred MB of each GPU.
+Exit code 0: fit to train, perhaps with warnings; 2: a check failed. Takes seconds, and some hundred MB of each GPU.
 """
 
 from __future__ import annotations
@@ -50,27 +49,19 @@ def check_packages() -> Iterator[Finding]:
     """Versions of the required packages. A missing one of `train` is a failure, of `score` a warning."""
     found = [f"python {sys.version.split()[0]}"]
     missing: dict[str, list[str]] = {"train": [], "score": []}
-    for name, extra in _requirements():
+    for line in importlib.metadata.requires("ddpm_ema") or ():
+        name, extra = re.split(r"[^\w.-]", line)[0], re.search(r"extra == .(\w+)", line)
+        needed_by = extra[1] if extra else "train"
+        if name == "ddpm_ema" or needed_by not in missing:
+            continue
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            missing["score" if extra == "score" else "train"].append(name)
+            missing[needed_by].append(name)
     yield ok("versions", ", ".join(found))
-    for extra, report in (("train", failure), ("score", warning)):
-        if missing[extra]:
-            names = ", ".join(missing[extra])
-            yield report("packages", f"not installed: {names}; pip install 'ddpm_ema[{extra}]'")
-
-
-def _requirements() -> list[tuple[str, str | None]]:
-    """(package, extra or None) of what the library, training and scoring need, from the installed metadata."""
-    found = []
-    for line in importlib.metadata.requires("ddpm_ema") or ():
-        extra = re.search(r"extra == .(\w+)", line)
-        name = re.match(r"[A-Za-z0-9_.-]+", line)
-        if name and name[0] != "ddpm_ema" and (extra is None or extra[1] in ("train", "score")):
-            found.append((name[0], extra[1] if extra else None))
-    return found
+    for needed_by, report in (("train", failure), ("score", warning)):
+        if names := ", ".join(missing[needed_by]):
+            yield report("packages", f"not installed: {names}; pip install 'ddpm_ema[{needed_by}]'")
 
 
 def check_device(wanted: str) -> Iterator[Finding]:
@@ -188,7 +179,7 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_output(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
-    """What a checkpoint does: write beside the target, sync, rename; measures MiB/s to stable storage."""
+    """Writes, syncs and renames as a checkpoint does; measures MiB/s to stable storage."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:

@@ -16,12 +16,14 @@ class UserError(Exception):
 
     exit_code = EXIT_BAD_INPUT
     prefix = "error: "  # of the message on stderr
+    everywhere = False  # every rank raises it: one of each machine prints it
 
 
 class DivergedError(UserError):
     """A loss or gradient that is not finite: ends with exit code 3, before anything of that step is saved."""
 
     exit_code = EXIT_DIVERGED
+    everywhere = True
 
 
 class PeerFailedError(UserError):
@@ -37,12 +39,13 @@ class StoppedError(UserError):
 
     exit_code = EXIT_STOPPED
     prefix = ""
+    everywhere = True
 
 
 class LostRankError(StoppedError):
     """Ranks lost each other: likewise a reason to start again."""
 
-    prefix = UserError.prefix
+    prefix, everywhere = UserError.prefix, False
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

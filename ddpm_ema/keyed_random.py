@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 7  # labels asked for when sampling: position = image index
     INIT = 12  # seed of the network's first weights
     NOISE_IMAGES = 13  # images of pure noise that scoring tries its feature extractor on: position = image
+    BATCH_NORM = 14  # images that batch-norm statistics are estimated on: step = batch, position in the batch
 
 
 _MASK = 0xFFFFFFFF

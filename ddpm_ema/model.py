@@ -125,13 +125,13 @@ def _problems(config: Config, num_classes: int | None) -> Iterator[str]:
     channels, head = model.block_out_channels, model.attention_head_dim
     if uneven := [n for n in channels if n % model.norm_num_groups]:
         yield (
-            f"model.norm_num_groups: {model.norm_num_groups} does not divide {_listed(uneven)} of "
+            f"model.norm_num_groups: {model.norm_num_groups} does not divide {', '.join(map(str, uneven))} of "
             "model.block_out_channels: lower it, or make the channels its multiples"
         )
     # The middle block, at the coarsest resolution, always has attention.
     attending = {n for n, here in zip(channels, model.attention, strict=True) if here} | {channels[-1]}
     if head is not None and (uneven := sorted(n for n in attending if n % head)):
-        yield f"model.attention_head_dim: {head} does not divide {_listed(uneven)} channels, which have attention"
+        yield f"model.attention_head_dim: {head} does not divide {', '.join(map(str, uneven))} channels, which have attention"
     if channels[0] % 2:
         yield f"model.block_out_channels: the first, {channels[0]}, must be even for the time embedding"
     stride = 2 ** (len(channels) - 1)
@@ -142,7 +142,3 @@ def _problems(config: Config, num_classes: int | None) -> Iterator[str]:
         )
     if model.class_conditional and num_classes is None:
         yield "model.class_conditional: this data set has no labels: set it to false, or take labelled data"
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(str(number) for number in numbers)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
 
@@ -65,7 +66,12 @@ class SamplingNetwork:
         device.
         """
         for weights in members:
-            _check(weights, self._parameters, name)
+            try:
+                check_tensors(
+                    weights, {key: tensor.shape for key, tensor in self._parameters.items()}, f"weights {name}"
+                )
+            except ValueError as error:
+                raise UserError(f"{error}; not of this model: check the model settings") from None
         self._members = []
         if len(members) > 1:
             self._members = [{k: w[k].to(self.device, torch.float32) for k in self._parameters} for w in members]
@@ -121,17 +127,3 @@ def guided(predict: Predict, scale: float, no_label: int) -> Predict:
 def _filled(rows: Tensor, size: int) -> Tensor:
     """Zeros after the rows, up to `size` of them."""
     return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, size - len(rows)))
-
-
-def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Raises UserError for weights of another network."""
-    problems = [f"lacks {key}" for key in expected if key not in weights]
-    problems += [f"has {key}, which the model does not" for key in weights if key not in expected]
-    problems += [
-        f"{key} is {list(weights[key].shape)}, the model's is {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in weights and weights[key].shape != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise UserError(f"weights {name}: not of this model: {'; '.join(problems[:5])}{more}; check the model settings")

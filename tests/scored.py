@@ -84,13 +84,13 @@ def make_run(output_dir: Path, labels: bool = False, **changes: Any) -> config.C
             name = f"power_{std:.2f}".replace(".", "_")
             path = rundir.snapshot_path(step, name)
             write_snapshot(path, tensors, step, PowerFunction(std=std))
-    network = _classifier()
+    network = classifier()
     save_classifier(output_dir / "features.safetensors", Trained(network, 0.1), fingerprint="none", seed=0)
     return run
 
 
 @lru_cache(maxsize=1)
-def _classifier() -> Classifier:
+def classifier() -> Classifier:
     """Nobody trained it, but its features have the spread that a trained one's have."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

@@ -17,9 +17,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "averaging.md"
 
 
 def code_blocks() -> list[tuple[int, str]]:
-    """(line it starts at, code) of every Python block."""
+    """(line it starts at, code) of every Python block that is not marked as not run."""
     text = PAGE.read_text(encoding="utf-8")
-    matches = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    matches = re.finditer(r"^(?<! -->\n)```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [(text[: match.start(1)].count("\n") + 1, match.group(1)) for match in matches]
 
 

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    0: ["averaging", "errors", "lost_ranks", "messages", "options", "weight_names"],
+    0: ["averaging", "errors", "lost_ranks", "messages", "options", "transfer", "weight_names"],
     1: ["config", "numbers", "new_folder", "keyed_random", "rundir", "distributed"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["capabilities", "image_grid", "named_weights", "sampling_network"],
+        *["capabilities", "image_grid", "named_weights", "own_statistics", "sampling_network"],
     ],
     3: [
         "train",
@@ -24,6 +24,7 @@ FLOORS = {
         "export",
         "reconstruction",
         "importing",
+        "own_folder",
         "classifier_training",
         "doctor",
         "launch",

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpm_ema.averaging import lerp
+from ddpm_ema.averaging import lerp, sharded
 from ddpm_ema.averaging.checks import check_count
 from ddpm_ema.averaging.gather import SplitTensors
 from ddpm_ema.averaging.hooks import UpdateHandle, unwrapped
-from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_name, clean_named
+from ddpm_ema.averaging.module import with_tensors
+from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_named
 from ddpm_ema.averaging.offload import HostMirror
 from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 
@@ -26,8 +27,8 @@ class AverageBank:
     """Averages of a model's parameters, one per profile, in fp32 whatever the model's dtype.
 
     Every average starts at the current parameters. Parameters are paired by name, without the prefixes that torch.compile and
-    DistributedDataParallel add; the names of a tied parameter share one average. Memory: 4 bytes x parameters x
-    profiles / world_size per process.
+    DistributedDataParallel add; the names of a tied parameter share one average. Of DTensor parameters (`fully_shard`), each process
+    averages its own shards. Memory: 4 bytes x parameters x profiles per process, of what it holds or, with `world_size`, owns.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -61,7 +62,7 @@ class AverageBank:
             profiles: name of the average -> its profile. Names match [A-Za-z0-9_-]+.
             buffers: "copy" them whenever an average moves, or "average" the floating ones like parameters (integers are copied).
             rank: this process among `world_size`; it holds and updates its share of the parameters alone.
-            world_size: number of processes that share the work.
+            world_size: number of processes that share the work of parameters that all of them hold.
             device: where the averages are: None, beside their parameters; "cpu", in host memory, updated in the background.
 
         Raises:
@@ -69,10 +70,15 @@ class AverageBank:
         """
         _check_settings(profiles, buffers, rank, world_size)
         module = model if isinstance(model, nn.Module) else nn.Module()  # without buffers, and without places to check
+        sharded.reshard(module)
         self._places = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items()]
         self._buffers = clean_named(module.named_buffers(remove_duplicate=False), "buffers")
         named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
         self._parameters = _checked_parameters(list(named))
+        if world_size > 1 and any(map(sharded.is_sharded, self._parameters.values())):
+            raise ValueError(
+                "rank, world_size: the parameters are DTensors, split over processes already: leave both out"
+            )
         self._profiles = dict(profiles)
         self._rank, self._world_size = rank, world_size
         self._step: int | None = None
@@ -82,22 +88,27 @@ class AverageBank:
         distinct = {name: p.numel() for name, p in self._parameters.items() if self._stored_as[name] == name}
         owners = assign_owners(distinct, world_size)
         self._owners = {name: owners[stored_as] for name, stored_as in self._stored_as.items()}
-        followed = {name: self._parameters[name] for name in distinct if owners[name] == rank} | self._buffers
-        copied = {n for n, b in self._buffers.items() if buffers == "copy" or not b.is_floating_point()}
+        averaged = {n: b for n, b in self._buffers.items() if buffers == "average" and b.is_floating_point()}
+        averaged = {name: self._parameters[name] for name in distinct if owners[name] == rank} | averaged
+        self._num_averaged = len(averaged)
+        self._followed = averaged | self._buffers  # the rest are copied
+        self._allocate(None if device is None else torch.device(device))
+
+    def _allocate(self, device: torch.device | None) -> None:
+        """Make the averages, and the mirror of the followed tensors if they are on another device."""
         self._mirror: HostMirror | None = None
-        if device is not None and any(_elsewhere(tensor, torch.device(device)) for tensor in followed.values()):
-            if torch.device(device).type != "cpu":
+        if device is not None and any(_elsewhere(tensor, device) for tensor in self._followed.values()):
+            if device.type != "cpu":
                 raise ValueError(f"device: expected None (beside the parameters) or 'cpu', got {str(device)!r}")
-            self._mirror = HostMirror(list(followed.values()))
-            followed = dict(zip(followed, self._mirror.values, strict=True))
-        self._device = next((tensor.device for tensor in followed.values()), torch.device("cpu"))
-        self._averaged = {name: tensor for name, tensor in followed.items() if name not in copied}
-        self._copied = {name: tensor for name, tensor in followed.items() if name in copied}
+            self._mirror = HostMirror(self._current())
         self._averages = {
-            name: {n: t.detach().to(torch.float32, copy=True) for n, t in self._averaged.items()}
-            | {n: t.detach().clone() for n, t in self._copied.items()}
-            for name in profiles
+            name: {
+                n: t.detach().to(device or t.device, torch.float32 if i < self._num_averaged else t.dtype, copy=True)
+                for i, (n, t) in enumerate(self._followed.items())
+            }
+            for name in self._profiles
         }
+        self._local = {name: list(map(sharded.local, average.values())) for name, average in self._averages.items()}
 
     def update(self, step: int, num_steps: int = 1) -> None:
         """Move every average towards the current parameters. Never communicates and never waits for a device.
@@ -114,17 +125,23 @@ class AverageBank:
         self._check_update(step, num_steps)
         weights = {name: 1.0 - profile.decay(step, num_steps) for name, profile in self._profiles.items()}
         if self._mirror is None:
-            self._move(weights)
+            self._move(weights, self._current())
         elif any(weights.values()):
-            self._mirror.submit(lambda: self._move(weights))
+            values = self._mirror.values
+            self._mirror.submit(self._current(), lambda: self._move(weights, values))
         self._step = step
 
-    def _move(self, weights: Mapping[str, float]) -> None:
-        moving = [self._averages[name] for name, weight in weights.items() if weight > 0.0]
-        averages = [[average[name] for name in self._averaged] for average in moving]
-        lerp.lerp_(averages, list(self._averaged.values()), [weight for weight in weights.values() if weight > 0.0])
-        for average in moving:
-            _fill({name: average[name] for name in self._copied}, self._copied)
+    def _current(self) -> list[Tensor]:
+        """This process's part of the followed tensors, as they are now. FSDP may replace the storage of a shard."""
+        return [sharded.local(tensor) for tensor in self._followed.values()]
+
+    def _move(self, weights: Mapping[str, float], current: list[Tensor]) -> None:
+        moving, n = [self._local[name] for name, weight in weights.items() if weight > 0.0], self._num_averaged
+        lerp.lerp_([average[:n] for average in moving], current[:n], [w for w in weights.values() if w > 0.0])
+        with torch.no_grad():
+            for average in moving:
+                for target, source in zip(average[n:], current[n:], strict=True):
+                    target.copy_(source)
 
     def _check_update(self, step: int, num_steps: int) -> None:
         last = self._step
@@ -136,7 +153,10 @@ class AverageBank:
                 f"expected num_steps={step - last}"
             )
         for parameters, name, parameter in self._places:
-            if parameters.get(name) is not parameter:
+            found = parameters.get(name)  # between a forward and a backward pass FSDP shows whole copies of its shards
+            if found is not parameter and (
+                found is None or sharded.is_sharded(found) or not sharded.is_sharded(parameter)
+            ):
                 raise ValueError(
                     f"parameter {name!r} of the model was replaced (load_state_dict(assign=True), fully_shard, ...), so this "
                     "bank no longer follows it: make a new bank and call its load_state_dict(bank.state_dict())"
@@ -146,8 +166,8 @@ class AverageBank:
         """The parameters of one average: those that this process owns, so all of them when `world_size` is 1.
 
         Returns:
-            clean parameter name -> fp32 tensor, in the model's order. These are the bank's own tensors: the next update changes
-            them, and writing to them changes the bank.
+            clean parameter name -> fp32 tensor, in the model's order; a DTensor of the same placements where the parameter is one.
+            These are the bank's own tensors: the next update changes them, and writing to them changes the bank.
 
         Raises:
             KeyError: no average has this name.
@@ -173,16 +193,16 @@ class AverageBank:
 
         Args:
             name: the average.
-            module: any module but the one that is trained, wrapped or not.
+            module: any module but the one that is trained, wrapped, sharded or not. From a sharded bank into one that is not, this
+                is a collective; into one that is sharded alike, nothing is sent.
             strict: False leaves tensors of the module that the bank does not follow (of a bank of some layers) unchanged.
 
         Raises:
             KeyError: no average has this name.
             ValueError: the module's tensors differ in name or shape, or the bank is split over processes.
         """
-        if self._world_size > 1:
-            raise ValueError("copy_to: this process has only its share of the average; use gather_all(name)")
-        values = self.weights(name) | self.buffers(name)
+        values = self._values(name)
+        sharded.reshard(module)
         targets = clean_named(module.named_parameters(remove_duplicate=False), "parameters")
         if self._buffers:
             targets |= clean_named(module.named_buffers(remove_duplicate=False), "buffers")
@@ -192,6 +212,24 @@ class AverageBank:
             targets = {n: target for n, target in targets.items() if n in values}
         check_tensors(values, _shapes(targets), f"average {name!r}")
         _fill(targets, values)
+
+    def module(self, name: str, model: nn.Module) -> nn.Module:
+        """A module like `model`, in eval mode, whose parameters and buffers *are* those of an average: nothing is copied or swapped.
+
+        It follows later updates, and shares with `model` the tensors that the bank does not hold (the frozen layers of a LoRA). Its
+        averaged tensors are fp32, without gradient, on the averages' device: for a model of lower precision call it under autocast.
+        With `device="cpu"`, `weights(name)` waits for an update that still runs.
+
+        Raises:
+            KeyError: no average has this name.
+            ValueError: the model's tensors differ in name or shape or are sharded, or the bank is split over processes.
+        """
+        return with_tensors(model, self._values(name))
+
+    def _values(self, name: str) -> dict[str, Tensor]:
+        if self._world_size > 1:
+            raise ValueError("copy_to, module: this process has only its share of the average; use gather_all(name)")
+        return self.weights(name) | self.buffers(name)
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -211,18 +249,14 @@ class AverageBank:
     @property
     def num_bytes(self) -> int:
         """Bytes of all averages that this process holds."""
-        return sum(tensor.nbytes for average in self._averages.values() for tensor in average.values())
-
-    def owner(self, parameter_name: str) -> int:
-        """The rank that holds this parameter's averages. Raises: KeyError: no parameter has this name."""
-        return self._owners[clean_name(parameter_name)]
+        return sum(tensor.nbytes for average in self._local.values() for tensor in average)
 
     def load_weights(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Set all parameters of an average; each process takes the part that it owns.
 
         Args:
             name: the average.
-            tensors: parameter name -> tensor of any floating dtype, for *every* parameter of the model.
+            tensors: parameter name -> tensor of any floating dtype, for *every* parameter of the model; whole, or a DTensor.
 
         Raises:
             KeyError: no average has this name.
@@ -240,7 +274,10 @@ class AverageBank:
         _fill(targets, given)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this process has to store, with the bank's own tensors; `merge_states` joins those of several processes.
+        """What this process has to store, with the bank's own tensors.
+
+        `merge_states` joins those of a split bank's processes. That of a sharded bank holds DTensors, which
+        torch.distributed.checkpoint saves and loads on any number of processes.
 
         Returns:
             {"version", "step", "profiles": {name: {"kind", ...}}, "averages": {name: {parameter: fp32}},
@@ -258,7 +295,7 @@ class AverageBank:
         """Restore a stored bank, of any number of processes; each process takes the part that it owns.
 
         Args:
-            state: a whole `state_dict()`; of a split bank, `merge_states` of those of all its processes.
+            state: a whole `state_dict()`, with DTensors or whole tensors; of a split bank, `merge_states` of its processes'.
 
         Raises:
             ValueError: not the state of a bank, other averages or profiles (each is named), or a tensor is missing, unknown or
@@ -287,14 +324,14 @@ class AverageBank:
         )
 
     def gather(self, name: str, dst: int = 0, group: dist.ProcessGroup | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Collect a split average on one process, one tensor at a time. Collective.
+        """Collect a split or sharded average on one process, one tensor at a time. Collective.
 
         Every process calls it, in the same order of names; `dst` must exhaust the iterator, elsewhere it is empty.
 
         Args:
             name: the average.
             dst: the rank that receives it.
-            group: the processes that the bank is split over; None for the default group.
+            group: the processes that the bank is split over; None for the default group. Shards have a mesh of their own.
 
         Returns:
             On `dst`, (clean parameter name, new fp32 CPU tensor) in the order of `parameter_names`.
@@ -303,44 +340,53 @@ class AverageBank:
             KeyError: no average has this name.
             ValueError: the bank is split, and torch.distributed is not initialised or the group has another size.
         """
-        return self._split(name, group).to_one(dst if self._world_size > 1 else self._rank)
+        if self._world_size > 1:
+            return self._split(name, group).to_one(dst)
+        average = self.weights(name)
+        if any(map(sharded.is_sharded, average.values())) and dist.get_rank() != dst:
+            for tensor in average.values():
+                sharded.whole(tensor)
+            return iter(())
+        return ((n, _own(sharded.whole(t), torch.device("cpu"))) for n, t in average.items())
 
     def gather_all(self, name: str, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """A whole average on every process, as new fp32 tensors on the parameters' devices. Collective; raises as `gather`."""
-        split = self._split(name, group)
         if self._world_size > 1:
-            return split.to_all()
-        return {n: t.detach().to(self._parameters[n].device, copy=True) for n, t in split.owned.items()}
+            return self._split(name, group).to_all()
+        return {n: _own(sharded.whole(t), self._parameters[n].device) for n, t in self.weights(name).items()}
 
     def _split(self, name: str, group: dist.ProcessGroup | None) -> SplitTensors:
         split = SplitTensors(self.weights(name), self._owners, self._parameters, self._rank, group)
-        if self._world_size > 1:
-            split.require_group(self._world_size)
+        split.require_group(self._world_size)
         return split
 
     def squared_distances(self) -> dict[str, Tensor]:
         """Squared distance of each average from the raw parameters, summed over the parameters that this process owns.
 
-        The sum over processes is that of the whole model. No host synchronisation; with averages in host memory, raw are the
-        parameters as of the last update.
+        The sum over processes is that of the whole model: replicas of a DTensor count by their share. No host synchronisation; with
+        averages in host memory, raw are the parameters as of the last update.
 
         Returns:
             name of the average -> float64 [] on the averages' device.
         """
         raw = self._raw()
-        return {
-            name: lerp.squared_norm((average[n] - parameter for n, parameter in raw.items()), self._device)
-            for name, average in self._averages.items()
-        }
+        return {name: self._squares(average[i] - raw[i] for i in raw) for name, average in self._local.items()}
 
     def squared_norm(self) -> Tensor:
         """Squared norm of the raw parameters that this process owns, float64 []; else as `squared_distances`."""
-        return lerp.squared_norm(self._raw().values(), self._device)
+        return self._squares(self._raw().values())
 
-    def _raw(self) -> dict[str, Tensor]:
+    def _raw(self) -> dict[int, Tensor]:
+        """This process's raw parameters by their place among the followed tensors."""
         if self._mirror is not None:
             self._mirror.wait()
-        return {name: tensor.detach() for name, tensor in self._averaged.items() if name in self._parameters}
+        current = self._current() if self._mirror is None else self._mirror.values
+        return {i: current[i] for i, name in enumerate(self._followed) if name in self._parameters}
+
+    def _squares(self, tensors: Iterable[Tensor]) -> Tensor:
+        copies = [sharded.num_replicas(tensor) for name, tensor in self._followed.items() if name in self._parameters]
+        device = next((t.device for average in self._local.values() for t in average), torch.device("cpu"))
+        return lerp.squared_norm((t / n**0.5 if n > 1 else t for t, n in zip(tensors, copies, strict=True)), device)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, start_step: int | None = None, every: int = 1
@@ -352,7 +398,8 @@ class AverageBank:
 
         Args:
             optimizer: any torch optimizer, also inside accelerate's wrapper.
-            start_step: steps completed before now, a multiple of `every`; by default the bank's last step.
+            start_step: steps completed before now, by default the bank's last step. With `every`, the bank's last step must be the
+                last multiple of it, so a run that stopped between two updates continues exactly.
             every: steps between updates.
 
         Returns:
@@ -373,9 +420,14 @@ class AverageBank:
             raise ValueError("attach: already attached: remove() that handle first, or make one bank per optimizer")
         if start_step is None and self._step is None and self._loaded:
             raise ValueError("attach: weights were loaded: pass start_step, the number of steps that they have seen")
+        every = check_count("every", every)
         start_step = (self._step or 0) if start_step is None else start_step
-        if self._step not in (None, start_step):
-            raise ValueError(f"start_step: the last update was at step {self._step}, got {start_step!r}")
+        if start_step < 0 or (self._step is None and start_step % every):
+            raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
+        if self._step not in (None, start_step - start_step % every):
+            raise ValueError(
+                f"start_step: the last update was at step {self._step}, got {start_step!r} with every={every}"
+            )
         self._handle = UpdateHandle(inner, self.update, start_step, every)
         return self._handle
 
@@ -423,11 +475,7 @@ def _checked_parameters(named: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
     for name, tensor in parameters.items():
         if not tensor.is_floating_point():
             raise ValueError(f"parameter {name!r}: only floating-point parameters can be averaged, not {tensor.dtype}")
-        if hasattr(tensor, "to_local"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor: make the bank of each rank's shards, "
-                "((name, p.to_local()) for name, p in model.named_parameters())"
-            )
+        sharded.check_parameter(name, tensor)
     return parameters
 
 
@@ -442,9 +490,12 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(values[name])
+    for name, target in targets.items():
+        sharded.assign(target, values[name])
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _elsewhere(tensor: Tensor, device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,24 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 
-def update_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
+class _Calls(nn.Module):
+    """A model as `update_bn` wants it: called with one batch."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+        self.training = model.training
+
+    def forward(self, batch: Any) -> object:
+        return self.call(batch)
+
+
+def update_batch_norm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | str | None = None,
+    call: Callable[[Any], object] | None = None,
+) -> None:
     """Estimate a model's batch-norm statistics for the weights that it holds (Izmailov et al. 2018, section 3.2).
 
     Averaged weights produce other activations than the weights that they average, so stored statistics are wrong for them. One
@@ -22,6 +39,7 @@ def update_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.dev
         model: with the averaged weights in it.
         loader: batches: tensors, or tuples whose first element is the model's input.
         device: where to put the batches.
+        call: passes one batch, as the loader gives it, to the model; by default `model(batch)`.
 
     Raises:
         ValueError: the loader is empty (the statistics would be lost).
@@ -33,4 +51,7 @@ def update_batch_norm(model: nn.Module, loader: Iterable[Any], device: torch.dev
         first = next(batches)
     except StopIteration:
         raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
-    update_bn(itertools.chain([first], batches), model, device=None if device is None else torch.device(device))
+    whole: Iterable[Any] = itertools.chain([first], batches)
+    if call is not None:
+        model, whole = _Calls(model, call), ([batch] for batch in whole)  # update_bn takes a tuple's first element
+    update_bn(whole, model, device=None if device is None else torch.device(device))

@@ -58,7 +58,6 @@ class Coefficients:
         initial_weight_error: absolute difference in the weight of the *initial* parameters.
         amplification: L1 norm of the weights: largest factor on rounding errors in the stored averages.
         rounding: sum of |weight| x roundoff: largest rounding error of the result, as a share of a weight.
-        condition_number: of the fit with its ridge, largest singular value / smallest; unrelated to the error.
     """
 
     weights: FloatArray
@@ -67,7 +66,6 @@ class Coefficients:
     initial_weight_error: float
     amplification: float
     rounding: float
-    condition_number: float
 
     def warnings(self) -> list[str]:
         """Reasons not to trust the result, in plain sentences."""
@@ -127,17 +125,15 @@ def posthoc_coefficients(
     """The combination of stored averages with the least expected distance from the target.
 
     The model: steps of training are uncorrelated, with the given variance. Every update of an fp32 average rounds it, and so does
-    storing it; later files of one average share its updates' rounding errors. The fit is a least-squares problem with a ridge,
-    solved by orthogonal factorisation.
+    storing it; later files of one average share its updates' rounding errors.
 
     Args:
         steps_in: steps at which the averages were stored, [num_in], none after `step_out`; at step 0 they are the initial parameters.
         profiles_in: their profiles, or power-function widths, [num_in]; `RAW` for parameters that are not averaged.
         step_out: the step to have the target average at.
         target: a profile, or a power-function width.
-        step_variance: variance of each step in any unit; None for a constant one. Proportional to learning_rate(t)^2 where
-            that changes.
-        white_noise: variance of white noise on raw parameters, in steps: that on step t is white_noise * v(t). It adds
+        step_variance: variance of each step in any unit, constant by default; proportional to learning_rate(t)^2.
+        white_noise: variance of white noise on raw parameters, in steps. It adds
             white_noise * sum_t v(t) (sum_i c_i w_i(t) - w(t))^2 to the expected squared error.
         every: steps between updates of the stored averages, [num_in] or one for all.
         roundoff: largest relative rounding error of the stored averages (2^-24 for fp32, 2^-8 for bf16), [num_in] or one for all.
@@ -146,16 +142,15 @@ def posthoc_coefficients(
     Raises:
         ValueError: no averages, lengths that differ, a step out of range, one average given twice, a bad width or variance.
     """
-    steps = [int(step) for step in steps_in]
-    if not steps or len(steps) != len(profiles_in):
+    num_in = len(steps_in)
+    if not num_in or num_in != len(profiles_in):
         raise ValueError(
-            f"steps_in, profiles_in: expected equally many, at least one; got {len(steps)} and {len(profiles_in)}"
+            f"steps_in, profiles_in: expected equally many, at least one; got {num_in} and {len(profiles_in)}"
         )
+    updates, roundoffs = np.broadcast_to(every, num_in), np.broadcast_to(roundoff, num_in)
     stored = [
-        Stored(step, as_profile(profile), int(n), float(u))
-        for step, profile, n, u in zip(
-            steps, profiles_in, np.broadcast_to(every, len(steps)), np.broadcast_to(roundoff, len(steps)), strict=True
-        )
+        Stored(int(step), as_profile(profile), int(n), float(u))
+        for step, profile, n, u in zip(steps_in, profiles_in, updates, roundoffs, strict=True)
     ]
     for i, one in enumerate(stored):
         if not 0 <= one.step <= step_out or step_out < 1:
@@ -186,7 +181,7 @@ def solve(
     newest = max(range(num_in), key=lambda i: stored[i].step)
     others = [i for i in range(num_in) if i != newest]
     matrix, goal = rows[:, others] - rows[:, [newest]], rows[:, num_in:] - rows[:, [newest]]
-    free, _, _, singular_values = np.linalg.lstsq(matrix, goal, rcond=None)
+    free = np.linalg.lstsq(matrix, goal, rcond=None)[0]
     weights = np.insert(free, newest, 1.0 - free.sum(axis=0), axis=0)
     left = np.linalg.norm(goal - matrix @ free, axis=0)
     apart = np.linalg.norm(rows[:, num_in:] - rows[:, [-1]], axis=0)  # of the target and raw
@@ -200,7 +195,6 @@ def solve(
             initial_weight_error=abs(float(initial[:num_in] @ weights[:, k] - initial[num_in + k])),
             amplification=float(np.abs(weights[:, k]).sum()),
             rounding=float(np.abs(weights[:, k]) @ [one.roundoff for one in stored]),
-            condition_number=float(singular_values[0] / singular_values[-1]) if others else 1.0,
         )
         for k in range(len(targets))
     ]

@@ -19,13 +19,8 @@ class DiffusersDecay(ScheduledDecay):
     With s = t - update_after_step - 1: 0 while s <= 0, then min(max_decay, (1 + s) / (10 + s)), or with `use_ema_warmup`
     min(max_decay, 1 - (1 + s / inv_gamma)^-power), and never below min_decay (diffusers 0.42, `EMAModel.get_decay`).
 
-    Args:
-        max_decay: upper limit of the decay, in [0, 1]: `EMAModel`'s `decay`.
-        min_decay: lower limit of the decay once s > 0, in [0, 1].
-        update_after_step: steps before the warm-up begins, at least -1.
-        use_ema_warmup: which of the two warm-ups.
-        inv_gamma: length of the second warm-up in steps, positive.
-        power: exponent of the second warm-up, positive.
+    The settings are `EMAModel`'s, but for `max_decay`, its `decay`: decays in [0, 1], update_after_step at least -1, inv_gamma and
+    power positive.
     """
 
     kind: ClassVar[str] = "diffusers_ema"

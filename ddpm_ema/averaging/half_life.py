@@ -24,9 +24,8 @@ def _digamma(x: FloatArray) -> FloatArray:
 class HalfLife(ClosedForm):
     """A constant decay by its half-life, ramped up: decay 0.5^(1 / min(half_life, ramp_up (t - 1))) at step t.
 
-    The rule of EDM (Karras et al. 2022) and FastGen, by default with 500 kimg and 0.05. Step 1 copies the parameters, so it holds
-    nothing of the initial weights. Until the ramp ends, at step half_life / ramp_up, it equals `HalfLifeShare(ramp_up)` up to
-    O(1/t). Without a ramp it is ConstantDecay(0.5^(1 / half_life)).
+    The rule of EDM (Karras et al. 2022) and FastGen, by default with 500 kimg and 0.05. It holds nothing of the initial weights.
+    Until step half_life / ramp_up it equals `HalfLifeShare(ramp_up)` up to O(1/t).
 
     Args:
         half_life: in steps (EDM's images / batch size), positive.

@@ -27,15 +27,7 @@ class UpdateHandle:
     def __init__(
         self, optimizer: torch.optim.Optimizer, update: Callable[[int, int], None], start_step: int, every: int
     ) -> None:
-        """Attach to an unwrapped optimizer.
-
-        Raises:
-            ValueError: `every` or `start_step` is out of range.
-        """
-        if every < 1:
-            raise ValueError(f"every: expected at least 1 step, got {every!r}")
-        if start_step < 0 or start_step % every:
-            raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
+        """Attach to an unwrapped optimizer."""
         self.step, self.active = start_step, True
         self._update, self._every = update, every
         self._hook = optimizer.register_step_post_hook(self._after_step)

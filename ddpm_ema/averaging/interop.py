@@ -1,8 +1,4 @@
-"""Averages of other libraries, read and written with the profile that they really have.
-
-diffusers' `EMAModel` always warms its decay up, whatever `decay` is; torch's `AveragedModel` copies at its first call. A bank with
-the profile of a `ForeignAverage` continues it exactly.
-"""
+"""Averages of other libraries, read and written with their true profile, so that a bank with that profile continues exactly."""
 
 from __future__ import annotations
 
@@ -84,15 +80,14 @@ def read_diffusers_state(state: Mapping[str, Any], named_parameters: Iterable[tu
         raise ValueError("state: expected the state of diffusers' EMAModel, with 'shadow_params'")
     if len(shadow) != len(parameters):
         raise ValueError(f"shadow_params: {len(shadow)} tensors for a model of {len(parameters)} parameters")
-    named = [(name, tensor) for (name, _), tensor in zip(parameters, shadow, strict=True)]
-    check_tensors(dict(named), {name: parameter.shape for name, parameter in parameters}, "shadow_params")
-    return _from_diffusers(_fp32(clean_named(named, "shadow_params")), state)
+    named = {name: tensor for (name, _), tensor in zip(parameters, shadow, strict=True)}
+    check_tensors(named, {name: parameter.shape for name, parameter in parameters}, "shadow_params")
+    return _from_diffusers(_fp32(clean_named(named.items(), "shadow_params")), state)
 
 
 def _from_diffusers(weights: dict[str, Tensor], state: Mapping[str, Any]) -> ForeignAverage:
     known = {f.name for f in fields(DiffusersDecay)}
-    settings = {name: value for name, value in state.items() if name in known}
-    profile = DiffusersDecay(max_decay=state["decay"], **settings)
+    profile = DiffusersDecay(max_decay=state["decay"], **{name: state[name] for name in known & state.keys()})
     step = int(state["optimization_step"])
     return ForeignAverage(weights, step, profile, float(state["decay"]), [_diffusers_note(profile, step)])
 
@@ -117,8 +112,7 @@ def _diffusers_note(profile: DiffusersDecay, step: int) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / _INDEX).exists():
-        index = json.loads((folder / _INDEX).read_text())
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        return [folder / name for name in sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))]
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
     if pickles := sorted(path.name for path in folder.glob("*.bin")):

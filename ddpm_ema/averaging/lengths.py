@@ -25,7 +25,6 @@ def resolve_lengths(settings: Mapping[str, Any], *, num_steps: int, batch_size: 
     """A profile's settings with every length in steps, for `profile_from_dict`.
 
     A length is a number of steps, a share of the run ("5%"), or images ("500kimg"; img, kimg and Mimg are 1, 1e3 and 1e6).
-    Lengths that must be whole are rounded to the nearest step.
 
     Args:
         settings: from YAML, such as {"kind": "half_life", "half_life": "500kimg"}.

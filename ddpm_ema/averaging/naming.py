@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-WRAPPERS = frozenset({"_orig_mod", "module"})
-"""Name components that torch.compile and (Distributed)DataParallel put in front of what they wrap."""
+WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module"})
+"""Name components that torch.compile, (Distributed)DataParallel and activation checkpointing put in front of what they wrap."""
 
 _SHOWN = 8  # tensors listed in a message before it counts the rest
 Key = TypeVar("Key")

@@ -22,25 +22,23 @@ class HostMirror:
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         """Args: sources: [num_tensors], any dtype, on the CPU or on CUDA devices."""
-        self._sources = list(sources)
-        self._shadow = [torch.empty_like(source, requires_grad=False) for source in self._sources]
+        self._shadow = [torch.empty_like(source, requires_grad=False) for source in sources]
         self.values: list[Tensor] = [
-            torch.empty_like(source, device="cpu", pin_memory=source.is_cuda, requires_grad=False)
-            for source in self._sources
+            torch.empty_like(source, device="cpu", pin_memory=source.is_cuda, requires_grad=False) for source in sources
         ]
-        devices = {source.device for source in self._sources if source.is_cuda}
+        devices = {source.device for source in sources if source.is_cuda}
         self._streams: dict[torch.device, Any] = {device: torch.cuda.Stream(device) for device in devices}  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="averages")
         self._pending: Future[None] | None = None
-        self.submit(lambda: None)
+        self.submit(sources, lambda: None)
         self.wait()
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Update `values` and then run `work`, both in the background. Raises what an earlier `work` raised."""
+    def submit(self, sources: Sequence[Tensor], work: Callable[[], None]) -> None:
+        """Update `values` from `sources` and then run `work`, both in the background. Raises what an earlier `work` raised."""
         self.wait()
         with torch.no_grad():
-            if self._sources:
-                torch._foreach_copy_(self._shadow, self._sources)
+            if sources:
+                torch._foreach_copy_(self._shadow, list(sources))
             events = []
             for device, stream in self._streams.items():
                 # The copy must not overtake the clone. Only a race on a CUDA device shows it: no test on a CPU can.

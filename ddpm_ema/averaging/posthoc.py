@@ -260,8 +260,7 @@ def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | 
     """
     if len(raw) < 3:
         return 0.0
-    lags = (1, 2)
-    squares = [np.mean([_norm([a, b], [-1.0, 1.0]) ** 2 for a, b in zip(raw, raw[n:], strict=False)]) for n in lags]
+    lags, squares = (1, 2), _neighbour_squares(tuple(raw), _modified(raw))
     between = [variance_between(step_variance, a.step, b.step) for a, b in itertools.pairwise(raw)]
     walked = np.cumsum([0.0, *between])
     walked = np.array([np.mean(walked[lag:] - walked[:-lag]) for lag in lags])
@@ -272,10 +271,27 @@ def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | 
     return max(0.0, float((squares[0] / rate - walked[0]) / noise[0])) if rate > 0.0 else 0.0
 
 
+def _modified(files: Sequence[Snapshot]) -> tuple[int, ...]:
+    return tuple(snapshot.path.stat().st_mtime_ns for snapshot in files)
+
+
+@functools.lru_cache(maxsize=64)
+def _neighbour_squares(files: tuple[Snapshot, ...], modified: tuple[int, ...]) -> tuple[float, float]:
+    """Mean squared distances of neighbours and of next neighbours; every tensor is read once."""
+    totals = [0.0, 0.0]
+    for part in _eighths(files[-1].shapes()):
+        before: list[dict[str, Tensor]] = []  # the next file's neighbour first
+        for snapshot in files:
+            here = {name: tensor.double() for name, tensor in snapshot.tensors(list(part))}
+            for lag, there in enumerate(before):
+                totals[lag] += sum(float((here[name] - there[name]).square().sum()) for name in here)
+            before = [here, *before[:1]]
+    return totals[0] / (len(files) - 1), totals[1] / (len(files) - 2)
+
+
 def _norm(files: Sequence[Snapshot], coefficients: Sequence[float]) -> float:
     """L2 norm of a combination of files, over all tensors; remembered until a file changes."""
-    modified = tuple(snapshot.path.stat().st_mtime_ns for snapshot in files)
-    return _remembered_norm(tuple(files), tuple(coefficients), modified)
+    return _remembered_norm(tuple(files), tuple(coefficients), _modified(files))
 
 
 @functools.lru_cache(maxsize=1024)  # the targets of a sweep share their checks, and the fits of a run its magnitude
@@ -291,8 +307,7 @@ def combine(
     Parts of at most an eighth of the model are summed in one buffer, a quarter of the model in float64. One file is open at a
     time.
     """
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
-    split = [{name: sizes[name] for name in part} for part in parts(sizes, sum(sizes.values()) // 8)]
+    split = _eighths(shapes)
     buffer = torch.empty(max((sum(part.values()) for part in split), default=0), dtype=torch.float64)
     for part in split:
         slices = torch.split(buffer[: sum(part.values())].zero_(), list(part.values()))
@@ -301,6 +316,12 @@ def combine(
             for name, tensor in snapshot.tensors(list(part)):
                 sums[name].add_(tensor, alpha=float(coefficient))  # promotes block-wise, without a float64 copy
         yield from sums.items()
+
+
+def _eighths(shapes: Mapping[str, torch.Size]) -> list[dict[str, int]]:
+    """Names and sizes of all tensors, in parts of at most an eighth of the model (or one tensor)."""
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    return [{name: sizes[name] for name in part} for part in parts(sizes, sum(sizes.values()) // 8)]
 
 
 def _nearest_steps(step: int, steps: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -67,14 +67,7 @@ class Profile(ABC):
         """Cumulative weighting P(t) of the average after `step` steps: total weight of the parameters up to step t.
 
         It equals decay(step, step - t), the share that survives of the average after t steps. Exact at whole t (the initial
-        parameters are step 0), monotonic between them, 1 from `step` on.
-
-        Args:
-            step: completed steps.
-            t: steps, float64 of any shape.
-
-        Returns:
-            float64, of the shape of `t`.
+        parameters are step 0), monotonic between them, 1 from `step` on. `t` and the result: float64 of any one shape.
         """
         whole = np.unique(np.clip(np.concatenate([np.floor(t), np.ceil(t), [step]]), 0, step)).astype(np.int64).tolist()
         survived = np.ones(len(whole))
@@ -83,10 +76,7 @@ class Profile(ABC):
         return np.interp(t, whole, survived)
 
     def weighting(self, step: int) -> FloatArray:
-        """Weight of the parameters after each of the steps 1..`step` in the average after `step` steps: float64 [step].
-
-        They sum to 1 - `initial_weight(step)`.
-        """
+        """Weights of the parameters after steps 1..`step` in the average then, float64 [step]; sum 1 - `initial_weight(step)`."""
         return np.diff(self.cumulative(step, np.arange(step + 1, dtype=np.float64)))
 
     # The argument and the method are both called `decay`, the field's word; so the dataclass field is `decay_per_step`.
@@ -106,20 +96,16 @@ class Profile(ABC):
         return float(self.weighting(step) @ np.arange(1, step + 1, dtype=np.float64)) / step
 
     def sigma_rel(self, step: int) -> float:
-        """Standard deviation of the time of the weights as a share of `step` (Karras et al. 2024, section 3.1).
-
-        For a power function it is `std`, up to O(1/step).
-        """
+        """Standard deviation of the time of the weights as a share of `step` (Karras et al. 2024, section 3.1)."""
         times = np.arange(1, step + 1, dtype=np.float64) / step
         centre = self.centre(step)
         variance = float(self.weighting(step) @ (times - centre) ** 2) + self.initial_weight(step) * centre**2
         return math.sqrt(max(0.0, variance))
 
     def effective_window(self, step: int) -> float:
-        """Number of equally weighted steps whose mean reduces independent noise as much, in steps.
+        """Number of equally weighted steps whose mean reduces independent noise as much: sum(weight)^2 / sum(weight^2) (Kish).
 
-        Kish's effective sample size, sum(weight)^2 / sum(weight^2) over steps 1..`step`: `step` for the uniform average,
-        (1 + decay) / (1 - decay) in the long run for a constant decay, 1 for raw parameters, 0 for initial weights alone.
+        `step` for the uniform average, (1 + decay) / (1 - decay) in the long run for a constant decay, 1 for raw parameters.
         """
         weights = self.weighting(step)
         squares = float(weights @ weights)
@@ -336,11 +322,7 @@ class StochasticWeightAverage(ClosedForm):
 
 @dataclass(frozen=True, repr=False)
 class HardCopy(Profile):
-    """The parameters as of the last multiple of `every` (target networks: Mnih et al. 2015).
-
-    Args:
-        every: steps between copies, at least 1.
-    """
+    """The parameters as of the last multiple of `every`, at least 1 (target networks: Mnih et al. 2015)."""
 
     kind: ClassVar[str] = "hard_copy"
     lengths: ClassVar[Lengths] = {"every": int}
@@ -393,9 +375,9 @@ class Delayed(Profile):
         return np.where(t < self.start, 0.0, inside)
 
 
-def _nearest(word: object, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
+def _known(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"{f'did you mean {close[0]!r}? ' if close else ''}expected {', '.join(known) or 'no fields'}"
 
 
 def profile_from_dict(settings: Mapping[str, Any]) -> Profile:
@@ -409,18 +391,13 @@ def profile_from_dict(settings: Mapping[str, Any]) -> Profile:
     kind = settings["kind"]
     cls = PROFILES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ValueError(
-            f"kind: unknown profile {kind!r}: {_nearest(kind, list(PROFILES))}expected one of {', '.join(PROFILES)}"
-        )
+        raise ValueError(f"kind: unknown profile {kind!r}: {_known(kind, PROFILES)}")
     parameters = inspect.signature(cls).parameters
     given = {name: value for name, value in settings.items() if name != "kind"}
     start = None if "start" in parameters else given.pop("start", None)
     for name in given:
         if name not in parameters:
-            expected = ", ".join(parameters) or "no fields"
-            raise ValueError(
-                f"{name}: unknown field of profile {kind!r}: {_nearest(name, list(parameters))}expected {expected}"
-            )
+            raise ValueError(f"{name}: unknown field of profile {kind!r}: {_known(name, parameters)}")
     for name, parameter in parameters.items():
         if name not in given and parameter.default is inspect.Parameter.empty:
             raise ValueError(f"{name}: missing field of profile {kind!r}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ema.averaging import sharded
 from ddpm_ema.averaging.files import open_safetensors, save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 
@@ -100,8 +101,9 @@ def write_snapshot(
     """Store an average, whole or not at all (`files.save_tensors`). Equal ones give equal bytes.
 
     Args:
-        path: the file; its folder is created if it does not exist.
-        tensors: name -> tensor of any dtype, layout and device.
+        path: the file; its folder is made if need be.
+        tensors: name -> tensor of any dtype, layout and device. With DTensors this is a collective, and the first process of their
+            mesh writes.
         step: completed optimizer steps; 0 for the initial weights, with any profile.
         profile: its profile; `RAW` for parameters that are not averaged.
         dtype: torch.float32, or torch.bfloat16 for half the bytes and a larger rounding error.
@@ -118,6 +120,12 @@ def write_snapshot(
             f"step, every: expected at least 0 completed steps and 1 between updates, got {step!r} and {every!r}"
         )
     path = Path(path)
-    stored = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-    save_tensors(path, stored, snapshot_metadata(step, profile, every))
+    writes = all(map(sharded.is_first, tensors.values()))
+    stored = {}
+    for name, tensor in tensors.items():
+        found = sharded.whole(tensor)
+        if writes:
+            stored[name] = found.to("cpu", dtype)
+    if writes:
+        save_tensors(path, stored, snapshot_metadata(step, profile, every))
     return Snapshot(step=step, profile=profile, path=path, every=every)

@@ -7,7 +7,7 @@ file, `parse` for a command line.
 from __future__ import annotations
 
 from ddpm_ema.config.agreement import chosen, differing, effects
-from ddpm_ema.config.command_line import parse, show_help, split
+from ddpm_ema.config.command_line import parse, resolve, show_help, split
 from ddpm_ema.config.loading import digest, load, to_dict, to_yaml, validate
 from ddpm_ema.config.settings import (
     Config,
@@ -35,6 +35,7 @@ __all__ = [
     "effects",
     "load",
     "parse",
+    "resolve",
     "show_help",
     "split",
     "to_dict",

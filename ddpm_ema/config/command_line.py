@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -28,11 +28,16 @@ def parse(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: the message lists every bad setting, of the file and of the command line.
     """
-    run, path, overrides = split(arguments)
-    if run is not None and path is None:
-        path = str(Path(run, "config.yaml"))
-        if not Path(path).is_file():
-            raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
+    return resolve(*split(arguments))
+
+
+def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]]) -> Config:
+    """The settings of a command line that was `split`. Raises UserError as `parse` does."""
+    if run is None or path is not None:
+        return load(path, overrides, output_dir=run)
+    path = str(Path(run, "config.yaml"))
+    if not Path(path).is_file():
+        raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
     return load(path, overrides, output_dir=run)
 
 

@@ -118,12 +118,14 @@ def _shown(value: Any) -> str:
 
 
 def load(
-    path: Path | str | None, overrides: Mapping[str, list[str]] | None = None, output_dir: Path | str | None = None
+    path: Path | str | dict[str, Any] | None,
+    overrides: Mapping[str, list[str]] | None = None,
+    output_dir: Path | str | None = None,
 ) -> Config:
     """Reads a file of settings and lays overrides over it.
 
     Args:
-        path: the YAML file; None means the defaults.
+        path: the YAML file, or what it would hold, which is changed in place; None means the defaults.
         overrides: tokens by key path, such as {"training.steps": ["500"]}. Several tokens make a list. A token is read as YAML
             reads it, so `1e-3` is a number and `null` is none.
         output_dir: takes the place of the file's `output_dir`.
@@ -131,8 +133,8 @@ def load(
     Raises:
         UserError: the file cannot be read, or settings are bad; the message lists all of them.
     """
-    tree: Any = {}
-    if path is not None:
+    tree: Any = path if isinstance(path, dict) else {}
+    if isinstance(path, Path | str):
         try:
             with open(path, encoding="utf-8") as file:
                 tree = _parse(file, str(path)) or {}
@@ -144,7 +146,7 @@ def load(
         tree["output_dir"] = str(output_dir)
     for key, tokens in (overrides or {}).items():
         _set(tree, key, [_parse(token, f"--{key}") for token in tokens])
-    return validate(tree, str(path) if path is not None else "settings", overrides or ())
+    return validate(tree, str(path) if isinstance(path, Path | str) else "settings", overrides or ())
 
 
 def _set(tree: dict[str, Any], key: str, values: list[Any]) -> None:

@@ -19,6 +19,7 @@ from ddpm_ema.data.digits_source import open_digits
 from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
+from ddpm_ema.transfer import to_device
 
 HELD_OUT = "held_out"
 """The split of images that `data.held_out` keeps from training."""
@@ -75,7 +76,7 @@ class ImageDataset:
 
     def batch(self, indices: Tensor) -> Tensor:
         """The images at `indices` (int64 `[n]`), uint8 `[n, C, H, W]`, on the device the cache is on."""
-        return self._images.index_select(0, self._rows[indices.to(self._rows.device)])
+        return self._images.index_select(0, self._rows[to_device(indices, self._rows.device)])
 
     def to(self, device: torch.device | str) -> ImageDataset:
         """Moves the images to `device` if storage is "device", or "auto" and they fit; others stay. Returns self."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
+from ddpm_ema.messages import bar
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -65,7 +64,7 @@ class Decoding:
         starts = iter(range(0, total, _AT_ONCE))
         with (
             ThreadPoolExecutor(num_cores()) as pool,
-            _progress(total, f"reading {self.source.name}") as bar,
+            bar(f"reading {self.source.name}", total, "images") as progress,
         ):
             pending: deque[Future[tuple[Pixels, list[tuple[int, str]]]]] = deque()
             try:
@@ -78,7 +77,7 @@ class Decoding:
                     pixels, bad = pending.popleft().result()
                     self.bad.extend(bad)
                     check_bad(self.source, self.bad, self.max_bad)
-                    bar.update(len(pixels) + len(bad))
+                    progress.update(len(pixels) + len(bad))
                     yield pixels
             finally:
                 for future in pending:
@@ -94,12 +93,6 @@ class Decoding:
             except UNREADABLE as error:
                 bad.append((index, reason(error)))
         return pixels[:row], bad
-
-
-def _progress(total: int, what: str) -> tqdm[Any]:
-    """A progress bar; in a log file, a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=what, unit="image", delay=1.0, mininterval=interval, leave=False)
 
 
 def check_bad(source: Source, bad: list[tuple[int, str]], max_bad: int) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from ddpm_ema import config as settings
-from ddpm_ema import diffusion, model, options, sampling
+from ddpm_ema import data, diffusion, model, options, sampling
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
 from ddpm_ema.export.scorings import scorings_of
 from ddpm_ema.export.usage import Usage
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.new_folder import new_folder, refuse_used
+from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.weight_names import WeightName, split_step
 
@@ -40,7 +43,9 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
     refuse_used(target, "--output")
     checkpoint = rundir.newest_usable()
     config = _config(rundir, checkpoint)
-    weights = _find(WeightResolver(rundir, checkpoint, config), name, step)
+    weights = _find(
+        WeightResolver(rundir, checkpoint, config, settle=lambda tensors: _settled(config, tensors)), name, step
+    )
     tensors, where = weights.members[0](), f"{rundir.path}: weights {weights.name!r} of step {weights.step}"
     unet = model.fitting(config, tensors, where).eval()
     unet.load_state_dict(dict(tensors))
@@ -54,6 +59,14 @@ def export(run: Path | str, name: str, folder: Path | str, step: int | None = No
         for path in partial.rglob("*.safetensors"):  # safetensors makes them 0600; the card is what the umask allows
             path.chmod(readme.stat().st_mode & 0o777)
     return target
+
+
+def _settled(config: settings.Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An average with its own batch-norm statistics (`own_statistics`)."""
+    objective = diffusion.Objective(config.diffusion)
+    return with_own_statistics(
+        tensors, config, objective, lambda: model.fitting(config, tensors, "averages"), lambda: data.load(config.data)
+    )
 
 
 def _config(run: RunDir, checkpoint: Checkpoint | None) -> settings.Config:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
+from ddpm_ema.messages import bar
 
 FORMAT = "ddpm_ema feature classifier 1"
 THUMBNAIL = 8
@@ -154,14 +154,14 @@ def _optimize(
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches), pct_start=0.2)
     network.train()
-    bar = tqdm(batches, desc="feature classifier", unit="step", dynamic_ncols=True, mininterval=0.5)
-    for batch in bar:
-        loss = _loss(network, _shift(images[batch], generator).to(device), labels[batch].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
+    with bar("feature classifier", len(batches), "steps") as progress:
+        for batch in batches:
+            loss = _loss(network, _shift(images[batch], generator).to(device), labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
     network.eval()
 
 

@@ -21,7 +21,7 @@ from ddpm_ema.averaging.snapshots import Snapshot
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights.folder import PipelineConfig, PipelineFolder, sha256_of
-from ddpm_ema.rundir import Checkpoint, RunDir, weights_file
+from ddpm_ema.rundir import Checkpoint, RunDir, buffers_file, read_tensors, weights_file
 from ddpm_ema.weight_names import WeightName, name_of_profile, parse, profile_named
 
 Tensors: TypeAlias = "dict[str, Tensor]"
@@ -62,6 +62,7 @@ class WeightResolver:
         config: the settings: names under `averages`, and the data that folders must fit.
         num_classes: of the data, where labels are given to the network.
         own_pipeline: network and noise schedule of the settings; asked for by ensembles that mix them with a folder's.
+        settle: gives an average, as it was stored or reconstructed, the batch-norm statistics that belong to it.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class WeightResolver:
         config: Config | None = None,
         num_classes: int | None = None,
         own_pipeline: Callable[[], PipelineConfig] | None = None,
+        settle: Callable[[Tensors], Tensors] = dict,
     ) -> None:
         self.run, self.checkpoint = run, checkpoint
         self.config = config if config is not None else Config()
-        self._num_classes, self._own_pipeline = num_classes, own_pipeline
+        self._num_classes, self._own_pipeline, self._settle = num_classes, own_pipeline, settle
         self.averages = {name: profile_to_dict(profile) for name, profile in self.config.averages.items()}
         if checkpoint is not None:
             self.averages |= {name: _profile_in(checkpoint, name) or {} for name in checkpoint.names if name != "raw"}
@@ -122,7 +124,7 @@ class WeightResolver:
             return self._folder(name)
         checkpoint = self._checkpoint(name.step)
         if checkpoint is not None and name.name in checkpoint.names:
-            return _stored(name, checkpoint)
+            return self._stored(name, checkpoint)
         profile = profile_named(name.name)
         # An average's name means that average: where it is not stored, only the same profile may stand for it.
         if profile is not None and self.averages.get(name.name, profile) == profile:
@@ -140,6 +142,16 @@ class WeightResolver:
         if step is None:
             return self.checkpoint
         return next((checkpoint for checkpoint in self.run.checkpoints() if checkpoint.step == step), None)
+
+    def _stored(self, name: WeightName, checkpoint: Checkpoint) -> NamedWeights:
+        settle = dict if name.name == "raw" else self._settle
+        return NamedWeights(
+            name=str(name),
+            key=checkpoint.manifest["files"][weights_file(name.name)]["sha256"],
+            step=checkpoint.step,
+            profile=_profile_in(checkpoint, name.name),
+            members=(lambda: settle(checkpoint.weights(name.name)),),
+        )
 
     def reconstructed(self, target: Profile, step: int | None = None) -> NamedWeights:
         """The average with profile `target` as it would stand after `step` steps (None: the checkpoint's, else the last
@@ -164,7 +176,7 @@ class WeightResolver:
             key=_key([found.identity, profile, made_from]),
             step=at,
             profile=profile,
-            members=(partial(_combined, self.run, name, found),),
+            members=(lambda: self._settle(_combined(self.run, name, found)),),
             reconstruction=found.summary(check),
             warnings=tuple(found.warnings(check)),
         )
@@ -202,16 +214,6 @@ class WeightResolver:
         return NamedWeights(name.name, key, None, None, (read,), folder.config, warnings=tuple(warnings))
 
 
-def _stored(name: WeightName, checkpoint: Checkpoint) -> NamedWeights:
-    return NamedWeights(
-        name=str(name),
-        key=checkpoint.manifest["files"][weights_file(name.name)]["sha256"],
-        step=checkpoint.step,
-        profile=_profile_in(checkpoint, name.name),
-        members=(lambda: checkpoint.weights(name.name),),
-    )
-
-
 def name_of(profile: Profile) -> str:
     """The name of a reconstructed average, such as power_0_075."""
     return name_of_profile(profile_to_dict(profile))
@@ -240,8 +242,10 @@ def _measured(path: Path) -> StepVariance | None:
 
 
 def _combined(run: RunDir, name: str, found: Fit) -> Tensors:
+    newest = found.snapshots[-1].path
+    buffers = newest.parent / buffers_file(newest.stem)
     with _explained(run, name, found.step):
-        return found.combined()
+        return found.combined() | (read_tensors(buffers) if buffers.is_file() else {})
 
 
 @contextlib.contextmanager

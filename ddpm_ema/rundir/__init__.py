@@ -8,7 +8,7 @@ from __future__ import annotations
 from ddpm_ema.rundir.checkpoint import Checkpoint
 from ddpm_ema.rundir.directory import RunDir
 from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors
-from ddpm_ema.rundir.layout import OPTIMIZER_FILE, Layout, step_folder, weights_file
+from ddpm_ema.rundir.layout import OPTIMIZER_FILE, Layout, buffers_file, step_folder, weights_file
 
 __all__ = [
     "OPTIMIZER_FILE",
@@ -17,6 +17,7 @@ __all__ = [
     "RunDir",
     "as_user_error",
     "atomic_write",
+    "buffers_file",
     "file_sha256",
     "read_tensors",
     "step_folder",

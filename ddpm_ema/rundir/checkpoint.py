@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm_ema.averaging.files import save_tensors, sync
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors, require_space
-from ddpm_ema.rundir.layout import step_of, weights_file
+from ddpm_ema.rundir.layout import buffers_file, step_of, weights_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,10 +59,11 @@ class Checkpoint:
         return read_tensors(self.path / file)
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """fp32 weights by parameter name, for `raw` or an average."""
+        """fp32 parameters and buffers by name, for `raw` or an average."""
         if name not in self.names:
             raise UserError(f"{self.path}: holds no weights {name!r}; there are {', '.join(self.names)}")
-        return self.tensors(weights_file(name))
+        buffers = buffers_file(name)
+        return self.tensors(weights_file(name)) | (self.tensors(buffers) if buffers in self.manifest["files"] else {})
 
     def verify(self) -> None:
         """Raises UserError that names the first file that is not what was written."""

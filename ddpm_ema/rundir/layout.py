@@ -2,6 +2,7 @@
 
     checkpoints/step-00003000/   manifest.json (written last), raw.safetensors, optimizer.safetensors, averages/<name>.safetensors
     snapshots/step-00001500/     <name>.safetensors, for post-hoc reconstruction
+    either                       buffers/<name>.safetensors, where the network has buffers
     samples/  scores/  metrics.jsonl  config.yaml  report.html  imported.json (of a run that was trained elsewhere)
 
 Order comes from step numbers, never from clocks. This module loads no other, so that every stage can use it.
@@ -35,8 +36,13 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 def weights_file(name: str) -> str:
-    """Where a checkpoint holds `raw` or an average."""
+    """Where a checkpoint holds the parameters of `raw` or an average."""
     return "raw.safetensors" if name == "raw" else f"averages/{name}.safetensors"
+
+
+def buffers_file(name: str) -> str:
+    """Where a checkpoint, or a snapshot's folder, holds the buffers of `raw` or an average, if the network has any."""
+    return f"buffers/{name}.safetensors"
 
 
 class Layout:

@@ -11,9 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ddpm_ema import batch_order, compiling
+from ddpm_ema import batch_order, compiling, messages
 from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import StoppedError
 from ddpm_ema.messages import logger
@@ -153,7 +152,7 @@ class Driver:
     ) -> None:
         rounds = list(rounds)
         total, finished = sum(len(share) for shares in rounds for share in shares), 0
-        with _bar(title, total, hidden=not self.processes.is_main) as bar:
+        with messages.bar(title, total, "images", hidden=not self.processes.is_main) as bar:
             for shares in rounds:
                 images, sent = torch.tensor(list(itertools.chain(*shares))), None
                 if send is not None:
@@ -231,18 +230,6 @@ def even_batch(num_images: int, world_size: int, most: int) -> int:
     rest = max(1, num_images - FIRST_IMAGES)
     num_rounds = -(-rest // (world_size * most))
     return max(-(-rest // (num_rounds * world_size)), min(FIRST_IMAGES, num_images, most))
-
-
-def _bar(title: str, total: int, hidden: bool) -> Any:
-    return tqdm(
-        total=total,
-        desc=title,
-        disable=hidden,
-        leave=False,
-        dynamic_ncols=True,
-        bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
-        unit=" images",
-    )
 
 
 def _advance(bar: Any, done: float) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ddpm_ema import capabilities, data
 from ddpm_ema.config import Config, digest
@@ -99,7 +98,8 @@ def _score(
     """Scores one checkpoint (None: weights that need none): a table per extractor, from one sampling."""
     rundir, step = RunDir(config.output_dir), checkpoint.step if checkpoint is not None else 0
     samples = digest(sampling_settings(config, generator.known_labels))
-    resolver = WeightResolver(rundir, checkpoint, config, generator.num_classes, lambda: generator.own_pipeline)
+    classes, own, settled = generator.num_classes, lambda: generator.own_pipeline, generator.settled
+    resolver = WeightResolver(rundir, checkpoint, config, classes, own, settled)
     with RunDir(rundir.score_dir(step, samples)).lock():
         sampled = Sampled(rundir.score_dir(step, samples), generator)
         scorers = []
@@ -121,7 +121,7 @@ def _table(scorer: Scorer, wanted: Sequence[NamedWeights], sweeps: Sequence[Swee
     """One extractor's results. What its images need the first table samples, for all."""
     start, complete = time.perf_counter(), scorer.is_complete(wanted)
     spent: dict[str, Any] = {}
-    for weights in tqdm([] if complete else wanted, desc=f"step {scorer.step}", unit="weights", leave=False):
+    for weights in [] if complete else wanted:
         yield from scorer.score(weights)
     for sweep in sweeps:
         spent |= yield from sweep.jobs(scorer.config.evaluation.sweep.search)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.averaging.coefficients import RAW
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 from ddpm_ema.averaging.snapshots import write_snapshot
 from ddpm_ema.config import Config, digest, to_dict
-from ddpm_ema.rundir import OPTIMIZER_FILE, RunDir, as_user_error, weights_file
+from ddpm_ema.own_statistics import with_own_statistics
+from ddpm_ema.rundir import OPTIMIZER_FILE, RunDir, as_user_error, buffers_file, weights_file
 from ddpm_ema.train import optimizer
 from ddpm_ema.train.step import read_checks
 from ddpm_ema.train.trainer import Trainer
@@ -30,13 +34,13 @@ def save(trainer: Trainer) -> None:
     read_checks(trainer, lag=0)
     with trainer.metrics_log.timed("save_seconds"):
         _wait_for_writer(trainer)
-        files = {weights_file(name): gathered(trainer, name) for name in trainer.bank.profiles}
+        names = ("raw", *trainer.bank.profiles)
+        files = {weights_file(name): gathered(trainer, name) for name in names}
         sums = trainer.means.state(trainer.processes)
         trainer.saved_step = trainer.step
         if trainer.processes.is_main:
-            files[weights_file("raw")] = host_copy(trainer.network.state_dict())
-            state = optimizer.named_state(trainer.optimizer, trainer.parameters)
-            files[OPTIMIZER_FILE] = host_copy(state)
+            files |= {buffers_file(n): host_copy(held) for n in names if (held := trainer.buffers(n))}
+            files[OPTIMIZER_FILE] = host_copy(optimizer.named_state(trainer.optimizer, trainer.parameters))
             manifest = _manifest(trainer, sums)
             trainer.writer.submit(_write, trainer.rundir, trainer.step, files, manifest, trainer.config)
 
@@ -90,11 +94,16 @@ def save_snapshots(trainer: Trainer) -> None:
             tensors = gathered(trainer, name)
             if trainer.processes.is_main:
                 path, profile = trainer.rundir.snapshot_path(step, name), trainer.bank.profiles.get(name, RAW)
-                trainer.writer.submit(_write_snapshot, path, tensors, step, profile, dtype)
+                buffers = host_copy(trainer.buffers(name))
+                trainer.writer.submit(_write_snapshot, path, tensors, buffers, step, profile, dtype)
 
 
-def _write_snapshot(path: Path, tensors: dict[str, Tensor], step: int, profile: Profile, dtype: torch.dtype) -> None:
+def _write_snapshot(
+    path: Path, tensors: dict[str, Tensor], buffers: dict[str, Tensor], step: int, profile: Profile, dtype: torch.dtype
+) -> None:
     with as_user_error(path, sum(tensor.nbytes for tensor in tensors.values())):
+        if buffers:
+            save_tensors(path.parent / buffers_file(path.stem), buffers)
         write_snapshot(path, tensors, step, profile, dtype)
 
 
@@ -111,10 +120,20 @@ def _wait_for_writer(trainer: Trainer) -> None:
 
 
 def full_weights(trainer: Trainer, name: str) -> dict[str, Tensor]:
-    """All fp32 weights of `raw` or an average, on every rank. A collective when the averages are split."""
+    """What `raw` or an average is sampled with, on every rank: fp32 parameters, and its own buffers. A collective.
+
+    Each rank has statistics of its own images: those of rank 0 are taken, as in checkpoints.
+    """
     if name == "raw":
-        return {k: v.detach().float() for k, v in trainer.network.state_dict().items()}
-    return trainer.bank.gather_all(name, group=trainer.processes.control)
+        weights = {n: p.detach().float() for n, p in trainer.parameters.items()}
+    else:
+        weights = trainer.bank.gather_all(name, group=trainer.processes.control)
+    buffers = trainer.buffers(name)
+    if buffers and name != "raw":
+        config, objective, network = trainer.config, trainer.objective, partial(copy.deepcopy, trainer.network)
+        own = with_own_statistics(weights | buffers, config, objective, network, lambda: trainer.dataset)
+        buffers = {n: own[n] for n in buffers}
+    return weights | (trainer.processes.broadcast_tensors(host_copy(buffers)) if buffers else {})
 
 
 def gathered(trainer: Trainer, name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The metrics of a run: means over the steps since the last row, rows of metrics.jsonl, trackers, and a progress bar."""
+"""The metrics of a run: means over the steps since the last row, rows of metrics.jsonl, trackers, and progress for a person."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm_ema.distributed import Processes
-from ddpm_ema.messages import logger
+from ddpm_ema.messages import bar, clock, logger, on_terminal
 from ddpm_ema.rundir import RunDir
 
 QUARTERS = 4
@@ -71,12 +70,12 @@ class RunningMeans:
 
 
 class MetricsLog:
-    """Writes rows to metrics.jsonl, to trackers while they work, and shows a progress bar. Only rank 0 writes."""
+    """Rows for metrics.jsonl, for trackers while they work, and for a person: a bar, or a line per row. Only rank 0 writes."""
 
     def __init__(self, rundir: RunDir, processes: Processes, total: int, batch_size: int) -> None:
-        self.rundir, self.processes, self.batch_size = rundir, processes, batch_size
+        self.rundir, self.processes, self.total, self.batch_size = rundir, processes, total, batch_size
         self.seconds: dict[str, float] = {"data_wait": 0.0, "save_seconds": 0.0}
-        self.bar = tqdm(total=total, unit="step", disable=not processes.is_main, dynamic_ncols=True, mininterval=1.0)
+        self.bar: Any = None
         self._tracking = True
         self._since, self._steps = time.perf_counter(), 0
 
@@ -101,9 +100,10 @@ class MetricsLog:
 
     def start(self, step: int) -> None:
         """Starts the clock when the first step begins, so that set-up does not count."""
-        self.bar.update(step - self.bar.n)
-        self.bar.unpause()
+        hidden = not self.processes.is_main or not on_terminal()
+        self.bar = bar("training", self.total, "steps", hidden, initial=step)
         self._since, self._steps = time.perf_counter(), 0
+        self._began, self._first = self._since, step
 
     def tick(self) -> None:
         self._steps += 1
@@ -126,7 +126,15 @@ class MetricsLog:
             self.rundir.append_metrics(whole)
             numbers = {k: v for k, v in whole.items() if type(v) in (int, float)}
             self._track(lambda: self.processes.accelerator.log(numbers, step=step))
-        self.bar.set_postfix({"loss": f"{row['loss']:.4f}", "img/s": f"{whole['images_per_second'] or 0:.1f}"})
+            self._show(step, row["loss"], whole["images_per_second"] or 0.0)
+
+    def _show(self, step: int, loss: float, speed: float) -> None:
+        figures = f"loss {loss:.4f}, {speed:.1f} images/s"
+        if on_terminal():
+            self.bar.set_postfix_str(figures, refresh=False)
+            return
+        left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self.total - step)
+        logger.info(f"step {step:,} of {self.total:,}: {figures}, {clock(left)} left")
 
     def write_scores(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes a row of quick scores."""
@@ -136,7 +144,8 @@ class MetricsLog:
             self._track(lambda: self.processes.accelerator.log(numbers, step=step))
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def _track(self, call: Any) -> None:
         """Calls a tracker; one that fails, for a disk or server that is gone, is switched off and training goes on."""

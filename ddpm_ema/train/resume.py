@@ -15,7 +15,7 @@ from ddpm_ema.config import Config, Effect, differing, to_dict, to_yaml
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
-from ddpm_ema.rundir import OPTIMIZER_FILE, Checkpoint, RunDir, atomic_write, step_folder, weights_file
+from ddpm_ema.rundir import OPTIMIZER_FILE, Checkpoint, RunDir, atomic_write, buffers_file, step_folder, weights_file
 from ddpm_ema.train import optimizer
 from ddpm_ema.train.checkpointing import save_snapshots
 from ddpm_ema.train.trainer import Trainer
@@ -133,14 +133,18 @@ def _load(trainer: Trainer, manifest: dict[str, Any]) -> None:
     checkpoint = trainer.rundir.checkpoint(step) if processes.is_main else None
 
     def tensors(file: str) -> dict[str, Tensor]:
+        if file not in manifest["files"]:
+            return {}
         return processes.broadcast_tensors(checkpoint.tensors(file) if checkpoint else None)
 
-    trainer.network.load_state_dict(tensors(weights_file("raw")))
+    raw, buffers = tensors(weights_file("raw")), tensors(buffers_file("raw"))
+    trainer.network.load_state_dict(raw | buffers)
     optimizer.load_named_state(trainer.optimizer, trainer.parameters, tensors(OPTIMIZER_FILE))
     for name in trainer.bank.profiles:
         known = name in manifest["profiles"]
-        weights = tensors(weights_file(name)) if known else dict(trainer.network.state_dict())
-        trainer.bank.load_weights(name, weights)
+        trainer.bank.load_weights(name, tensors(weights_file(name)) if known else raw)
+        stored = tensors(buffers_file(name)) if known else buffers
+        trainer.bank.load_buffers(name, trainer.bank.buffers(name) | stored)
     trainer.step = trainer.saved_step = step
     trainer.skipped_steps = manifest["skipped_steps"]
     trainer.scaler.load_state_dict(manifest["scaler"])

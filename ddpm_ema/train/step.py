@@ -16,9 +16,10 @@ from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.train.optimizer import set_learning_rate
 from ddpm_ema.train.trainer import FinitenessCheck, MicroBatch, Trainer
+from ddpm_ema.transfer import to_host
 
-# How many steps late a run reads whether a step was finite, by device; 0 is before the optimizer moves. Whatever saves,
-# samples, scores or logs reads all checks first.
+# How many steps late a run reads whether a step was finite, by device; 0 is before the optimizer moves. On CUDA the norm is
+# then on the host already, so that the device never runs dry. Whatever saves, samples, scores or logs reads all checks first.
 CHECK_LAG = {"cpu": 0, "cuda": 2}
 
 
@@ -41,7 +42,7 @@ def train_step(trainer: Trainer, micro_batches: list[MicroBatch]) -> bool:
     trainer.scaler.unscale_(optimizer)
     grad_norm = _clip(trainer)
     trainer.pending_checks.append(
-        FinitenessCheck(trainer.step, grad_norm, list(zip(micro_batches, losses, strict=True)))
+        FinitenessCheck(trainer.step, *to_host(grad_norm), list(zip(micro_batches, losses, strict=True)))
     )
     moved = _step_optimizer(trainer)
     optimizer.zero_grad(set_to_none=True)
@@ -56,30 +57,15 @@ def train_step(trainer: Trainer, micro_batches: list[MicroBatch]) -> bool:
 
 def image_losses(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """(loss of every image, fp32 [n]; timesteps, int64 [n]) of one micro-batch, by the keys (seed, step, position)."""
-    config, objective, device = trainer.config, trainer.objective, trainer.processes.device
+    config, objective = trainer.config, trainer.objective
     seed, step, positions = config.seed, trainer.step, micro_batch.positions
     if config.model.dropout > 0:
         torch.manual_seed(keyed_random.seed_for(seed, Purpose.DROPOUT, step, int(positions[0])))
-    # Numbers that are few are drawn on the host: on CUDA each would cost a hundred launches of tiny kernels.
-    x_0 = normalise(micro_batch.images.to(device, non_blocking=True))  # fp32 [n, C, H, W] in [-1, 1]
-    if config.data.horizontal_flip:
-        flipped = keyed_random.uniform(seed, Purpose.FLIP, step, positions) < 0.5  # bool [n]
-        flipped = flipped.to(device, non_blocking=True)[:, None, None, None]
-        x_0 = torch.where(flipped, x_0.flip(-1), x_0)
-    noise = keyed_random.normal(
-        seed, Purpose.NOISE, step, positions.to(device, non_blocking=True), tuple(x_0.shape[1:])
-    )
-    timesteps = objective.timesteps(seed, step, positions).to(device, non_blocking=True)
     labels = None
     if (no_label := model.no_label(trainer.network)) is not None:
         labels = objective.drop_labels(trainer.dataset.labels[micro_batch.indices], no_label, seed, step, positions)
-        labels = labels.to(device, non_blocking=True)
-    return objective.loss(_predictor(trainer), x_0, noise, timesteps, labels), timesteps
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [n, C, H, W] -> fp32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    inputs = objective.inputs(seed, step, positions, micro_batch.images, labels, config.data.horizontal_flip)
+    return objective.loss(_predictor(trainer), *inputs), inputs[2]
 
 
 def _predictor(trainer: Trainer) -> diffusion.Predict:
@@ -121,6 +107,8 @@ def _step_optimizer(trainer: Trainer) -> bool:
             read_checks(trainer, lag=0)
         trainer.optimizer.step()
         return True
+    # Only the device knows whether fp16 overflowed, and the host must, to count the step or try it again.
+    trainer.processes.wait_for_device(trainer.pending_checks[-1].has_arrived, "waiting for gradients")
     before = scaler.get_scale()
     scaler.step(trainer.optimizer)
     scaler.update()
@@ -150,6 +138,7 @@ def read_checks(trainer: Trainer, lag: int) -> None:
     """Raises DivergedError on every rank where a step older than `lag` steps had a loss or gradient that is not finite."""
     while len(trainer.pending_checks) > lag:
         check = trainer.pending_checks.popleft()
+        trainer.processes.wait_for_device(check.has_arrived, f"waiting for step {check.step + 1}")
         if not math.isfinite(check.grad_norm.item()):
             raise DivergedError(_why_diverged(trainer, check))
 

@@ -21,6 +21,7 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.features.extractor import missing
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import RunDir
+from ddpm_ema.train import first_lines
 from ddpm_ema.train.background import BackgroundWriter
 from ddpm_ema.train.metrics_log import MetricsLog, RunningMeans
 from ddpm_ema.train.optimizer import build_optimizer
@@ -45,7 +46,8 @@ class FinitenessCheck:
     """Losses and gradient norm of one step, checked for NaN and infinity before the step is saved or logged."""
 
     step: int
-    grad_norm: Tensor
+    grad_norm: Tensor  # on the host,
+    has_arrived: Callable[[], bool]  # once this is true
     losses: list[tuple[MicroBatch, Tensor]]  # fp32 [n], one per image
 
 
@@ -75,7 +77,14 @@ class Trainer:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.network.named_parameters())
+        """By every name, also the further ones of a tied parameter."""
+        return dict(self.network.named_parameters(remove_duplicate=False))
+
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """The buffers that files hold, of `raw` or an average as it is followed; a U-Net has none."""
+        known, parameters = self.network.state_dict(), self.parameters
+        buffers = known if name == "raw" else self.bank.buffers(name)
+        return {n: buffers[n] for n in known if n in buffers and n not in parameters}
 
 
 def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
@@ -93,7 +102,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     world = processes.world_size
     split = world > 1 and training.split_averages is not False
     bank = AverageBank(
-        network.named_parameters(),
+        network,
         config.averages,
         rank=processes.rank if split else 0,
         world_size=world if split else 1,
@@ -132,13 +141,16 @@ def describe(trainer: Trainer) -> str:
     split = f", each process keeps 1/{world}" if trainer.split else ""
     threads = f" ({torch.get_num_threads()} of {os.cpu_count()} cores)" if processes.device.type == "cpu" else ""
     lines = [
+        f"version      {first_lines.version()}",
         f"device       {processes.device}{threads}, {precision}{', compiled' if config.training.compile else ''}",
         f"processes    {world}",
+        f"seed         {config.seed}",
         f"global batch {batch} images ({', '.join(map(str, shares))} per process)",
         f"data         {dataset}",
         f"parameters   {count:,}",
         f"averages     {len(bank.profiles)} ({', '.join(bank.profiles) or 'none'}): {bank.num_bytes / 2**20:.1f} MiB here{split}",
         f"output       {trainer.rundir.path}",
+        f"intervals    {first_lines.intervals(config)}",
         *summarize(bank.profiles, config.training.steps),
     ]
     return "\n".join(lines)

@@ -443,20 +443,33 @@ def test_parameters_without_names_and_those_of_two_models_are_refused_with_the_c
         AverageBank([*small_model().named_parameters(), *small_model().named_parameters()], {"x": Uniform()})
 
 
-def test_a_sharded_parameter_is_refused_with_the_way_round() -> None:
+def test_parameters_without_a_value_here_are_refused_with_the_cure_and_shards_are_not_split_again() -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)))
+        mesh = init_device_mesh("cpu", (2,))
+        summed = DTensor.from_local(torch.ones(4), mesh, [Partial()])
         with pytest.raises(
-            ValueError, match=r"'w' is a DTensor: make the bank of each rank's shards, .*p\.to_local\(\)"
+            ValueError, match=r"'w' is placed as .*Partial.*redistribute\(\) it to Shard or Replicate first"
         ):
-            AverageBank([("w", sharded)], {"x": Uniform()})
+            AverageBank([("w", summed)], {"e": ConstantDecay(0.9)})
+        with pytest.raises(ValueError, match="the parameters are DTensors, split over processes already"):
+            AverageBank([("w", distribute_tensor(torch.ones(4), mesh))], {}, rank=0, world_size=2)
+        sharded = nn.Module()
+        sharded.w = nn.Parameter(distribute_tensor(torch.ones(4), mesh, src_data_rank=None))
+        with pytest.raises(ValueError, match="module: of a sharded model make a second one"):
+            AverageBank(sharded, {"e": ConstantDecay(0.9)}).module("e", sharded)
     finally:
         dist.destroy_process_group()
+    partitioned = nn.Parameter(torch.empty(0))
+    partitioned.ds_id = 3  # as deepspeed.zero.Init marks it
+    with pytest.raises(
+        ValueError, match=r"'w' is partitioned by DeepSpeed's ZeRO stage 3, .*use stage 1 or 2, or .*fully_shard"
+    ):
+        AverageBank([("w", partitioned)], {})
 
 
 def test_a_profile_that_its_files_could_not_give_back_is_refused() -> None:

@@ -282,6 +282,12 @@ def test_batch_norm_is_estimated_anew_for_the_averaged_weights() -> None:
     torch.testing.assert_close(model[1].running_var, in_batches, rtol=1e-4, atol=1e-5)
     assert not model.training
     assert model[1].momentum == 0.3
+    before = model[1].running_var.clone()
+    update_batch_norm(
+        model, ({"inputs": batch} for batch in data.split(100)), call=lambda batch: model(batch["inputs"])
+    )
+    assert torch.equal(model[1].running_var, before)
+    assert not model.training
 
 
 def test_batch_norm_keeps_its_statistics_when_there_is_no_data_and_nothing_is_read_without_it() -> None:

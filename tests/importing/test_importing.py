@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
-from scored import EVALUATION, _classifier
+from scored import EVALUATION, classifier
 from torch.optim.swa_utils import AveragedModel
 
 from ddpm_ema import config, export, importing, reconstruction, report, score, train
@@ -121,7 +121,7 @@ class TestDiffusersExample:
         tree["evaluation"] = {**EVALUATION, "sweep": {"decays": "0.8:0.9:2"}}
         tree.setdefault("machine", {})["device"] = "cpu"
         tree["data"]["cache_dir"] = str(imported.path.parent / "cache")
-        save_classifier(imported.path / "features.safetensors", Trained(_classifier(), 0.1), fingerprint="none", seed=0)
+        save_classifier(imported.path / "features.safetensors", Trained(classifier(), 0.1), fingerprint="none", seed=0)
         (results,) = score.run(config.validate(tree))
         assert sorted(row["weights"] for row in results["rows"]) == ["raw", "unet_ema"]
         assert len(results["sweep"]) == 2

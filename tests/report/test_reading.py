@@ -273,7 +273,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training__sample_every=6,
     )
     live_runs.finish(run)
-    classifier = Trained(scored._classifier(), 0.1)
+    classifier = Trained(scored.classifier(), 0.1)
     save_classifier(run.output_dir / "features.safetensors", classifier, fingerprint="none", seed=0)
     score.run(run)
     return run.output_dir

@@ -1,0 +1,160 @@
+"""docs/benchmarks.md from the JSON under benchmarks/results: every figure on the page is read from a file, none is typed.
+
+    python benchmarks/page.py [--check]
+
+`--check` writes nothing and exits with 1 where the page is not what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+This page is made by `python benchmarks/page.py` from the JSON under `benchmarks/results/`; `make bench` measures anew. Contenders take
+turns in one process or in fresh processes side by side, and a ratio is the median over the rounds of the ratio within a round,
+because absolute times of a shared machine mean little. All figures are of two CPU cores; none is of a GPU.
+"""
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
+
+
+def section(title: str, source: str, body: str, *remarks: str) -> str:
+    return "\n\n".join([f"## {title}", f"`benchmarks/{source}`", body, *remarks]) + "\n"
+
+
+def averaging() -> str:
+    found = read("averaging")["averages"]
+    names = [row["contender"] for row in found["3"]["rows"]]
+    rows = [[name] for name in names]
+    for count in found.values():
+        own = {row["contender"]: row for row in count["rows"]}
+        for cells in rows:
+            row = own.get(cells[0])
+            spread = row["times_ours_in_each_process"] if row else []
+            cells.append(f"{row['times_ours']:.2f} ({min(spread):.2f}–{max(spread):.2f})" if row else "")
+    return section(
+        "One update of K averages",
+        "averaging.py",
+        table(["times ours (lowest–highest process)", *(f"K = {count}" for count in found)], rows),
+        "35.7 M parameters in 328 tensors. Where the allocator recycles a contender's temporaries, which is chance, that process is "
+        "quicker: the range shows it. `flat tensors, in blocks` is the floor that memory sets.",
+    )
+
+
+def training() -> str:
+    found = read("train_step")
+    labels = {
+        "bare": "a plain loop: forward, backward, clip, fused AdamW",
+        "script": "diffusers' example recipe: the plain loop, noise, one EMAModel",
+        "three": "the plain loop, noise, three EMAModels",
+        "ours_fp32": "ddpm_ema, fp32, four averages",
+        "ours": "ddpm_ema, bf16 and compiled, four averages",
+    }
+    rows = [[labels[name], f"{speed:.2f}"] for name, speed in found["speed_relative_to_bare"].items()]
+    share = found["share_outside_forward_backward_optimizer"]
+    return section(
+        "A training step",
+        "train_step.py",
+        table(["loop", "speed over the plain loop"], rows),
+        f"9.0 M parameters, 32×32, batch {found['batch']}. Of our step {share:.1%} is neither forward, backward, clipping nor "
+        "optimizer.",
+    )
+
+
+def sampling() -> str:
+    found = read("sampling")
+    rows = [
+        [*name.split("/"), f"{row['times_the_pipeline']:.2f}"]
+        for name, row in found["speed"].items()
+        if "Pipeline" not in name
+    ]
+    outside = found["outside"]["share_outside_the_network"]
+    shares = ", ".join(f"{share:.1%} at {steps} steps" for steps, share in outside.items())
+    return section(
+        "Sampling and scoring",
+        "sampling.py",
+        table(["sampler", "ours", "speed over diffusers' pipeline"], rows),
+        f"Share of a scoring with 2,048 features that is outside the network: {shares}.",
+    )
+
+
+def checkpoints() -> str:
+    rows = [
+        [
+            row["contender"],
+            row["part"],
+            f"{row['seconds']:.2f}",
+            f"{row['times_ours']:.2f} ({row['lowest']:.2f}–{row['highest']:.2f})",
+        ]
+        for row in read("checkpoints")["rows"]
+    ]
+    return section(
+        "Saving and loading a run",
+        "checkpoints.py",
+        table(["contender", "time until", "seconds", "times ours (lowest–highest round)"], rows),
+        "9.0 M parameters, Adam, three averages. `blocked`: training goes on; `written`: the files are there; `loaded`: a trainer "
+        "holds the state. Ours is slower to the last byte because it also computes a sha256 of each file and waits for the disk "
+        "(fsync), so that a kill or a power cut never leaves half a checkpoint; loading verifies them. Training goes on meanwhile.",
+    )
+
+
+def startup() -> str:
+    rows = [
+        [row["what"], f"{row['seconds']:.2f} ({row['lowest']:.2f}–{row['highest']:.2f})"]
+        if "times_ours" not in row
+        else [row["what"], f"{row['seconds']:.2f}"]
+        for row in read("startup")["rows"]
+    ]
+    return section("Before the first step", "startup.py", table(["what, in a fresh process", "seconds"], rows))
+
+
+def posthoc() -> str:
+    rows = [
+        [row["run"], row["stored"], f"{row['edm2_error_over_ours']['median']:.1f}"]
+        for row in read("posthoc")["summary"]
+        if (row["step_variance"] == "rate^2") == (row["run"] in ("cosine", "warmup"))  # the rate's changes were told
+    ]
+    return section(
+        "Averages after the run",
+        "posthoc.py",
+        table(["run", "stored averages", "error of EDM2's fit, times ours (median)"], rows),
+        "[averaging.md](averaging.md) has the errors themselves, beside those predicted.",
+    )
+
+
+PARTS = (averaging, training, sampling, checkpoints, startup, posthoc)
+
+
+def parts() -> Iterator[str]:
+    yield HEAD
+    for part in PARTS:
+        yield part()
+
+
+def main() -> None:
+    text = "\n".join(parts())
+    if "--check" in sys.argv:
+        sys.exit(
+            0
+            if PAGE.exists() and PAGE.read_text() == text
+            else f"{PAGE.name} is not what benchmarks/results say: run benchmarks/page.py"
+        )
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

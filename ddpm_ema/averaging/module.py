@@ -1,0 +1,38 @@
+"""A module that computes with an average's weights, beside the model that is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ddpm_ema.averaging.naming import check_tensors, clean_name
+from ddpm_ema.averaging.sharded import is_sharded
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A module like `model` in eval mode whose parameters and buffers are these tensors, else the model's own; no tensor is copied.
+
+    Args:
+        model: wrapped by torch.compile or DistributedDataParallel or not; neither its tensors nor its mode are touched.
+        values: clean name -> tensor of any dtype, with the names of some or all of its parameters and buffers.
+
+    Raises:
+        ValueError: a name or shape that the model does not have, or a sharded model, whose hooks set its parameters themselves.
+    """
+    while hasattr(model, "_orig_mod") or isinstance(model, _PARALLEL):
+        model = getattr(model, "_orig_mod", None) or model.module
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    if any(is_sharded(tensor) for _, tensor in tensors):
+        raise ValueError("module: of a sharded model make a second one, apply fully_shard to it and use copy_to")
+    shapes = {clean_name(name): tensor.shape for name, tensor in tensors}
+    check_tensors(values, {name: shape for name, shape in shapes.items() if name in values}, "module")
+    # deepcopy takes what it finds here instead of copying it.
+    taken = {id(tensor): tensor for _, tensor in tensors}
+    for name, tensor in tensors:
+        if (value := values.get(clean_name(name))) is not None:
+            taken[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, taken).eval()

@@ -1,0 +1,119 @@
+"""Runs that differ in their training seed alone: which differences from raw hold, and how much of the spread averages share.
+
+The measured distance of weights w in run r is d = D_w + T_rw + e_rw: its mean over training seeds, what this seed adds, and an
+error of sampling whose standard error is known (the jackknife's). Over R runs, the sample variance of d estimates Var(T) + mean
+se², so Var(T) is their difference: the method of moments of a random-effects meta-analysis (DerSimonian & Laird 1986, with equal
+weights). The same holds for a paired difference from raw, d_w - d_raw, with the paired standard errors. What w and raw share
+of a seed cancels in that difference:
+
+    covariance(T_w, T_raw) = (Var(T_w) + Var(T_raw) - Var(T_w - T_raw)) / 2
+
+A difference holds across runs where Student's t of its R values, with R - 1 degrees of freedom and Holm's correction over the
+averages, says so. Sampling errors need no term of their own there: they are part of the spread of the R values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RATE = 0.05
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over R runs, with the variance between them split.
+
+    Attributes:
+        mean: over the runs.
+        stderr: of the mean, from the spread of the runs.
+        sampling_std: root mean square of the standard errors within a run.
+        training_std: what the training seed adds; 0 where the runs spread no more than sampling explains.
+    """
+
+    mean: float
+    stderr: float
+    sampling_std: float
+    training_std: float
+
+
+@dataclass(frozen=True)
+class AcrossRuns:
+    """One set of weights over R runs.
+
+    Attributes:
+        distance: of the bias-corrected distance.
+        difference: of the paired difference from raw; None for raw.
+        p_value: of that difference, two-sided, Holm-adjusted over the averages; None for raw.
+        holds: p_value <= 0.05; None for raw.
+        shared: correlation of what the seed adds to these weights and to raw, in [-1, 1]; None where one of them has no
+            training variance, and for raw.
+    """
+
+    distance: Spread
+    difference: Spread | None = None
+    p_value: float | None = None
+    holds: bool | None = None
+    shared: float | None = None
+
+
+def spread(values: Sequence[float], errors: Sequence[float]) -> Spread:
+    """Splits the variance of `values`, one per run, whose standard errors within a run are `errors`. Needs two runs."""
+    total, sampling = float(np.var(values, ddof=1)), float(np.mean(np.square(errors)))
+    training = max(0.0, total - sampling)
+    return Spread(float(np.mean(values)), (total / len(values)) ** 0.5, sampling**0.5, training**0.5)
+
+
+def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]], rate: float = RATE) -> dict[str, AcrossRuns]:
+    """What R runs say together, by weights, of those that every run scored; raw must be among them.
+
+    Args:
+        runs: of each run, the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw
+            `delta_vs_raw`, `delta_stderr`).
+        rate: family-wise error rate of `holds`.
+
+    Raises:
+        ValueError: fewer than two runs, or no raw.
+    """
+    if len(runs) < 2 or any("raw" not in run for run in runs):
+        raise ValueError("runs: needs at least two, each with raw scored")
+    common = [name for name in runs[0] if all(name in run for run in runs)]
+    distances = {name: _spread(runs, name, "frechet_distance_unbiased", "stderr") for name in common}
+    averages = [name for name in common if name != "raw" and all("delta_vs_raw" in run[name] for run in runs)]
+    differences = {name: _spread(runs, name, "delta_vs_raw", "delta_stderr") for name in averages}
+    p_values = holm({name: _p_value(differences[name], len(runs)) for name in averages})
+    found = {name: AcrossRuns(distance) for name, distance in distances.items()}
+    for name in averages:
+        shared = _shared(distances[name], distances["raw"], differences[name])
+        found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= rate, shared)
+    return found
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for all of them (Holm 1979): those of at most alpha are significant at family-wise rate alpha."""
+    adjusted, highest = {}, 0.0
+    for place, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = highest
+    return adjusted
+
+
+def _spread(runs: Sequence[Mapping[str, Mapping[str, float]]], name: str, value: str, error: str) -> Spread:
+    return spread([run[name][value] for run in runs], [run[name][error] for run in runs])
+
+
+def _p_value(difference: Spread, count: int) -> float:
+    if difference.stderr == 0.0:
+        return 1.0 if difference.mean == 0.0 else 0.0
+    return float(2 * stats.t.sf(abs(difference.mean) / difference.stderr, count - 1))
+
+
+def _shared(average: Spread, raw: Spread, difference: Spread) -> float | None:
+    product = average.training_std * raw.training_std
+    if product == 0.0:
+        return None
+    covariance = (average.training_std**2 + raw.training_std**2 - difference.training_std**2) / 2
+    return float(np.clip(covariance / product, -1.0, 1.0))
