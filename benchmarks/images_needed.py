@@ -67,7 +67,7 @@ def curve(builder: RowBuilder, batches: dict[str, FeatureBatch], sizes: list[int
         }
         row: dict[str, Any] = {"images": size, "copies": {}, "differences": {}}
         for name, found in estimates.items():
-            row["copies"][name] = {"plain": found.distance, "corrected": found.unbiased, "stderr": found.stderr}
+            row["copies"][name] = {"plain": found.plain, "corrected": found.unbiased, "stderr": found.stderr}
         pairs = [(first, second) for first, second in pairwise(estimates)] + [
             (next(iter(estimates)), list(estimates)[-1])
         ]
@@ -75,10 +75,10 @@ def curve(builder: RowBuilder, batches: dict[str, FeatureBatch], sizes: list[int
             d = metrics.difference(estimates[a], estimates[b])
             unpaired = (estimates[a].stderr ** 2 + estimates[b].stderr ** 2) ** 0.5
             row["differences"][f"{a} − {b}"] = {
-                "delta": d.delta,
+                "delta": d.unbiased,
                 "stderr": d.stderr,
                 "unpaired": unpaired,
-                "significant": d.significant,
+                "significant": d.p_value <= metrics.ALPHA,
             }
         rows.append(row)
     return rows

@@ -326,10 +326,6 @@ class EvaluationSettings(Section):
     """What samples are compared with: a split of the data (train, test), held_out (data.held_out), or an .npz file of statistics."""
     groups: Annotated[int, Field(ge=10), SCORES] = 20
     """Groups of the delete-a-group jackknife, which gives standard errors and removes the bias."""
-    kid_subsets: Annotated[Positive, SCORES] = 100
-    """Subsets of images for the kernel distance."""
-    kid_subset_size: Annotated[int, Field(ge=2), SCORES] = 1000
-    """Images per subset, at most all."""
     precision_recall: Annotated[bool, SCORES] = True
     """Also compute precision and recall (k = 3 nearest neighbours)."""
     grid_images: Annotated[Positive, FREE] = 16

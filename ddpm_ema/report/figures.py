@@ -41,8 +41,8 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
         f"{row.weights} {with_error(gap.delta, gap.stderr, signed=True)}, {against_raw(row)}" for row, gap in rows
     )
     caption = (
-        f"{scoring.conditions}. Paired over the same noise, with the 95% interval of each comparison alone. "
-        "A hollow mark is a difference that is not significant."
+        f"{scoring.conditions}, {scoring.against}. Paired over the same noise; each interval leaves out zero where the "
+        "difference is significant at the error rate of the whole table. A hollow mark is a difference that is not."
     )
     svg = to_svg(figure, "differences", f"Difference from raw: {spoken}")
     return Drawing(svg, f"Difference from raw: {scoring.metric_name}", caption)
@@ -191,36 +191,31 @@ def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Loo
     x = np.array([row.get(key) for row in points], dtype=np.float64)
     y = np.array([row.distance for row in points])
     error = np.array([row.stderr or 0.0 for row in points])
-    told = scoring.sweep_best.get(key)
-    close = told.not_significantly_worse if told is not None else ()
-    names = [row.weights for row in points]
-    best = names.index(told.weights) if told is not None and told.weights in names else int(y.argmin())
+    best = points.index(scoring.preferred(points))
     figure, axes = canvas(2.9)
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=look.colour, alpha=0.14, linewidth=0)
     axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.22, linewidth=0)
     axes.plot(x, y, color=look.colour)
-    for name, at, value in zip(names, x, y, strict=True):
-        face = look.colour if name in (names[best], *close) else PAPER
+    for row, at, value in zip(points, x, y, strict=True):
+        face = look.colour if row.weights in scoring.may_be_best else PAPER
         axes.plot(at, value, "o", color=look.colour, markerfacecolor=face, markersize=5, markeredgewidth=1.3)
     axes.plot(x[best], y[best], "o", color=look.colour, markersize=11, markerfacecolor="none", markeredgewidth=1.8)
     width = f"{x[best]:,.0f} steps" if key == "cooldown" else f"{x[best]:.4g}"
     above = y[best] < (y.min() + y.max()) / 2
     side = {0: "left", len(x) - 1: "right"}.get(best, "center")
     spot, offset = (x[best], y[best] + (2 if above else -2) * error[best]), (0, 9 if above else -16)
-    axes.annotate(f"best: {width}", spot, offset, textcoords="offset points", ha=side)
+    axes.annotate(f"lowest: {width}", spot, offset, textcoords="offset points", ha=side)
     axes.margins(y=0.16)
     _width_axis(axes, key)
     axes.set_ylabel(scoring.metric_name)
     title = f"{scoring.metric_name} over {WIDTHS[key]}"
     caption = (
         f"At step {scoring.step:,}, {scoring.sampling}. Averages reconstructed after training. "
-        f"Bands are one and two standard errors; the ring is the best, {width}."
+        f"Bands are one and two standard errors; the ring is the lowest, {width}. Filled marks may be the best of all weights."
     )
-    if close:
-        caption += " Filled marks are not significantly worse."
     if best in (0, len(x) - 1):
         caption += " It lies at the end of the range: a wider range may hold a better one."
-    return Drawing(to_svg(figure, f"sweep-{key}", f"{title}; best at {width}"), title, caption)
+    return Drawing(to_svg(figure, f"sweep-{key}", f"{title}; lowest at {width}"), title, caption)
 
 
 def _sweep_shares(points: Sequence[Row], key: str, look: Look, note: str) -> Drawing:

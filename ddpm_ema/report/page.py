@@ -22,7 +22,7 @@ MAX_IMAGE_BYTES = 24 * 2**20  # a larger page no longer opens well on a phone
 Looks = Mapping[str, Look]
 
 
-FURTHER = (("kid", "KID", 5), ("inception_score", "IS", 2), ("precision", "Precision", 3), ("recall", "Recall", 3))
+FURTHER = (("kid", "KID", 5), ("precision", "Precision", 3), ("recall", "Recall", 3))
 """Further columns of the table of weights: key, title, digits after the point."""
 
 
@@ -73,7 +73,6 @@ def _scored(record: Record, scoring: Scoring | None, look: Looks) -> dict[str, A
     alike = sorted((s for s in record.scorings if s.comparable(scoring)), key=lambda s: s.step)
     series = [(s.step, s.rows) for s in alike]
     curve = figures.distance(series, scoring.metric_name, f"{scoring.conditions}.", look, "over-steps")
-    offered = [*found.recommended[:1], *(note.export for note in found.notes if note.export)]
     return {
         "answer": found,
         "tables": [_table(one, answer.differing(scoring, one) if one is not scoring else "") for one in shown],
@@ -84,7 +83,7 @@ def _scored(record: Record, scoring: Scoring | None, look: Looks) -> dict[str, A
         "pictures": _pictures(record, shown),
         "made": facts.made(scoring),
         "others": _others(record, scoring, shown),
-        "exports": list(filter(None, (commands.export(record, scoring, name) for name in offered))),
+        "exports": list(filter(None, (commands.export(record, scoring, name) for name in found.recommended[:1]))),
         "sweep_command": commands.sweep(record, scoring),
         "steps_command": commands.score(record, scoring, steps="all"),
     }

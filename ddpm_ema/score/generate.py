@@ -32,7 +32,7 @@ class Generator:
         extractors: images → features, by their keys; all on one device, where the network runs, too.
         batch_size: the most images that are sampled at once.
         trained: the data set that was trained on, for its classes; None where it is not needed.
-        datasets: real images by name: `reference`, unless that is a file.
+        datasets: real images by name: `reference`, unless that is a file, and `floor`, where there are any.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Generator:
         trained: Any = None,
         datasets: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.batch_size, self.datasets = config, batch_size, datasets or {}
+        self.config, self.batch_size, self.datasets = config, batch_size, dict(datasets or {})
         self.extractors = {extractor.key: extractor for extractor in extractors}
         self.device = extractors[0].device
         self.num_classes: int | None = trained.num_classes if trained is not None else None

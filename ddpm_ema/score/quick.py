@@ -15,9 +15,9 @@ from ddpm_ema.distributed import Processes
 from ddpm_ema.score.driver import Driver, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
 from ddpm_ema.score.generate import Made
-from ddpm_ema.score.reference import open_references
+from ddpm_ema.score.reference import compares_with_population, open_references
 from ddpm_ema.score.results import metric_of
-from ddpm_ema.score.rows import RowBuilder, Score, rows
+from ddpm_ema.score.rows import RowBuilder, Score, compare, ranked
 from ddpm_ema.score.run import open_generator
 
 Weights: TypeAlias = "Callable[[str], dict[str, Tensor]]"
@@ -50,7 +50,8 @@ def while_training(
 
     def prepare() -> Jobs[None]:
         references = yield from open_references(config, generator)
-        builder.append(RowBuilder(references[extractor.key], settings, processes.device))
+        population = compares_with_population(config)
+        builder.append(RowBuilder(references[extractor.key], settings, processes.device, population))
 
     def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:
         generator.load(name, None, [weights])
@@ -66,7 +67,7 @@ def while_training(
         return processes.on_main(lambda: builder[0].build(FeatureBatch.join(batches, indices), name, more))
 
     def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
-        return rows([score(name, step, weights(name)) for name in ("raw", *config.averages)])
+        return ranked(compare([score(name, step, weights(name)) for name in ("raw", *config.averages)])[0])
 
     driver.run(prepare())
     return evaluate

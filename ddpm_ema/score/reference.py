@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_ema import keyed_random, metrics
 from ddpm_ema.config import Config
-from ddpm_ema.features import Extractor
+from ddpm_ema.data import HELD_OUT
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
@@ -29,40 +29,74 @@ def reference_split(config: Config) -> str | None:
     return config.data.split if reference == "train" else reference
 
 
-def open_references(config: Config, generator: Generator) -> Jobs[dict[str, Reference]]:
-    """What `evaluation.reference` names, by extractor: from its file, from the cache, or from its images, read once for all."""
-    if reference_split(config) is None:
+def floor_split(config: Config) -> str:
+    """The real images that are compared with the reference: those that no sample is, held out, trained on, or of a test split.
+
+    The test split may not exist.
+    """
+    split = reference_split(config)
+    if config.data.held_out and split != HELD_OUT:
+        return HELD_OUT
+    return "test" if split in (None, config.data.split) else config.data.split
+
+
+def reading_of(config: Config) -> str:
+    """What the distances are from: `population`, `training images`, or `images` of whatever else.
+
+    The population, where the reference is a sample that the model was not trained on. Not so for a file of statistics, whose
+    images are not at hand, and not for a split that shares images with the one trained on: samples that copy their reference
+    are not independent of it.
+    """
+
+    def splits(text: str) -> set[str]:
+        """The splits that `train[:50%]+test` takes images from."""
+        return {part.partition("[")[0].strip() for part in text.split("+")}
+
+    split = reference_split(config)
+    if split == config.data.split:
+        return "training images"
+    return "images" if split is None or splits(split) & splits(config.data.split) else "population"
+
+
+def compares_with_population(config: Config) -> bool:
+    """Whether the reference's own sampling error counts, too."""
+    return reading_of(config) == "population"
+
+
+def open_references(config: Config, generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:
+    """The images that samples are compared with, by extractor: from their file, from the cache, or read once for all extractors.
+
+    `of`: `reference`, or `floor` for the real images that are compared with it.
+    """
+    split = reference_split(config) if of == "reference" else floor_split(config)
+    if split is None:
         path = Path(config.evaluation.reference)
         return {key: metrics.read_published(path, one.dim) for key, one in generator.extractors.items()}
-    cache, found, lacking = config.data.cache_folder, {}, {}
-    for extractor in generator.extractors.values():
-        key = _content_key(config, generator, extractor)
+    cache, fingerprint = config.data.cache_folder, generator.datasets[of].fingerprint
+    resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
+    found: dict[str, Reference] = {}
+    lacking: dict[str, dict[str, Any]] = {}
+    for name, extractor in generator.extractors.items():
+        key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor)
         reference, notes = metrics.load_cached(cache, key)
         for note in notes:
             logger.warning(note)
         if reference is None:
-            lacking[extractor.key] = key
+            lacking[name] = key
         else:
-            found[extractor.key] = reference
+            found[name] = reference
     if lacking:
-        features = yield from features_of(generator, "reference", tuple(lacking))
-        noise = noise_images(generator.image_shape)
+        features = yield from _features(generator, of, tuple(lacking))
         for name, key in lacking.items():
-            batch, of_noise = features[name], generator.extractors[name](noise)["features"]
-            saturated = float(batch.saturated.double().mean())
-            found[name] = metrics.reference_of(batch.features, key, saturated, of_noise)
+            noise = generator.extractors[name](noise_images(generator.image_shape))["features"]
+            saturated = float(features[name].saturated.double().mean())
+            found[name] = metrics.reference_of(features[name].features, key, saturated, noise)
             for note in metrics.keep(found[name], cache):
                 logger.warning(note)
     return found
 
 
-def _content_key(config: Config, generator: Generator, extractor: Extractor) -> dict[str, Any]:
-    resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
-    fingerprint, split = generator.datasets["reference"].fingerprint, str(reference_split(config))
-    return metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor)
-
-
-def features_of(generator: Generator, dataset: str, extractors: tuple[str, ...]) -> Jobs[dict[str, FeatureBatch]]:
+def _features(generator: Generator, dataset: str, extractors: tuple[str, ...]) -> Jobs[dict[str, FeatureBatch]]:
     """Of all images of a data set, by extractor. Memory: the features, and one batch."""
     images = torch.arange(len(generator.datasets[dataset]))
     joined = {key: Joined(FeatureBatch, images) for key in extractors}

@@ -11,6 +11,7 @@ import torch
 from ddpm_ema import capabilities, data
 from ddpm_ema.config import Config, digest
 from ddpm_ema.distributed import Processes, StopFlag
+from ddpm_ema.errors import UserError
 from ddpm_ema.features import Extractor, open_extractor
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
@@ -19,9 +20,10 @@ from ddpm_ema.numbers import listed
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.checkpoints import checkpoints
 from ddpm_ema.score.driver import Driver, Jobs, even_batch
+from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import ScoreFolder
 from ddpm_ema.score.generate import Generator
-from ddpm_ema.score.reference import open_references, reference_split
+from ddpm_ema.score.reference import floor_split, open_references, reference_split
 from ddpm_ema.score.results import heading, sampling_settings, settings_of, table
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
@@ -45,6 +47,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     with StopFlag() as stop, processes.telling_peers(), processes.naming_lost_ranks("scoring"):
         found = processes.on_main(lambda: checkpoints(config), "reading checkpoints")
         generator = open_generator(config, processes)
+        generator.datasets |= open_floor(config, processes)
         results: list[dict[str, Any]] = []
         jobs = _score_all(config, generator, found, processes.world_size, results)
         Driver(processes, generator, stop).run(jobs)
@@ -70,7 +73,20 @@ def open_generator(config: Config, processes: Processes, trained: Any = None) ->
     if split is not None and split != config.data.split:
         compared = load_split(config, processes, split)
     batch_size = even_batch(evaluation.num_images, processes.world_size, evaluation.batch_size)
-    return Generator(config, extractors, batch_size, trained, {"reference": compared} if compared is not None else {})
+    datasets = {"reference": compared} if compared is not None else {}
+    return Generator(config, extractors, batch_size, trained, datasets)
+
+
+def open_floor(config: Config, processes: Processes) -> dict[str, Any]:
+    """The real images that are compared with the reference; empty where there are none."""
+    split = floor_split(config)
+    try:
+        return {"floor": load_split(config, processes, split)}
+    except UserError as error:
+        if split != "test":
+            raise
+        logger.info(f"no real images beside the reference (data.held_out keeps some): {error}")
+        return {}
 
 
 def load_split(config: Config, processes: Processes, split: str) -> Any:
@@ -82,15 +98,18 @@ def _score_all(
 ) -> Jobs[None]:
     """What rank 0 does; it adds to `results`."""
     references = yield from open_references(config, generator)
+    images = (yield from open_references(config, generator, "floor")) if "floor" in generator.datasets else {}
+    floors = {key: Floor(config, images[key], references[key]) for key in images}
     logger.info(_description(config, generator, references, world_size))
     for checkpoint in found:
-        yield from _score(config, generator, references, checkpoint, world_size, results)
+        yield from _score(config, generator, references, floors, checkpoint, world_size, results)
 
 
 def _score(
     config: Config,
     generator: Generator,
     references: Mapping[str, Reference],
+    floors: Mapping[str, Floor],
     checkpoint: Checkpoint | None,
     world_size: int,
     results: list[dict[str, Any]],
@@ -107,7 +126,7 @@ def _score(
             origin = {**references[key].origin, "size": references[key].statistics.count}
             settings = settings_of(config, extractor, origin, generator.known_labels)
             folder = ScoreFolder(rundir.score_dir(step, f"{samples}-{digest(settings)}"))
-            tables = (sampled, folder, settings, world_size)
+            tables = (sampled, folder, settings, world_size, floors.get(key))
             scorers.append(Scorer(config, generator, extractor, references[key], resolver, *tables))
         wanted = scorers[0].named()  # all names first: a wrong one is an error at once
         kinds = candidates(config.evaluation.sweep, step).values()
@@ -136,7 +155,7 @@ def _show(results: dict[str, Any]) -> None:
     logger.info(heading(results))
     logger.info(table(results))
     if results.get("sweep"):
-        logger.info(f"\n{table(results, results['sweep'])}\n{describe(results)}")
+        logger.info(describe(results))
     for warning in results["warnings"]:
         names = [row["weights"] for row in results["rows"] if warning in row["warnings"]]
         logger.warning((f"{listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)

@@ -17,8 +17,10 @@ from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.driver import Jobs
 from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
+from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
+from ddpm_ema.score.reference import compares_with_population
 from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score
 from ddpm_ema.score.sampled import Sampled, made_with
@@ -39,6 +41,7 @@ class Scorer:
         folder: the table.
         settings: those that change the numbers, from `settings_of`.
         world_size: how many processes generate, for results.json.
+        floor: real images beside the reference's; None where there are none.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class Scorer:
         folder: ScoreFolder,
         settings: Mapping[str, Any],
         world_size: int = 1,
+        floor: Floor | None = None,
     ) -> None:
         self.config, self.generator, self.extractor, self.resolver = config, generator, extractor, resolver
-        self.sampled, self.folder = sampled, folder
+        self.sampled, self.folder, self.floor = sampled, folder, floor
         self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
-        self.builder = RowBuilder(reference, config.evaluation, extractor.device)
+        population = compares_with_population(config)
+        self.builder = RowBuilder(reference, config.evaluation, extractor.device, population)
         self.versions, self.world_size = made_with(extractor.device), world_size
 
     def named(self) -> list[NamedWeights]:
@@ -85,7 +90,8 @@ class Scorer:
         record = self.record(weights)
         if count not in record.rows:
             batch = self.features(weights.key).join(count)
-            score = self.builder.build(batch, weights.name, self._described(weights))
+            more = self._described(weights) | (self.floor.nearer_to_training(batch.features) if self.floor else {})
+            score = self.builder.build(batch, weights.name, more)
             record.rows[count], record.estimates[count] = score.row, score.estimate
         if named and weights.name not in record.names:
             record.names.append(weights.name)
@@ -161,11 +167,18 @@ class Scorer:
         """The score of raw, where it was asked for."""
         return next((score for score in self.scores() if score.row["weights"] == "raw"), None)
 
+    def _floor(self) -> dict[str, Any]:
+        """`floor` of results.json, which is computed once; empty where there are no such images."""
+        known = self.folder.results().get("floor")
+        if self.floor is None or (known and known["data"] == self.floor.images.origin["data"]):
+            return {"floor": known} if known else {}
+        return {"floor": self.floor.estimate(self.builder)}
+
     def write(self, sweep: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
         """Writes results.json and grid.png of what is finished; returns the results."""
         reference = self.builder.reference
         results = results_of(self.config, self.extractor, self.settings, self.step, self.scores(), reference)
-        results |= {"versions": self.versions, "world_size": self.world_size, **sweep}
+        results |= {"versions": self.versions, "world_size": self.world_size, **self._floor(), **sweep}
         if note is not None:
             results["warnings"].insert(0, note)
         keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
