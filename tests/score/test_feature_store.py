@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -86,3 +88,29 @@ def test_a_damaged_batch_is_named_and_left_out(tmp_path, harm, capsys):
     assert store_in(tmp_path).missing(4) == [2, 3]
     assert not bad.exists()
     assert bad.name in capsys.readouterr().err
+
+
+JOIN = """
+import resource, sys, torch
+from pathlib import Path
+from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
+torch.set_num_threads(1)
+store, count, dim = BatchStore(Path(sys.argv[1]), "features", FeatureBatch), 50_000, 2048
+for start in range(0, count, 500):
+    indices = torch.arange(start, start + 500)
+    some = torch.zeros(500)
+    store.add(FeatureBatch(indices=indices, features=torch.ones(500, dim), saturated=some, contrast=some.byte()))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+batch = store.join(count)
+peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+assert batch.features.shape == (count, dim)
+print(peak / batch.features.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_joining_50_000_features_of_2048_dimensions_peaks_at_1_3_times_their_size_at_most(tmp_path):
+    """Measured as the resident memory of a process of its own."""
+    found = subprocess.run([sys.executable, "-c", JOIN, str(tmp_path)], capture_output=True, text=True, check=True)
+    print(found.stdout)
+    assert 0.9 < float(found.stdout) <= 1.3
