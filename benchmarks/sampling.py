@@ -115,7 +115,7 @@ def inception(device: torch.device) -> Extractor:
         mock.patch.object(module, "load_state_dict_from_url", return_value={}),
         mock.patch.object(cls, "load_state_dict", return_value=None),
     ):
-        network = cls("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
+        network = cls("inception-v3-compat", ["2048"], verbose=False)
     return Extractor(
         network=network,
         name="inception-v3-compat",
@@ -168,11 +168,11 @@ def metric_parts(count: int, run: config.Config, device: torch.device) -> dict[s
     """Features on disk, the distance with its error bars, and the other figures, on features of 10,000 reference images."""
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(10_000, 2048, generator=generator)
-    features, logits = torch.rand(count, 2048, generator=generator), torch.randn(count, 1008, generator=generator)
+    features = torch.rand(count, 2048, generator=generator)
     reference = metrics.reference_of(real, {"data": "random"})
     saturated, contrast = pixel_figures(torch.zeros(count, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
     indices = torch.arange(count)
-    batch = FeatureBatch(indices=indices, features=features, logits=logits, saturated=saturated, contrast=contrast)
+    batch = FeatureBatch(indices=indices, features=features, saturated=saturated, contrast=contrast)
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
 

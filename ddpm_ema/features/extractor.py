@@ -23,10 +23,10 @@ CPU_BATCH = 16
 
 @dataclass(kw_only=True)
 class Extractor:
-    """Images → features and logits, on one device: evaluation mode, no gradients, no autocast, no TF32.
+    """Images → features, on one device: evaluation mode, no gradients, no autocast, no TF32.
 
     Attributes:
-        network: uint8 [n, channels, h, w] -> a tuple of features and, if it has them, logits.
+        network: uint8 [n, channels, h, w] -> a tuple that begins with the features, [n, dim].
         name, sha256: of the extractor and its weights file.
         label: its name for people, with that of a file that was given.
         feature_layer: name of the features' layer.
@@ -52,8 +52,7 @@ class Extractor:
             # Networks of ImageNet's size: a third to a half less time on CPUs, features equal to rounding.
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.batch_size = min(self.batch_size, CPU_BATCH)
-        first, *_ = self._layers(torch.zeros(1, self.channels or 3, 32, 32, dtype=torch.uint8))
-        self.dim = first.shape[1]
+        self.dim = self._features(torch.zeros(1, self.channels or 3, 32, 32, dtype=torch.uint8)).shape[1]
         """Length of a feature vector."""
 
     @property
@@ -61,14 +60,14 @@ class Extractor:
         """Names files of its features: what they depend on."""
         return f"{re.sub(r'[^A-Za-z0-9_.]+', '_', self.name)}-{self.sha256[:12]}"
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor | None]:
-        """Features and logits of images.
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of images.
 
         Args:
             images: uint8 [n, 1 or 3, h, w]; n may be 0.
 
         Returns:
-            {"features": fp32 [n, dim], "logits": fp32 [n, k], or None without logits or images}, on the extractor's device.
+            fp32 [n, dim], on the extractor's device.
 
         Raises:
             ValueError: another dtype or shape.
@@ -76,16 +75,15 @@ class Extractor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be uint8 [n, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}")
         if not len(images):
-            return {"features": torch.zeros(0, self.dim, device=self.device), "logits": None}
+            return torch.zeros(0, self.dim, device=self.device)
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        batches = [self._layers(batch) for batch in images.split(self.batch_size)]
-        features, *logits = (torch.cat(layer) for layer in zip(*batches, strict=True))
-        return {"features": features, "logits": logits[0] if logits else None}
+        return torch.cat([self._features(batch) for batch in images.split(self.batch_size)])
 
-    def _layers(self, batch: Tensor) -> list[Tensor]:
+    def _features(self, batch: Tensor) -> Tensor:
         with torch.inference_mode(), full_precision(self.device):
-            return [layer.float() for layer in self.network(batch.to(self.device))]
+            features: Tensor = self.network(batch.to(self.device))[0]
+            return features.float()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def open_inception(path: Path | None) -> tuple[nn.Module, str, str, bool]:
-    """The network (features and logits), the sha256 of its file, its layer, and whether its weights are the published ones.
+    """The network, the sha256 of its file, its layer, and whether its weights are the published ones.
 
     Args:
         path: a weights file; None means the published one in torch's hub folder, which is downloaded once.
@@ -47,10 +47,9 @@ def open_inception(path: Path | None) -> tuple[nn.Module, str, str, bool]:
         raise UserError(f"evaluation.extractors: {INCEPTION}: {path}: {error.strerror}. {_how_to_get()}") from None
     sha256 = hashlib.sha256(content).hexdigest()
     layer = Inception.get_default_feature_layer_for_metric("fid")
-    layers = [layer, Inception.get_default_feature_layer_for_metric("isc")]
     file = _checked(content, sha256, path)
     try:
-        network = Inception(INCEPTION, layers, feature_extractor_weights_path=file, verbose=False)
+        network = Inception(INCEPTION, [layer], feature_extractor_weights_path=file, verbose=False)
     except Exception as error:  # whatever a state dict of another network raises
         reason = " ".join(str(error).split())
         brief = reason if len(reason) < 300 else f"{reason[:300]} ..."

@@ -117,7 +117,6 @@ class FeatureBatch(Batch):
 
     Attributes:
         features: float32 `[n, d]`.
-        logits: float32 `[n, k]`, or None.
         saturated: share of each image's channel values at 0 or 255, float32 `[n]`.
         contrast: each image's largest channel value less its smallest, uint8 `[n]`.
     """
@@ -125,7 +124,6 @@ class FeatureBatch(Batch):
     features: Tensor
     saturated: Tensor
     contrast: Tensor
-    logits: Tensor | None = None
 
 
 def pixel_figures(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,14 +140,11 @@ class Generator:
         saturated, contrast = pixel_figures(pixels)
         for key in extractors:
             start = time.perf_counter()
-            result = self.extractors[key](pixels)
-            features, logits = result["features"], result["logits"]
-            assert features is not None
+            features = self.extractors[key](pixels)
             metrics.check_finite(features, indices, name=name)
             made[key] = FeatureBatch(
                 indices=indices,
                 features=features.cpu(),
-                logits=None if logits is None else logits.cpu(),
                 saturated=saturated,
                 contrast=contrast,
                 seconds=time.perf_counter() - start,

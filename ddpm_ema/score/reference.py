@@ -88,7 +88,7 @@ def open_references(config: Config, generator: Generator, of: str = "reference")
     if lacking:
         features = yield from _features(generator, of, tuple(lacking))
         for name, key in lacking.items():
-            noise = generator.extractors[name](noise_images(generator.image_shape))["features"]
+            noise = generator.extractors[name](noise_images(generator.image_shape))
             saturated = float(features[name].saturated.double().mean())
             found[name] = metrics.reference_of(features[name].features, key, saturated, noise)
             for note in metrics.keep(found[name], cache):

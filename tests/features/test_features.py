@@ -85,7 +85,7 @@ class TestClassifier:
             return frechet_distance(metrics.statistics_of(a), metrics.statistics_of(b))
 
         def features(pixels: Tensor) -> Tensor:
-            return extractor(pixels)["features"]  # type: ignore[return-value]
+            return extractor(pixels)
 
         halves = distance(features(images[order[:898]]), features(images[order[898:]]))
         blurred = ((images.float() + images.roll(1, -1).float()) / 2).round().to(torch.uint8)
@@ -96,8 +96,7 @@ class TestClassifier:
         assert float(spectrum[:9].sum() / spectrum.sum()) < 0.95
 
     def test_features_have_unit_variance_over_the_training_set(self, extractor: Extractor) -> None:
-        features = extractor(digits()[0])["features"]
-        assert features is not None
+        features = extractor(digits()[0])
         assert features.shape == (1797, 64)
         assert features.var(dim=0).mean() == pytest.approx(1, abs=0.05)
         assert features.mean(dim=0).abs().max() < 0.05
@@ -196,8 +195,7 @@ class TestExtractor:
         whole = extractor(images[:100])
         extractor.batch_size = 7
         parts = extractor(images[:100])
-        for name in ("features", "logits"):
-            torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
     def test_autocast_and_tf32_outside_do_not_reach_inside_and_come_back(self, extractor: Extractor) -> None:
         seen = []
@@ -210,12 +208,12 @@ class TestExtractor:
 
         plain = {"name": "spy", "sha256": "", "feature_layer": "x", "channels": 1, "is_published_inception": False}
         images = digits()[0][:50]
-        expected = extractor(images)["features"]
+        expected = extractor(images)
         before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
         try:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             with torch.autocast("cpu", torch.bfloat16):
-                found = extractor(images)["features"]
+                found = extractor(images)
                 Extractor(network=Spy(), device=torch.device("cpu"), batch_size=50, **plain)(images)  # type: ignore[arg-type]
             assert torch.backends.cuda.matmul.allow_tf32
             assert torch.backends.cudnn.allow_tf32
@@ -223,8 +221,6 @@ class TestExtractor:
             torch.set_float32_matmul_precision(before[0])
             torch.backends.cudnn.allow_tf32 = before[1]
         assert seen[-1] == (False, False, "highest", False)
-        assert found is not None
-        assert expected is not None
         assert torch.equal(found, expected)
         assert not found.requires_grad
 
@@ -234,12 +230,10 @@ class TestExtractor:
         self, trained_folder: Path, extractor: Extractor
     ) -> None:
         images, _ = digits()
-        expected = extractor(images)["features"]
+        expected = extractor(images)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        found = open_extractor("classifier", trained_folder, "cuda")(images)["features"]
+        found = open_extractor("classifier", trained_folder, "cuda")(images)
         torch.backends.cuda.matmul.allow_tf32 = False
-        assert found is not None
-        assert expected is not None
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
         statistics, indices = metrics.statistics_of(expected[900:]), torch.arange(900)
         on_cpu, on_gpu = (
@@ -252,7 +246,7 @@ class TestExtractor:
         assert on_gpu.stderr == pytest.approx(on_cpu.stderr, rel=1e-8)
 
     def test_no_images_give_no_features_and_other_input_is_refused(self, extractor: Extractor) -> None:
-        assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8))["features"].shape == (0, 64)  # type: ignore[union-attr]
+        assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)).shape == (0, 64)
         for bad in (
             torch.zeros(2, 1, 8, 8),
             torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
@@ -354,11 +348,7 @@ def theirs(fake: str, real: str, name: str, path: Path, subset: int) -> dict[str
 
 def agree(extractor: Extractor, fake: Tensor, real: Tensor, expected: dict[str, float], subset: int) -> None:
     """Ours in memory against theirs from PNGs."""
-    a, b = extractor(fake), extractor(real)
-    features, reference, logits = a["features"], b["features"], a["logits"]
-    assert features is not None
-    assert reference is not None
-    assert logits is not None
+    features, reference = extractor(fake), extractor(real)
     fid = expected["frechet_inception_distance"]
     assert frechet_distance(metrics.statistics_of(features), metrics.statistics_of(reference)) == pytest.approx(
         fid, rel=1e-6
@@ -417,8 +407,7 @@ class TestAgainstTorchFidelity:
         assert extractor.sha256 == sha256
         grey = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
         found, expected = extractor(grey), extractor(grey.repeat(1, 3, 1, 1))
-        assert torch.equal(found["features"], expected["features"])  # type: ignore[arg-type]
-        assert found["logits"].shape == (2, 1008)  # type: ignore[union-attr]
+        assert torch.equal(found, expected)
 
 
 def random_inception(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

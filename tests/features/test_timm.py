@@ -51,21 +51,20 @@ def test_features_are_those_of_timm_called_by_hand(saved: tuple[str, Path]) -> N
     with torch.inference_mode():
         expected = model(torch.stack([transform(to_pil_image(image)) for image in images()]))
     found = extractor(images())
-    torch.testing.assert_close(found["features"], expected, rtol=1e-3, atol=2e-4)
-    assert found["logits"] is None
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
     assert (extractor.dim, extractor.is_published_inception) == (model.num_features, False)
     assert extractor.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (extractor.name, extractor.label) == (f"timm:{name}", f"timm:{name} model")
     assert "state_dict" not in extractor.network.model.pretrained_cfg
     grey = images(1)
-    assert torch.equal(extractor(grey)["features"], extractor(grey.expand(-1, 3, -1, -1))["features"])
+    assert torch.equal(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
 
 
 def test_another_image_size_is_given_behind_an_at_sign(tmp_path: Path) -> None:
     path = save("test_vit.r160_in1k", tmp_path / "model.safetensors")
     extractor = open_extractor(f"timm:test_vit.r160_in1k@96={path}", tmp_path)
     assert extractor.network.prepare(to_pil_image(images()[0])).shape == (3, 96, 96)
-    assert extractor(images())["features"].shape == (5, 64)
+    assert extractor(images()).shape == (5, 64)
     with pytest.raises(UserError, match="@big: the size behind @ is a number of pixels"):
         open_extractor(f"timm:test_vit.r160_in1k@big={path}", tmp_path)
 

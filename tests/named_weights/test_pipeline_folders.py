@@ -99,7 +99,7 @@ def test_a_pipeline_of_diffusers_own_example_is_scored_from_its_folder_alone(
     )
     extractor = open_extractor("classifier", config.output_dir)
     real = data.load(config.data).batch(torch.arange(1797))
-    ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
+    ours, theirs = (metrics.statistics_of(extractor(x)) for x in (images, real))
     (row,) = results(config)["rows"]
     assert row["frechet_distance"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
     assert row["warnings"] == [text for text in row["warnings"] if "scheduler" not in text]

@@ -46,7 +46,7 @@ def test_what_is_not_finite_is_named_with_its_weights_and_its_image(generator, m
     else:
         (extractor,) = generator.extractors.values()
         generator.name, dim = "ema", extractor.dim
-        broken = {"features": torch.full((2, dim), float("inf")), "logits": None}
+        broken = torch.full((2, dim), float("inf"))
         monkeypatch.setattr(type(extractor), "__call__", lambda self, images: broken)
     with pytest.raises(UserError, match=rf"ema: the {what} of image 30 are not finite \(2 of 2 images here\)"):
         generator.generate([30, 31], list(generator.extractors))

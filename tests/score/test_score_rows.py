@@ -267,7 +267,7 @@ class TestPrecisionOfNoise:
         assert images.unique().numel() == 256
         extractor = open_extractor("classifier", run.output_dir)
         whole = data.load(run.data)
-        real, noise = (extractor(x)["features"] for x in (whole.batch(torch.arange(len(whole))), images))
+        real, noise = (extractor(x) for x in (whole.batch(torch.arange(len(whole))), images))
         assert found["precision_of_noise"] == metrics.inside(noise, real, metrics.neighbour_radii(real)).double().mean()
 
     def test_where_noise_reaches_a_tenth_the_table_leaves_precision_out_and_says_so(self, tmp_path: Path) -> None:
