@@ -26,13 +26,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ddpm_ema import classifier_training, config, score, train
+from ddpm_ema import classifier_training, config, metrics, score, train
 from ddpm_ema.averaging import CosineCooldown, SqrtCooldown, Window, profile_to_dict
 from ddpm_ema.averaging.cooldown import Cooldown
 from ddpm_ema.config import TrainingSettings
 from ddpm_ema.export import export
 from ddpm_ema.named_weights import WeightResolver, name_of
 from ddpm_ema.rundir import RunDir
+from ddpm_ema.score.folder import ScoreFolder
 
 ROOT = Path(__file__).parents[1]
 SHARES = (0.1, 0.3)
@@ -97,6 +98,15 @@ def scored(run: config.Config, forks: Mapping[Cooldown, Path]) -> list[dict[str,
     rundir = RunDir(run.output_dir)
     resolver = WeightResolver(rundir, rundir.newest_whole()[0], run)
     raw = flat(resolver, "raw")
+    folder = ScoreFolder(rundir.score_dir(results["step"], results["settings_digest"]))
+
+    def paired(a: str, b: str) -> dict[str, Any]:
+        """a - b with the 95% interval of this comparison alone."""
+        records = [folder.record(rows[name]["weights_sha256"]) for name in (a, b)]
+        ours, theirs = (record.estimates[results["num_images"]] for record in records if record is not None)
+        gap = metrics.difference(ours, theirs)
+        return {"delta": gap.unbiased, "interval": list(gap.interval()), "significant": gap.p_value <= metrics.ALPHA}
+
     found = []
     for average, folder in forks.items():
         name, real = name_of(average), str(folder)
@@ -110,9 +120,9 @@ def scored(run: config.Config, forks: Mapping[Cooldown, Path]) -> list[dict[str,
                 "length": average.length,
                 "real": distance(rows[real]),
                 "emulated": distance(rows[name]),
-                "real_less_emulated": paired(results["pairs"], real, name),
-                "real_less_raw": paired(results["pairs"], real, "raw"),
-                "emulated_less_raw": paired(results["pairs"], name, "raw"),
+                "real_less_emulated": paired(real, name),
+                "real_less_raw": paired(real, "raw"),
+                "emulated_less_raw": paired(name, "raw"),
                 "weights_apart": float(torch.linalg.norm(true - made) / torch.linalg.norm(true - raw)),
                 "reconstructed": {
                     "predicted": rebuilt.reconstruction["predicted_relative_error"],
@@ -134,16 +144,6 @@ def flat(resolver: WeightResolver, name: str) -> Tensor:
 
 def distance(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"distance": row["frechet_distance_unbiased"], "stderr": row["stderr"]}
-
-
-def paired(pairs: list[dict[str, Any]], a: str, b: str) -> dict[str, Any]:
-    """a - b with its 95% interval, whichever way the scoring wrote it."""
-    for pair in pairs:
-        if {pair["a"], pair["b"]} == {a, b}:
-            sign = 1 if pair["a"] == a else -1
-            interval = sorted(sign * end for end in pair["interval"])
-            return {"delta": sign * pair["delta"], "interval": interval, "significant": pair["significant"]}
-    raise KeyError(f"{a} and {b} were not paired")
 
 
 def report(rows: list[dict[str, Any]]) -> None:

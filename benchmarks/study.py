@@ -31,7 +31,8 @@ from scipy import stats
 from ddpm_ema import classifier_training, config, score, train
 from ddpm_ema.config import Config
 from ddpm_ema.export import export
-from ddpm_ema.metrics.across_runs import RATE, across_runs, holm
+from ddpm_ema.metrics.across_runs import across_runs
+from ddpm_ema.metrics.comparisons import ALPHA, holm
 from ddpm_ema.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +135,7 @@ def claims_of(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[
     for place, claim in enumerate(found):
         claim["p_value"] = adjusted[str(place)]
         sided = "supported" if claim["mean"] < 0 else "contradicted"
-        claim["verdict"] = sided if claim["p_value"] <= RATE else "cannot tell"
+        claim["verdict"] = sided if claim["p_value"] <= ALPHA else "cannot tell"
     return found
 
 

@@ -74,6 +74,20 @@ def verdict_of(delta: float, significant: bool) -> str:
     return ("better" if delta < 0 else "worse") if significant else "not significant"
 
 
+def preference(may_be_best: bool, num_images: int, distance: float) -> tuple[bool, int, float]:
+    """Sorts weights, which is recommended first: those that may be the best, of these the most images, then the lowest."""
+    return not may_be_best, -num_images, distance
+
+
+def reading(results: Mapping[str, Any]) -> str:
+    """What the distances of a scoring are from: the images of the reference alone, or the population they are a sample of."""
+    reference = results.get("reference", "an unknown reference")
+    if results.get("reading") == "population":
+        return f"against the population of which the reference is a sample ({reference})"
+    which = "training images" if results.get("reading") == "training images" else "images"
+    return f"against these {which} ({reference})"
+
+
 def says_nothing(precision_of_noise: float | None) -> bool:
     """Whether images of noise reach so high a precision that it means nothing with this extractor and reference."""
     return precision_of_noise is not None and precision_of_noise >= NOISE_PRECISION

@@ -91,7 +91,7 @@ def choose(
             "num_images": 10_000 if on_gpu else 1280,  # ten per dimension of the classifier's features
             "sampler": "dpm_solver++",
             "num_inference_steps": 25,
-            "extractor": "classifier",
+            "extractors": ["classifier"],
         },
     }
     tree["training"] |= {"warmup_steps": "5%", "log_every": "1%", "sample_every": "10%"}

@@ -29,10 +29,8 @@ EVALUATION: dict[str, Any] = {
     "batch_size": 25,
     "sampler": "ddim",
     "num_inference_steps": 4,
-    "extractor": "classifier",
+    "extractors": ["classifier"],
     "groups": 10,
-    "kid_subsets": 4,
-    "kid_subset_size": 40,
     "grid_images": 5,
 }
 
@@ -117,7 +115,7 @@ def results(run: config.Config) -> dict[str, Any]:
 
 def figures(found: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     """What of the rows does not depend on clocks: weights -> numbers."""
-    keys = ("frechet_distance", "frechet_distance_unbiased", "stderr", "kid", "precision", "recall", "inception_score")
+    keys = ("frechet_distance", "frechet_distance_unbiased", "stderr", "kid", "precision", "recall")
     return {row["weights"]: tuple(row[key] for key in keys) for row in found["rows"]}
 
 

@@ -33,7 +33,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "log_every": 4,
     },
     "checkpoints": {"every": 6, "keep_every": 6, "snapshots_every": 3},
-    "evaluation": {"num_images": 40, "num_inference_steps": 3, "kid_subset_size": 8, "kid_subsets": 4, "groups": 10},
+    "evaluation": {"num_images": 40, "num_inference_steps": 3, "groups": 10},
 }
 
 

@@ -320,20 +320,15 @@ class EvaluationSettings(Section):
     """Precision of the network; the sampler's state is always fp32."""
     compile: Annotated[bool, FREE] = False
     """Compile the sampling network, once for all weights."""
-    extractor: Annotated[str, CONTENT] = "inception-v3-compat"
-    """Feature extractor: one of torch-fidelity's, or classifier (made by ddpm-ema features)."""
-    extractor_path: Annotated[Path | None, CONTENT] = None
-    """Weights file of the extractor; null means torch-fidelity's download, or features.safetensors in output_dir for classifier."""
+    extractors: Annotated[tuple[str, ...], Field(min_length=1), CONTENT] = ("inception-v3-compat",)
+    """Feature extractors, each with a table of its own from one sampling: inception-v3-compat (FID), classifier (of ddpm-ema
+    features) or timm:MODEL, such as timm:vit_large_patch14_dinov2.lvd142m; NAME=FILE takes another weights file."""
     extractor_batch_size: Annotated[Positive, FREE] = 256
     """Images per pass of the feature extractor."""
     reference: Annotated[str, CONTENT] = "train"
     """What samples are compared with: a split of the data (train, test), held_out (data.held_out), or an .npz file of statistics."""
     groups: Annotated[int, Field(ge=10), SCORES] = 20
     """Groups of the delete-a-group jackknife, which gives standard errors and removes the bias."""
-    kid_subsets: Annotated[Positive, SCORES] = 100
-    """Subsets of images for the kernel distance."""
-    kid_subset_size: Annotated[int, Field(ge=2), SCORES] = 1000
-    """Images per subset, at most all."""
     precision_recall: Annotated[bool, SCORES] = True
     """Also compute precision and recall (k = 3 nearest neighbours)."""
     output: Annotated[Path | None, FREE] = None

@@ -101,7 +101,8 @@ def _scores(scored: Sequence[Scored]) -> str:
     head = "| metric | value | bias removed | images | sampler | reference | difference from raw |\n|---|---|---|---|---|---|---|\n"
     foot = (
         '\n\n± is one standard error. "Bias removed" subtracts what a finite number of images adds (jackknife). The difference '
-        "is paired (both were sampled from the same noise), with its 95% interval; it is significant if that excludes zero."
+        "is paired (both were sampled from the same noise). Verdict and interval are those of all averages of its table together, "
+        "at a family-wise error rate of 5%."
     )
     only_fd = any(one.results.get("metric") != "fid" for one in scored)
     return (

@@ -228,7 +228,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
             f"the feature classifier is not at {path}: make it with ddpm-ema features --config ..., "
-            "or name another file with --evaluation.extractor-path"
+            "or name another file: --evaluation.extractors classifier=FILE"
         ) from None
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is no whole safetensors file ({error}); delete it and run ddpm-ema features") from None

@@ -1,14 +1,17 @@
 """Features → how far one set of images is from another, and how sure that is.
 
-`statistics` (means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences), `kid_is_prc`
-(KID, Inception score, precision and recall), `reference` (what samples are compared with, cached by content).
+`statistics` (means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences),
+`comparisons` (what a whole table says), `across_runs` (what several training seeds say), `kernel` (KID), `neighbours` (precision
+and recall), `reference` (what samples are compared with, cached by content).
 """
 
 from __future__ import annotations
 
+from ddpm_ema.metrics.comparisons import ALPHA, Verdict, against_raw, may_be_best
 from ddpm_ema.metrics.frechet import FrechetReference
-from ddpm_ema.metrics.jackknife import Difference, Estimate, difference, estimate_distance
-from ddpm_ema.metrics.kid_is_prc import inception_score, kernel_distance, neighbour_radii, precision_recall
+from ddpm_ema.metrics.jackknife import Estimate, Side, difference, estimate_distance
+from ddpm_ema.metrics.kernel import KernelReference
+from ddpm_ema.metrics.neighbours import inside, neighbour_radii, precision, recall
 from ddpm_ema.metrics.reference import (
     Reference,
     content_key,
@@ -21,24 +24,29 @@ from ddpm_ema.metrics.reference import (
 from ddpm_ema.metrics.statistics import Statistics, check_finite, not_finite, statistics_of
 
 __all__ = [
-    "Difference",
+    "ALPHA",
     "Estimate",
     "FrechetReference",
+    "KernelReference",
     "Reference",
+    "Side",
     "Statistics",
+    "Verdict",
+    "against_raw",
     "check_finite",
     "content_key",
     "difference",
     "estimate_distance",
-    "inception_score",
+    "inside",
     "installed_version",
     "keep",
-    "kernel_distance",
     "load_cached",
+    "may_be_best",
     "neighbour_radii",
     "not_finite",
-    "precision_recall",
+    "precision",
     "read_published",
+    "recall",
     "reference_of",
     "statistics_of",
 ]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-RATE = 0.05
+from ddpm_ema.metrics.comparisons import ALPHA, holm
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def spread(values: Sequence[float], errors: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)), (total / len(values)) ** 0.5, sampling**0.5, training**0.5)
 
 
-def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]], rate: float = RATE) -> dict[str, AcrossRuns]:
+def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]], rate: float = ALPHA) -> dict[str, AcrossRuns]:
     """What R runs say together, by weights, of those that every run scored; raw must be among them.
 
     Args:
@@ -90,15 +90,6 @@ def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]], rate: float =
         shared = _shared(distances[name], distances["raw"], differences[name])
         found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= rate, shared)
     return found
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for all of them (Holm 1979): those of at most alpha are significant at family-wise rate alpha."""
-    adjusted, highest = {}, 0.0
-    for place, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
-        adjusted[name] = highest
-    return adjusted
 
 
 def _spread(runs: Sequence[Mapping[str, Mapping[str, float]]], name: str, value: str, error: str) -> Spread:

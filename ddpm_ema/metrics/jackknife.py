@@ -1,4 +1,4 @@
-"""A delete-a-group jackknife of the Fréchet distance: its bias removed, its standard error, paired differences.
+"""A delete-a-group jackknife of a distance between two sets of images: bias removed, standard error, paired differences.
 
 The Fréchet distance of N images is too large by O(1/N). Leaving out one group of images after another shows how it changes
 with N, so that its leading bias can be taken away (Quenouille 1956; Efron & Stein 1981), and how it varies from image to
@@ -6,77 +6,127 @@ image, which gives its standard error (Tukey 1958). With N images in G groups of
 F_g of all but group g (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife for unequal m", eqs. 3–7):
 
     pseudo-value     p_g = h_g F − (h_g − 1) F_g
-    corrected        J   = G F − Σ (1 − m_g/N) F_g
+    corrected        J   = Σ m_g/N p_g = G F − Σ (1 − m_g/N) F_g
     variance             1/G Σ (p_g − J)² / (h_g − 1)
 
-For equal groups these are the textbook's p_g = G F − (G−1) F_g, their mean, and their variance over G. Weights sampled from
-the same noise are compared group by group: their difference is the jackknife of F_a − F_b, whose pseudo-values are the
-differences of theirs, so what the two share cancels. The reference is held fixed.
+The reference may be held fixed ("against these images"), or be a sample of its population, too: then its groups are left out
+as well, with pseudo-values q_h, and the two sides, being independent, add up: J_p + J_q − F, with the sum of both variances.
+Weights sampled from the same noise are compared group by group: the pseudo-values of F_a − F_b are the differences of theirs,
+so what the two share cancels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import FrechetReference
-from ddpm_ema.metrics.statistics import check_finite
+from ddpm_ema.metrics.statistics import check_finite, statistics_of
 
 IMAGES_PER_DIMENSION = 10
-"""From here on `interval95` of a single distance was seen to cover the true one as often as it says (docs/scoring.md)."""
+"""From here on the 95% interval of a single distance was seen to cover the true one as often as it says (docs/scoring.md)."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The images on one side of a distance: a pseudo-value per group of them, and images per group."""
+
+    pseudo_values: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.dot(self.pseudo_values, self.counts)) / sum(self.counts)
+
+    @property
+    def variance(self) -> float:
+        """Of the mean."""
+        ratios = sum(self.counts) / np.array(self.counts)
+        return float(np.dot(np.square(np.array(self.pseudo_values) - self.mean), 1 / (ratios - 1))) / len(ratios)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The Fréchet distance of the samples of one set of weights.
+    """A number that compares samples with the reference, or the paired difference of two such numbers.
 
     Attributes:
-        distance: plain, of all images.
-        unbiased: with the leading bias removed; may be negative.
-        stderr: standard error of `unbiased`.
-        interval95: its 95% interval.
-        pseudo_values: one per group of images; they pair it with other estimates.
-        counts: images per group.
+        plain: of all images.
+        sides: the samples, and where it is taken for a sample of its population the reference.
         warnings: sentences that belong beside the number.
     """
 
-    distance: float
-    unbiased: float
-    stderr: float
-    interval95: tuple[float, float]
-    pseudo_values: tuple[float, ...]
-    counts: tuple[int, ...]
+    plain: float
+    sides: tuple[Side, ...]
     warnings: tuple[str, ...] = ()
 
+    @cached_property
+    def unbiased(self) -> float:
+        """With the leading bias removed; may be negative."""
+        return sum(side.mean for side in self.sides) - (len(self.sides) - 1) * self.plain
+
+    @cached_property
+    def stderr(self) -> float:
+        """Standard error of `unbiased`."""
+        return math.sqrt(sum(side.variance for side in self.sides))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples per group."""
+        return self.sides[0].counts
+
+    @property
+    def _freedom(self) -> int:
+        """Degrees of freedom of Student's t: one below the groups."""
+        return min(len(side.counts) for side in self.sides) - 1
+
+    def interval(self, level: float = 0.05) -> tuple[float, float]:
+        """Leaves the true value out with probability `level`."""
+        half = float(stdtrit(self._freedom, 1 - level / 2)) * self.stderr
+        return self.unbiased - half, self.unbiased + half
+
+    @property
+    def p_above(self) -> float:
+        """One-sided p-value: how probable so large a value is where the true one is 0 or less."""
+        value, stderr = self.unbiased, self.stderr
+        if stderr == 0:  # the same images
+            return 0.0 if value > 0 else 1.0
+        return float(stdtr(self._freedom, -value / stderr))
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided: how probable a value so far from 0 is where the true one is 0."""
+        if self.stderr == 0:
+            return float(self.unbiased == 0)
+        return float(2 * stdtr(self._freedom, -abs(self.unbiased) / self.stderr))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able objects, for results.json."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        """Plain JSON-able objects."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
-        """What `to_dict` gave."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """a − b: `delta` of the unbiased distances, its standard error and 95% interval, and whether zero lies outside it."""
-
-    delta: float
-    stderr: float
-    interval95: tuple[float, float]
-    significant: bool
+        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        sides = tuple(Side(tuple(side["pseudo_values"]), tuple(side["counts"])) for side in values["sides"])
+        return cls(values["plain"], sides, tuple(values["warnings"]))
 
 
 def estimate_distance(
-    features: Tensor, indices: Tensor, groups: int, reference: FrechetReference, *, name: str = "features"
+    features: Tensor,
+    indices: Tensor,
+    groups: int,
+    reference: FrechetReference,
+    *,
+    sampled_from: Tensor | None = None,
+    name: str = "features",
 ) -> Estimate:
     """Jackknife of the Fréchet distance from features held in memory.
 
@@ -88,6 +138,8 @@ def estimate_distance(
         indices: of the images, int64 `[n]`; an image's group is its index modulo `groups`.
         groups: number of groups, each left out once.
         reference: the other side; the work is done on its device.
+        sampled_from: the reference's features, float32 `[m, d]`, where it is to be taken for a sample of its population, drawn
+            independently of these features; None where it is held fixed.
         name: of the weights, for messages.
 
     Raises:
@@ -96,82 +148,76 @@ def estimate_distance(
     check_finite(features, indices, name=name)
     if features.shape != (len(indices), len(reference.mu)):
         raise ValueError(f"features must be [{len(indices)}, {len(reference.mu)}], got {tuple(features.shape)}")
-    membership = (indices.cpu() % groups).long()
-    present = membership.unique().tolist()
-    _check_groups(len(features), present)
-    counts = {g: int((membership == g).sum()) for g in present}
-    members = {g: (membership == g).nonzero().squeeze(1).to(features.device) for g in present}
-
-    def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
-        return features[members[group]].to(reference.device).double() - reference.mu
-
-    path = _GramPath if len(features) <= len(reference.mu) else _SumPath
-    return _estimate(path(rows, present, reference).distance, counts, len(reference.mu))
+    plain, samples = _leave_out(features, indices.cpu() % groups, reference)
+    sides, fewest = [samples], len(features)
+    if sampled_from is not None:
+        # The distance is symmetric: the samples are the side that is held fixed while the reference's groups are left out.
+        fixed = FrechetReference(statistics_of(features, name=name), reference.device)
+        sides.append(_leave_out(sampled_from, torch.arange(len(sampled_from)) % groups, fixed)[1])
+        fewest = min(fewest, len(sampled_from))
+    return Estimate(plain, tuple(sides), tuple(_doubts(fewest, features.shape[1])))
 
 
-def difference(a: Estimate, b: Estimate) -> Difference:
+def difference(a: Estimate, b: Estimate) -> Estimate:
     """Paired difference a − b of two sets of weights over the same images. Raises ValueError where their groups differ."""
-    if a.counts != b.counts:
+    if [side.counts for side in a.sides] != [side.counts for side in b.sides]:
         raise ValueError(
             f"{sum(a.counts)} and {sum(b.counts)} images in groups {a.counts} and {b.counts} cannot be paired"
         )
-    pseudo = np.subtract(a.pseudo_values, b.pseudo_values)
-    delta = a.unbiased - b.unbiased
-    stderr = _stderr(pseudo, delta, a.counts)
-    low, high = _interval(delta, stderr, len(pseudo))
-    return Difference(delta=delta, stderr=stderr, interval95=(low, high), significant=not low <= 0.0 <= high)
+    pairs = zip(a.sides, b.sides, strict=True)
+    sides = [Side(tuple(np.subtract(x.pseudo_values, y.pseudo_values).tolist()), x.counts) for x, y in pairs]
+    return Estimate(a.plain - b.plain, tuple(sides))
 
 
-def _check_groups(count: int, groups: Sequence[int]) -> None:
-    if count < 2:
-        raise UserError(f"scoring needs at least 2 images and there are {count}: raise --evaluation.num-images")
-    if len(groups) < 2:
-        raise UserError(f"error bars need images in at least 2 groups: {count} images fill {len(groups)}")
+def _leave_out(features: Tensor, membership: Tensor, fixed: FrechetReference) -> tuple[float, Side]:
+    """The plain distance, and the pseudo-values of the groups of these features, the other side held fixed."""
+    counts = group_counts(membership)
+    if len(features) < 2:
+        raise UserError(f"scoring needs at least 2 images and there are {len(features)}: raise --evaluation.num-images")
+    if len(counts) < 2:
+        raise UserError(f"error bars need images in at least 2 groups: {len(features)} images fill {len(counts)}")
+
+    def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
+        return features[(membership == group).to(features.device)].to(fixed.device).double() - fixed.mu
+
+    path = _GramPath if len(features) <= len(fixed.mu) else _SumPath
+    return jackknife(path(rows, list(counts), fixed).distance, counts)
 
 
-def _estimate(distance: Callable[[int | None], float], counts: Mapping[int, int], dim: int) -> Estimate:
-    """The formulas at the head of this file, from `distance(None)` and `distance(g)`."""
-    total = sum(counts.values())
-    sizes = np.array(list(counts.values()), dtype=np.float64)
-    plain = distance(None)
-    without = np.array([distance(group) for group in counts])
-    ratios = total / sizes
-    unbiased = float(len(sizes) * plain - np.sum((1 - sizes / total) * without))
-    pseudo = ratios * plain - (ratios - 1) * without
-    stderr = _stderr(pseudo, unbiased, tuple(counts.values()))
-    warnings = []
-    if total <= dim:
-        warnings.append(
-            f"{total} images for {dim} feature dimensions: the covariance is singular and even the corrected distance is "
+def group_counts(membership: Tensor) -> dict[int, int]:
+    """Group -> images, of those that have some."""
+    present, counts = membership.unique(return_counts=True)
+    return dict(zip(present.tolist(), counts.tolist(), strict=True))
+
+
+def jackknife(
+    statistic: Callable[[int | None], float], counts: Mapping[int, int], corrected: bool = True
+) -> tuple[float, Side]:
+    """The statistic of all images, and one pseudo-value per group (formulas at the head of this file).
+
+    Args:
+        statistic: of all images but a group; `statistic(None)` of all.
+        counts: group -> images.
+        corrected: False for a statistic without a bias of order 1/N: pseudo-values are moved to have it as their mean.
+    """
+    plain, ratios = statistic(None), {group: sum(counts.values()) / count for group, count in counts.items()}
+    pseudo = [ratio * plain - (ratio - 1) * statistic(group) for group, ratio in ratios.items()]
+    side = Side(tuple(pseudo), tuple(counts.values()))
+    return plain, side if corrected else Side(tuple(p + plain - side.mean for p in pseudo), side.counts)
+
+
+def _doubts(fewest: int, dim: int) -> Iterator[str]:
+    """What is wrong with a distance of so few images on its smaller side."""
+    if fewest <= dim:
+        yield (
+            f"{fewest} images for {dim} feature dimensions: the covariance is singular and even the corrected distance is "
             "too small or too large by more than its error; differences between averages are safer"
         )
-    elif total < IMAGES_PER_DIMENSION * dim:
-        warnings.append(
-            f"{total} images for {dim} feature dimensions: below {IMAGES_PER_DIMENSION} per dimension the 95% interval of a "
+    elif fewest < IMAGES_PER_DIMENSION * dim:
+        yield (
+            f"{fewest} images for {dim} feature dimensions: below {IMAGES_PER_DIMENSION} per dimension the 95% interval of a "
             "distance of its own misses the true one too often; differences between averages are right"
         )
-    return Estimate(
-        distance=plain,
-        unbiased=unbiased,
-        stderr=stderr,
-        interval95=_interval(unbiased, stderr, len(sizes)),
-        pseudo_values=tuple(pseudo.tolist()),
-        counts=tuple(counts.values()),
-        warnings=tuple(warnings),
-    )
-
-
-def _stderr(pseudo: np.ndarray, centre: float, counts: Sequence[int]) -> float:
-    ratios = sum(counts) / np.asarray(counts, dtype=np.float64)
-    return float(np.sqrt(np.mean((pseudo - centre) ** 2 / (ratios - 1))))
-
-
-def _interval(centre: float, stderr: float, groups: int) -> tuple[float, float]:
-    """95%, by Student's t with groups − 1 degrees of freedom."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, groups - 1)) * stderr
-    return centre - half, centre + half
 
 
 class _SumPath:
@@ -185,8 +231,7 @@ class _SumPath:
         """n, Σ(x−c), Σ|x−c|² and Σ Lᵀ(x−c)(x−c)ᵀL with c the reference's mean."""
         factor = self.reference.factor
         count, total, squares, outer = 0, torch.zeros_like(factor[0]), 0.0, torch.zeros_like(factor)
-        for group in groups:
-            rows = self.rows(group)
+        for rows in map(self.rows, groups):
             whitened = rows @ factor
             count += len(rows)
             total += rows.sum(dim=0)
@@ -195,10 +240,13 @@ class _SumPath:
         return count, total, squares, outer
 
     def distance(self, leave_out: int | None) -> float:
-        count, total, squares, outer = self.count, self.total, self.squares, self.outer
-        if leave_out is not None:
-            sums = self._sums([leave_out])
-            count, total, squares, outer = count - sums[0], total - sums[1], squares - sums[2], outer - sums[3]
+        less = self._sums([] if leave_out is None else [leave_out])
+        count, total, squares, outer = (
+            self.count - less[0],
+            self.total - less[1],
+            self.squares - less[2],
+            self.outer - less[3],
+        )
         offset = total / count
         whitened_offset = offset @ self.reference.factor
         sigma = (outer - count * torch.outer(whitened_offset, whitened_offset)) / (count - 1)

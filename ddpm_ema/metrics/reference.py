@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ from torch import Tensor
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.frechet import check_statistics
-from ddpm_ema.metrics.kid_is_prc import NEIGHBOURS, neighbour_radii, precision_recall
+from ddpm_ema.metrics.neighbours import NEIGHBOURS, inside, neighbour_radii
 from ddpm_ema.metrics.statistics import Statistics, statistics_of
 
 SCHEMA = 2
@@ -96,14 +95,12 @@ def reference_of(
     Raises:
         UserError: fewer than 2 images.
     """
-    notes: tuple[str, ...] = ()
-    if len(features) <= features.shape[1]:
-        notes = (f"the reference has {len(features)} images for {features.shape[1]} feature dimensions",)
-    radii = neighbour_radii(features) if len(features) > NEIGHBOURS else None
+    count, dim = features.shape
+    notes = (f"the reference has {count} images for {dim} feature dimensions",) if count <= dim else ()
+    radii = neighbour_radii(features) if count > NEIGHBOURS else None
     statistics = statistics_of(features, name="the reference")
-    reached = None
-    if noise is not None and radii is not None:
-        reached = precision_recall(noise.cpu(), features, radii)[0]
+    near = inside(noise.cpu(), features, radii) if noise is not None and radii is not None else None
+    reached = None if near is None else float(near.double().mean())
     return Reference(statistics, dict(key), features.contiguous(), radii, notes, saturated, reached)
 
 
@@ -169,6 +166,7 @@ def read_published(path: Path, dim: int) -> Reference:
     Its origin (layout, sha256, file name) is recorded. Such files do not say which extractor or resize made them: only the
     dimension can be checked. Raises UserError for another layout or dimension, or values that are not finite.
     """
+    where = f"evaluation.reference: {path}"
     try:
         with open(path, "rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -177,35 +175,24 @@ def read_published(path: Path, dim: int) -> Reference:
             arrays = {name: file[name] for name in ("mu", "sigma") if name in names}
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or "no .npz of plain arrays (pickled ones are not opened)"
-        raise UserError(f"evaluation.reference: {path}: {reason}") from None
+        raise UserError(f"{where}: {reason}") from None
     except Exception as error:  # zipfile and zlib have errors of their own for damaged archives
-        raise UserError(f"evaluation.reference: {path}: damaged .npz: {error}") from None
+        raise UserError(f"{where}: damaged .npz: {error}") from None
     if len(arrays) < 2:
-        raise UserError(
-            f"evaluation.reference: {path} holds {sorted(names)}; wanted mu and sigma (EDM, ADM and torch-fidelity layouts)"
-        )
-    mu, sigma = (_float64(arrays[name], f"evaluation.reference: {path}: {name}") for name in ("mu", "sigma"))
+        raise UserError(f"{where} holds {sorted(names)}; wanted mu and sigma (EDM, ADM and torch-fidelity layouts)")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{where}: {name} holds {array.dtype}, wanted real numbers")
+    mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise UserError(
-            f"evaluation.reference: {path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, "
-            f"but the extractor gives {dim} features"
-        )
-    if not torch.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * float(sigma.abs().max())) or bool(
-        (sigma.diagonal() < 0).any()
-    ):
-        raise UserError(
-            f"evaluation.reference: {path}: sigma is no covariance: it is not symmetric, or a variance is negative"
-        )
+        shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
+        raise UserError(f"{where}: {shapes}, but the extractor gives {dim} features")
+    symmetric = torch.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * float(sigma.abs().max()))
+    if not symmetric or bool((sigma.diagonal() < 0).any()):
+        raise UserError(f"{where}: sigma is no covariance: it is not symmetric, or a variance is negative")
     layout = "ADM" if {"mu_s", "sigma_s"} & names else "EDM or torch-fidelity"
-    origin = {"file": path.name, "layout": layout, "sha256": sha256, "bytes": os.path.getsize(path)}
+    origin = {"file": path.name, "layout": layout, "sha256": sha256, "bytes": path.stat().st_size}
     statistics = Statistics(mu, (sigma + sigma.T) / 2, 0)
     check_statistics(statistics, f"{path}")
     note = f"reference statistics from {path.name}: no KID, precision or recall, and its extractor cannot be checked"
     return Reference(statistics, origin, warnings=(note,))
-
-
-def _float64(array: np.ndarray, where: str) -> Tensor:
-    """Of numbers in any precision and byte order. Raises UserError for text, complex numbers and the like."""
-    if array.dtype.kind not in "fiu":
-        raise UserError(f"{where} holds {array.dtype}, wanted real numbers")
-    return torch.from_numpy(array.astype(np.float64))

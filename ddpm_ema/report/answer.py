@@ -3,16 +3,15 @@
 | scored | against raw, paired | recommended |
 |---|---|---|
 | nothing; one entry | | nothing: there is nothing to compare |
-| several, without raw | | the lowest of them, and all whose difference from it is not significant |
+| several, without raw | | nothing of averaging; those are named that may be the best |
 | raw and averages | no difference is known | nothing; the lowest is named |
-| | some better | the lowest *of these*, and all whose difference from it is not significant |
-| | none better, some not significant | raw, and every average whose difference from it is not significant |
-| | all worse | raw |
+| | some better | of those that are better and may be the best: with the most images, the lowest |
+| | none better | raw |
 | two scorings of one step whose recommendations exclude each other | | nothing: both are named, with the settings that differ |
 
-"Lowest" is by the bias-corrected distance. "Better", "worse" and "not significant" follow one pairwise rule: `significant` as the
-scorer wrote it beside a paired difference, which is that the 95% interval of this one comparison leaves out zero. The rule is not
-corrected for several comparisons, nor for the best having been selected.
+"Lowest" is by the bias-corrected distance. "Better" and "worse" than raw, and which weights may be the best, are the scorer's
+(`metrics/comparisons.py`): each statement is wrong in at most 5% of tables, however many averages a table has, those of a sweep
+among them. Averages that are not among those that may be the best are not thereby worse than raw, or than any other one.
 """
 
 from __future__ import annotations
@@ -22,30 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_ema.errors import UserError
-from ddpm_ema.numbers import SATURATION_MARGIN, listed, verdict_of, with_error
-from ddpm_ema.report.record import Difference, Row, Scoring
+from ddpm_ema.numbers import SATURATION_MARGIN, listed, says_nothing, verdict_of, with_error
+from ddpm_ema.report.record import Row, Scoring
 
 BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
 LABELS = {"num_inference_steps": "steps", "num_images": "images", "clip_sample": "clipping of x_0"}
 
 
 @dataclass(frozen=True)
-class Note:
-    """A sentence that belongs to an answer; `export` names weights that it offers."""
-
-    text: str
-    export: str = ""
-
-
-@dataclass(frozen=True)
 class Answer:
     """What to ship, in a sentence, and what a reader should know beside it.
 
-    `recommended` are the weights to ship, then all whose difference from them is not significant; empty for no recommendation.
+    `recommended` are the weights to ship, then all others that may be the best; empty for no recommendation.
     """
 
     sentence: str
-    notes: tuple[Note, ...] = ()
+    notes: tuple[str, ...] = ()
     recommended: tuple[str, ...] = ()
 
     @property
@@ -81,15 +72,14 @@ def rivals(scoring: Scoring, scorings: Sequence[Scoring]) -> list[Scoring]:
     Two recommendations exclude each other where they have no weights in common, although each scored some that the other
     recommends.
     """
-    ours, scored = set(judge(scoring).recommended), {row.weights for row in scoring.rows}
-    found = []
-    for other in scorings:
-        theirs = set(judge(other).recommended)
-        if other.step != scoring.step or ours & theirs or not (scoring.compares_with_raw and other.compares_with_raw):
-            continue
-        if theirs & scored and ours & {row.weights for row in other.rows}:
-            found.append(other)
-    return sorted(found, key=lambda other: other.finished, reverse=True)
+
+    def excludes(other: Scoring) -> bool:
+        theirs, there = set(judge(other).recommended), {row.weights for row in other.entries}
+        return bool(not ours & theirs and theirs & here and ours & there)
+
+    ours, here = set(judge(scoring).recommended), {row.weights for row in scoring.entries}
+    both = [s for s in scorings if s.step == scoring.step and s.compares_with_raw and scoring.compares_with_raw]
+    return sorted(filter(excludes, both), key=lambda other: other.finished, reverse=True)
 
 
 def differing(scoring: Scoring, other: Scoring) -> str:
@@ -113,106 +103,89 @@ def answer(scoring: Scoring, against: Sequence[Scoring]) -> Answer:
     says = ". ".join(f"{one.conditions}: {judge(one).brief}" for one in (scoring, *against))
     sentence = f"No weights are recommended, because scorings of step {scoring.step:,} contradict each other. {says}."
     notes = [
-        Note(f"Settings that differ ({scoring.folder}, {other.folder}): {differing(scoring, other)}.")
-        for other in against
+        f"Settings that differ ({scoring.folder}, {other.folder}): {differing(scoring, other)}." for other in against
     ]
-    return Answer(sentence, (*notes, *(note for note in own.notes if not note.export)))
+    return Answer(sentence, (*notes, *own.notes))
 
 
 def judge(scoring: Scoring) -> Answer:
     """The answer of one scoring alone, by the table above; the sentence begins with what it holds for."""
     found = _decide(scoring)
-    scope = Note(
-        f"This holds for step {scoring.step:,} of this training run and one reference ({scoring.reference}). "
+    copying = " Weights that copy these images would be closer still." if scoring.reading == "training images" else ""
+    scope = (
+        f"This holds for step {scoring.step:,} of this training run, {scoring.against}.{copying} "
         "Another training run, reference or sampler may rank the weights differently."
     )
-    notes = (scope, *found.notes, *_sweep(scoring), *(Note(text) for text in saturation(scoring, scoring.rows)))
+    notes = (scope, *found.notes, *saturation(scoring, scoring.entries))
     return Answer(f"{scoring.conditions}: {found.sentence}", notes, found.recommended)
 
 
 def _decide(scoring: Scoring) -> Answer:
-    rows, raw, metric = scoring.rows, scoring.raw, scoring.metric_name
+    rows, raw = scoring.entries, scoring.raw
     if not rows:
         return Answer("no weights have a distance, so none are recommended.")
-    lowest = f"{metric} {with_error(rows[0].distance, rows[0].stderr)}"
+    lowest = f"{scoring.metric_name} {with_error(rows[0].distance, rows[0].stderr)}"
     if len(rows) == 1:
         return Answer(f"only {rows[0].weights} was scored, so there is nothing to compare it with: {lowest}.")
     if raw is None:
-        return _without_raw(scoring)
+        start = f"{rows[0].weights} has the lowest distance of the {len(rows)} weights scored, {lowest}."
+        return _of_set(scoring, rows[0], start, " raw was not scored, so whether averaging helps is not known.")
     averages = [row for row in rows if row is not raw]
-    by_word = {word: [row for row in averages if against_raw(row) == word] for word in (BETTER, UNCLEAR, WORSE)}
-    if by_word[BETTER]:
-        return _average(scoring, by_word[BETTER][0])
-    if by_word[UNCLEAR]:
-        return _raw_or(scoring, raw, by_word[UNCLEAR])
-    if not by_word[WORSE]:
-        return Answer(
-            "no paired difference from raw is known, so no weights are recommended. "
-            f"{rows[0].weights} has the lowest distance, {lowest}."
-        )
-    nearest = min(by_word[WORSE], key=lambda row: _gap(row).delta)
-    which = "Every average is"
-    if len(by_word[WORSE]) < len(averages):
-        which = "All averages that were compared with it are"
-    sentence = f"ship raw. {which} significantly worse; the nearest is {nearest.weights}, {_size(nearest)} above raw."
-    return Answer(sentence, tuple(_unpaired(scoring, raw)), ("raw",))
-
-
-def _average(scoring: Scoring, best: Row) -> Answer:
-    """The lowest of the averages that are significantly better than raw."""
-    ties = _ties(scoring, best)
-    gain = f"Its {scoring.metric_name} is {_size(best)} below that of raw, a significant difference."
-    lower = [_lower(scoring, row, best) for row in scoring.rows if row.distance < best.distance]
-    return Answer(
-        f"ship {best.weights}. {gain}{_tied(ties)}", (*lower, *_unpaired(scoring, best)), (best.weights, *ties)
+    better, worse, unknown = (
+        [row for row in averages if against_raw(row) == word] for word in (BETTER, WORSE, UNKNOWN)
     )
+    if len(unknown) == len(averages):
+        start = "no paired difference from raw is known, so no weights are recommended."
+        return Answer(f"{start} {rows[0].weights} has the lowest distance, {lowest}.")
+    found = _average(scoring, better) if better else _raw(scoring, raw, worse)
+    loose = [f"{row.weights} was not compared with raw: no paired difference is known." for row in unknown]
+    return Answer(found.sentence, (*found.notes, *loose), found.recommended)
 
 
-def _lower(scoring: Scoring, row: Row, best: Row) -> Note:
-    """Why an average below the recommended one is not the recommended one."""
-    known = f"{_signed(row.versus_raw)}, {against_raw(row)}" if row.versus_raw else "not paired"
-    also = f" It is significantly below {best.weights}." if significant(scoring, row, best) else ""
-    size = with_error(row.distance, row.stderr)
-    return Note(f"{row.weights} is lower still, {size}, but not shown to be better than raw ({known}).{also}")
+def _average(scoring: Scoring, better: Sequence[Row]) -> Answer:
+    """One of those that may be the best, shown to be better than raw where there is such a one."""
+    both = [row for row in better if row.weights in scoring.may_be_best]
+    best = scoring.preferred(both or scoring.entries)
+    why = f"Its {scoring.metric_name} is {_size(best)} below that of raw, a significant difference."
+    if (
+        not both
+    ):  # a narrow average may be shown to be better, and a wide one, paired less well with raw, to be lower yet
+        are = "is" if len(better) == 1 else "are"
+        why = f"{listed([row.weights for row in better])} {are} significantly better than raw, and others are lower still."
+    found = _of_set(scoring, best, f"ship {best.weights}. {why}")
+    return Answer(found.sentence, tuple(_against(scoring, best)), found.recommended)
 
 
-def _raw_or(scoring: Scoring, raw: Row, unclear: Sequence[Row]) -> Answer:
-    choices = [f"{row.weights} ({_signed(_gap(row))} from raw)" for row in unclear]
-    these = "this difference is" if len(unclear) == 1 else "these differences are"
-    sentence = (
-        f"ship {listed(['raw', *choices], 'or')}. No average is shown to be better than raw: {these} not significant. "
-        "More images may decide."
+def _raw(scoring: Scoring, raw: Row, worse: Sequence[Row]) -> Answer:
+    """Raw, where no average is shown to be better."""
+    if len(worse) == len(scoring.entries) - 1:
+        lowest = f"the lowest is {worse[0].weights}, {_size(worse[0])} above raw"
+        return Answer(f"ship raw. Every average is significantly worse; {lowest}.", (), ("raw",))
+    more = " More images may decide." if len(scoring.may_be_best) > 1 else ""
+    return _of_set(scoring, raw, "ship raw. No average is shown to be better.", more)
+
+
+def _of_set(scoring: Scoring, best: Row, start: str, end: str = "") -> Answer:
+    """`best`, and what else may be the best."""
+    others = [name for name in scoring.may_be_best if name != best.weights]
+    also = (
+        f"The best of this table may also be {listed(others, 'or')}"
+        if others
+        else "It alone may be the best of this table"
     )
-    return Answer(sentence, tuple(_unpaired(scoring, raw)), ("raw", *(row.weights for row in unclear)))
+    return Answer(f"{start} {also}.{end}", (), (best.weights, *others))
 
 
-def _without_raw(scoring: Scoring) -> Answer:
-    best = scoring.rows[0]
-    ties, size = _ties(scoring, best), with_error(best.distance, best.stderr)
-    sentence = (
-        f"{best.weights} has the lowest {scoring.metric_name} of the {len(scoring.rows)} weights scored, {size}."
-        f"{_tied(ties)} raw was not scored, so whether averaging helps is not known."
-    )
-    return Answer(sentence, tuple(_unpaired(scoring, best)), (best.weights, *ties))
-
-
-def _ties(scoring: Scoring, best: Row) -> tuple[str, ...]:
-    """Names whose paired difference from `best` is not significant, by distance."""
-    return tuple(r.weights for r in scoring.rows if r is not best and significant(scoring, r, best) is False)
-
-
-def _tied(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    differences = "difference is" if len(names) == 1 else "differences are"
-    return f" {listed(names)} may be as good: the {differences} not significant."
-
-
-def _unpaired(scoring: Scoring, best: Row) -> Iterator[Note]:
-    names = [r.weights for r in scoring.rows if r is not best and significant(scoring, r, best) is None]
-    if names:
-        was = "was" if len(names) == 1 else "were"
-        yield Note(f"{listed(names)} {was} not compared with {best.weights}: no paired difference is known.")
+def _against(scoring: Scoring, best: Row) -> Iterator[str]:
+    """Other measures by which raw is better than what is recommended."""
+    for key, gap in best.measures_vs_raw.items():
+        silent = key == "precision" and says_nothing(scoring.precision_of_noise)
+        if not gap.significant or gap.delta is None or silent:
+            continue
+        if (gap.delta > 0) == (key == "kid"):  # of precision and recall, more is better
+            where = "above" if gap.delta > 0 else "below"
+            label, size = "KID" if key == "kid" else key, with_error(abs(gap.delta), gap.stderr)
+            yield f"{best.weights} is worse than raw in {label}: {size} {where} it, a significant difference."
 
 
 def against_raw(row: Row) -> str:
@@ -221,46 +194,9 @@ def against_raw(row: Row) -> str:
     return UNKNOWN if gap is None else verdict_of(gap.delta, gap.significant)
 
 
-def significant(scoring: Scoring, a: Row, b: Row) -> bool | None:
-    """Whether the paired difference of two rows is significant; None where it was not computed."""
-    for row, other in ((a, b), (b, a)):
-        if other.weights == "raw" and row.versus_raw is not None:
-            return row.versus_raw.significant
-    names = {a.weights, b.weights}
-    return next((pair.significant for pair in scoring.pairs if {pair.a, pair.b} == names), None)
-
-
-def _gap(row: Row) -> Difference:
-    assert row.versus_raw is not None
-    return row.versus_raw
-
-
 def _size(row: Row) -> str:
-    return with_error(abs(_gap(row).delta), _gap(row).stderr)
-
-
-def _signed(difference: Difference) -> str:
-    return with_error(difference.delta, difference.stderr, signed=True)
-
-
-def _sweep(scoring: Scoring) -> Iterator[Note]:
-    """A width or decay of the sweep that is lower than every stored average, and can be exported."""
-    found = {row.weights: row for row in scoring.sweep}
-    for best in scoring.sweep_best.values():
-        row, kept = found.get(best.weights), best.versus_best_kept
-        if row is None or not scoring.rows:
-            continue
-        lowest = scoring.rows[0]
-        delta, size = row.distance - lowest.distance, f"no paired difference from {lowest.weights} is known"
-        if kept is not None and kept.delta is not None and kept.weights == lowest.weights:
-            delta, word = kept.delta, "" if kept.significant else "not "
-            size = f"{with_error(delta, kept.stderr, signed=True)} from {kept.weights}, {word}significant"
-        if delta < 0:
-            yield Note(
-                f"The sweep found {row.weights} lower still, {with_error(row.distance, row.stderr)} ({size}). "
-                "The lowest of many candidates looks better than it is.",
-                export=row.weights,
-            )
+    """Of the difference from raw, without its sign."""
+    return with_error(abs(row.delta_vs_raw or 0.0), row.delta_stderr)
 
 
 def saturation(scoring: Scoring, rows: Sequence[Row]) -> Iterator[str]:

@@ -40,8 +40,7 @@ def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str
         wanted[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     overrides = map(shlex.quote, _overrides(wanted, own))
     command = " ".join(["ddpm-ema score", _run(record), *overrides])
-    classifier = wanted.get("extractor") == "classifier" and wanted.get("extractor_path") is None
-    if classifier and not (record.path / "features.safetensors").is_file():
+    if "classifier" in wanted.get("extractors", ()) and not (record.path / "features.safetensors").is_file():
         return f"ddpm-ema features {_run(record)}\n{command}"
     return command
 

@@ -90,7 +90,7 @@ def runs(compared: Sequence[Run]) -> Table:
         {
             "Recommended": judge(run.scoring).brief if run.scoring else "not scored",
             "Its distance": _distance(run.scoring, run.best),
-            "Distance of raw": _distance(run.scoring, run.scoring and run.scoring.raw),
+            "Distance of raw": _distance(run.scoring, run.scoring.raw if run.scoring else None),
             "Scored step": f"{run.scoring.step:,}" if run.scoring else "none",
             **{key: value for key, value in facts.run(run.record) if key in ("Steps", "Time")},
         }

@@ -97,17 +97,17 @@ def column(rows: Rows, key: str) -> list[Point]:
 def swept(scoring: Scoring, key: str, value: str = "", prefix: str = "") -> list[Point]:
     """The sweep that varies `key` (a key of WIDTHS) as points: the distance, or another value of its rows, over the width.
 
-    Marks of rows that are significantly worse than the best are hollow.
+    Marks of rows that cannot be the best of all weights are hollow.
     """
-    told = scoring.sweep_best.get(key)
-    close = (told.weights, *told.not_significantly_worse) if told is not None else ()
     points = []
     for row in scoring.sweep:
         x, y = row.get(key), row.get(value) if value else row.distance
         error = row.get(f"{value}_stderr" if value else "stderr") or 0.0
         if x is not None and y is not None and not (key == "decay" and x >= 1):
             x = 1 / (1 - x) if key == "decay" else x
-            points.append(Point(x, y, error, prefix + row.weights, row.weights not in close and not value))
+            points.append(
+                Point(x, y, error, prefix + row.weights, row.weights not in scoring.may_be_best and not value)
+            )
     return sorted(points)
 
 
@@ -116,12 +116,11 @@ def sweep(scoring: Scoring, key: str, note: str) -> list[Plot]:
     (title, label), points, metric = WIDTHS[key], swept(scoring, key), scoring.metric_name
     if len(points) < 2:
         return []
-    told = scoring.sweep_best.get(key)
-    best = [point for point in points if told is not None and point.note == told.weights]
-    ring = best[0] if best else min(points, key=lambda point: point.y)
+    best = scoring.preferred(row for row in scoring.sweep if row.get(key) is not None)
+    ring = next((point for point in points if point.note == best.weights), min(points, key=lambda point: point.y))
     caption = (
         f"At step {scoring.step:,}, {scoring.sampling}. Averages reconstructed after training. Bands are one and two standard "
-        f"errors; the ring is the best, {ring.note}. Filled marks are not significantly worse."
+        f"errors; the ring is the lowest, {ring.note}. Filled marks may be the best of all weights."
     )
     if ring in (points[0], points[-1]):
         caption += " It lies at the end of the range: a wider range may hold a better one."

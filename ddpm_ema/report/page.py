@@ -21,7 +21,7 @@ from ddpm_ema.report.record import Record, Scoring
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 Looks = Mapping[str, Look]
-FURTHER = (("kid", "KID", 5), ("inception_score", "IS", 2), ("precision", "Precision", 3), ("recall", "Recall", 3))
+FURTHER = (("kid", "KID", 5), ("precision", "Precision", 3), ("recall", "Recall", 3))
 """Further columns of the table of weights: key, title, digits after the point."""
 CURVES = (
     ("loss", "Training loss", "loss", "Mean over the steps since the previous row.", False),
@@ -75,8 +75,7 @@ def render(record: Record, scoring: Scoring | None) -> str:
         caption, level = f"{scoring.conditions}.", figures.floor(scoring)
         alike = figures.distance(series, scoring.metric_name, caption, look, level)
         found = answer.answer(scoring, shown[1:])
-        offered = [*found.recommended[:1], *(note.export for note in found.notes if note.export)]
-        exports = filter(None, (commands.export(record, scoring, name) for name in offered))
+        exports = filter(None, (commands.export(record, scoring, name) for name in found.recommended[:1]))
         content |= {"answer": found, "exports": "\n".join(exports), "sweep": _sweep(record, scoring)}
     content |= {
         "alike": alike,

@@ -6,22 +6,22 @@ names the place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ddpm_ema.numbers import metric_label, sampler_label
+from ddpm_ema.numbers import metric_label, preference, reading, sampler_label
 from ddpm_ema.weight_names import split_step
 
-SCHEMA = 2
+SCHEMA = 3
 LARGEST = 1e30  # a larger figure is not drawn
 # Keys of results.json that are no settings: they differ between two scorings with the same settings.
 NO_SETTINGS = {
-    *("schema", "step", "finished", "evaluation", "world_size", "rows", "pairs", "warnings", "folder", "grid"),
-    *("sweep", "sweep_best", "sweep_search", "reference_saturated", "precision_of_noise", "floor"),
+    *("schema", "step", "finished", "evaluation", "world_size", "rows", "may_be_best", "warnings", "folder", "grid"),
+    *("sweep", "sweep_search", "reading", "floor", "reference_saturated", "precision_of_noise"),
 }
 
 
@@ -51,7 +51,10 @@ class Shape(BaseModel):
 
 
 class Difference(NamedTuple):
-    """A paired difference, its standard error and 95% interval, in units of the distance. `significant`: as the scorer says."""
+    """A paired difference, its standard error and interval, in units of the distance.
+
+    `significant`: as the scorer says, at the error rate of the whole table; the interval leaves zero out in that case alone.
+    """
 
     delta: float
     stderr: float
@@ -60,10 +63,19 @@ class Difference(NamedTuple):
     significant: bool
 
 
+class MeasureDifference(Shape):
+    """The paired difference from raw in KID, precision or recall; `significant` as for the distance."""
+
+    delta: Number = None
+    stderr: Error = None
+    significant: bool = False
+
+
 class Row(Shape):
     """One scored entry of `rows`, `sweep`, or a quick scoring. What was not computed is None."""
 
     weights: Annotated[str, Field(min_length=1)]
+    num_images: Step = 0
     frechet_distance: Number = None
     frechet_distance_unbiased: Number = None
     stderr: Error = None
@@ -71,6 +83,7 @@ class Row(Shape):
     delta_stderr: Error = None
     interval: tuple[Number, Number] | None = None
     significant: bool | None = None
+    measures_vs_raw: dict[str, MeasureDifference] = {}
     saturated: Number = None
     seconds: Number = None
     warnings: tuple[str, ...] = ()
@@ -94,37 +107,12 @@ class Row(Shape):
         return None if None in parts else Difference(*parts)
 
 
-def _ranked(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+def _ranked(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(sorted((row for row in rows if row.frechet_distance is not None), key=lambda row: row.distance))
 
 
 Ranked = Annotated[tuple[Row, ...], AfterValidator(_ranked)]
 """Rows from the lowest distance to the highest; those without a distance are left out."""
-
-
-class Pair(Shape):
-    """Whether the paired difference of two rows is significant."""
-
-    a: str
-    b: str
-    significant: bool
-
-
-class VersusKept(Shape):
-    """The paired difference of a sweep's best from the best stored average, `weights`."""
-
-    weights: str
-    delta: Number = None
-    stderr: Error = None
-    significant: bool | None = None
-
-
-class SweepBest(Shape):
-    """The lowest candidate of one sweep, and those that are not significantly worse."""
-
-    weights: str
-    not_significantly_worse: tuple[str, ...] = ()
-    versus_best_kept: VersusKept | None = None
 
 
 class Floor(Shape):
@@ -156,9 +144,9 @@ class Scoring(Shape):
     reference_saturated: Number = None
     precision_of_noise: Number = None
     floor: Floor | None = None
-    pairs: tuple[Pair, ...] = ()
+    reading: str = ""
+    may_be_best: tuple[str, ...]
     sweep: Ranked = ()
-    sweep_best: dict[str, SweepBest] = {}
     warnings: tuple[str, ...] = ()
     # Not of the file: the name of its folder, and the grid of samples in it.
     folder: str = ""
@@ -168,6 +156,21 @@ class Scoring(Shape):
     def metric_name(self) -> str:
         """`FID`, only where the scoring says so; anything else names its extractor."""
         return metric_label(dict(self))
+
+    @property
+    def against(self) -> str:
+        """`against these training images (train of digits, 1797 images)`: what the distances are from."""
+        return reading(dict(self))
+
+    @property
+    def entries(self) -> tuple[Row, ...]:
+        """All weights that were scored, candidates of a sweep among them, each name once, the lowest distance first."""
+        by_name = {row.weights: row for row in (*self.sweep, *self.rows)}
+        return _ranked(by_name.values())
+
+    def preferred(self, rows: Iterable[Row]) -> Row:
+        """That of the rows which is recommended first."""
+        return min(rows, key=lambda row: preference(row.weights in self.may_be_best, row.num_images, row.distance))
 
     @property
     def sampling(self) -> str:
@@ -188,7 +191,7 @@ class Scoring(Shape):
     @property
     def compares_with_raw(self) -> bool:
         """Whether it includes raw and at least one average."""
-        return self.raw is not None and len(self.rows) > 1
+        return self.raw is not None and len(self.entries) > 1
 
     @property
     def settings(self) -> dict[str, str]:

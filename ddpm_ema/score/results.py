@@ -9,41 +9,61 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm_ema import numbers
 from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
 from ddpm_ema.metrics import Reference
-from ddpm_ema.numbers import decimals, figure, metric_label, sampler_label, says_nothing, verdict_of, with_error
+from ddpm_ema.numbers import aligned, decimals, figure, metric_label, says_nothing, verdict_of, with_error
 from ddpm_ema.sampling import PROTOCOL
-from ddpm_ema.score.rows import Score, pairs, rows
+from ddpm_ema.score.reference import reading_of
+from ddpm_ema.score.rows import Score, compare, ranked
 
-SCHEMA = 2
+SCHEMA = 3
 
 
-def settings_of(
-    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
-) -> dict[str, Any]:
-    """The settings that change the scores. Their digest names the folder of a scoring.
+def sampling_settings(config: Config, labels: Tensor | None = None) -> dict[str, Any]:
+    """The settings that change the images sampled from given weights. Their digest names the folder of the images.
 
     Args:
-        config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
-        extractor: what makes the features.
-        origin: what the samples are compared with, as in results.json.
+        config: of whose settings those count that are marked SAMPLES; an inert one counts as None.
         labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
     """
-    settings: dict[str, Any] = {"protocol": PROTOCOL}
-    for key, value in chosen(to_dict(config), lambda mark: mark & (Effect.SAMPLES | Effect.SCORES)).items():
-        section, _, name = key.partition(".")
-        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    settings = {"protocol": PROTOCOL, **_marked(config, Effect.SAMPLES)}
     if settings["sampler"] != "ddim":
         settings["eta"] = None
     if not config.model.class_conditional:
         settings["guidance_scale"] = None
     return settings | {
+        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    }
+
+
+def _marked(config: Config, mark: Effect) -> dict[str, Any]:
+    """The settings with this mark: those of `evaluation` by name, the others by section."""
+    settings: dict[str, Any] = {}
+    for key, value in chosen(to_dict(config), lambda found: mark in found).items():
+        section, _, name = key.partition(".")
+        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    return settings
+
+
+def settings_of(
+    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
+) -> dict[str, Any]:
+    """The settings that change the scores: those of the samples, and those marked SCORES. Their digest names a table's folder.
+
+    Args:
+        config, labels: as in `sampling_settings`.
+        extractor: what makes the features.
+        origin: what the samples are compared with, as in results.json.
+    """
+    return {
+        **sampling_settings(config, labels),
+        **_marked(config, Effect.SCORES),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
         "reference": {key: value for key, value in origin.items() if key != "versions"},
-        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
     }
 
 
@@ -61,9 +81,8 @@ def results_of(
     reference: Reference,
 ) -> dict[str, Any]:
     """results.json without the sweep and the versions. `settings` are those of `settings_of`."""
-    found = rows(scores)
-    by_name = {score.row["weights"]: score for score in scores}
-    warnings = [warning for row in found for warning in row["warnings"]]
+    rows, may_be_best = compare(scores)
+    warnings = [warning for row in rows for warning in row["warnings"]]
     noise = reference.precision_of_noise
     if says_nothing(noise):
         text = f"precision says nothing here: images of uniform noise reach {noise:.2f} of it with this extractor"
@@ -73,8 +92,10 @@ def results_of(
         "step": step,
         "metric": metric_of(extractor),
         **{key: value for key, value in settings.items() if key != "reference"},
+        "extractor": extractor.label,
         "reference": _reference_text(config, settings["reference"]),
         "reference_origin": settings["reference"],
+        "reading": reading_of(config),
         "reference_saturated": reference.saturated,
         "precision_of_noise": noise,
         "timestep_spacing": "trailing",
@@ -82,8 +103,8 @@ def results_of(
         "settings_digest": digest(settings),
         "evaluation": to_dict(config)["evaluation"],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": found,
-        "pairs": pairs([by_name[row["weights"]] for row in found]),
+        "rows": ranked(rows),
+        "may_be_best": may_be_best,
         "warnings": [*reference.warnings, *dict.fromkeys(warnings)],
     }
 
@@ -99,26 +120,37 @@ def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
 def heading(results: Mapping[str, Any]) -> str:
     """What the table is of."""
     images = f"{results['num_images']:,} images per row"
-    return f"step {results['step']}, {sampler_label(results)}, {images}, against {results['reference']}"
+    return f"step {results['step']}, {numbers.sampler_label(results)}, {images}, {numbers.reading(results)}"
 
 
-def table(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Rows from the best to the worst, for a terminal. The distance is the bias-corrected one, ± one standard error."""
-    head = ["weights", "images", metric_label(results), "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
-    hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
-    body = [_cells(row, usual, hidden) for row in (results["rows"] if entries is None else entries)]
-    shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
-    lines = [[line[i] for i in shown] for line in [head, *body]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
-    text = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
+def table(results: Mapping[str, Any]) -> str:
+    """All that was scored, from the best to the worst, for a terminal. The distance is the bias-corrected one ± its error."""
+    head = [
+        "weights",
+        "images",
+        metric_label(results),
+        "plain",
+        "vs raw",
+        "",
+        "KID",
+        "precision",
+        "recall",
+        "near train",
+        "seconds",
     ]
+    hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
+    body = [_cells(row, usual, hidden) for row in ranked([*results["rows"], *results.get("sweep", ())])]
+    shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
+    num_rows = len(body)
+    if floor := results.get("floor"):
+        real = [f"real images ({floor['split']})", "", with_error(floor["distance"], floor["stderr"])]
+        body.append([*real, *[""] * (len(head) - len(real))])
+    text = aligned([[line[i] for i in shown] for line in [head, *body]])
+    if num_rows > 1:
+        text.append(f"may be the best of these: {', '.join(results['may_be_best'])}")
     if hidden and any("precision" in row for row in results["rows"]):
         text.append(f"precision is left out: images of uniform noise reach {results['precision_of_noise']:.2f} of it")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)
 
 
 def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -> list[str]:
@@ -129,8 +161,9 @@ def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -
         figure(row["frechet_distance"], decimals(row["stderr"])),
         with_error(row["delta_vs_raw"], row["delta_stderr"], signed=True) if "delta_vs_raw" in row else "",
         verdict_of(row["delta_vs_raw"], row["significant"]) if "significant" in row else "",
-        figure(row["kid"], 5) if "kid" in row else "",
-        f"{row['precision']:.3f}" if "precision" in row and not without_precision else "",
-        f"{row['recall']:.3f}" if "recall" in row else "",
+        with_error(row["kid"], row["kid_stderr"]) if "kid" in row else "",
+        with_error(row["precision"], row["precision_stderr"]) if "precision" in row and not without_precision else "",
+        with_error(row["recall"], row["recall_stderr"]) if "recall" in row else "",
+        f"{row['nearer_to_training']:.2f}" if "nearer_to_training" in row else "",
         f"{row['seconds']:.1f}",
     ]

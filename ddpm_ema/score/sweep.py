@@ -12,13 +12,16 @@ from ddpm_ema.averaging import BiasCorrected, PowerFunction, Window
 from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics import Difference, Estimate, difference
+from ddpm_ema.metrics import Estimate, difference
 from ddpm_ema.named_weights import name_of
-from ddpm_ema.numbers import with_error
+from ddpm_ema.numbers import preference
 from ddpm_ema.score.driver import Jobs
-from ddpm_ema.score.rows import Score, paired, versus_raw
+from ddpm_ema.score.rows import Score, compare, ranked
 from ddpm_ema.score.scorer import Scorer
-from ddpm_ema.score.search import Search
+from ddpm_ema.score.search import Search, ladder
+
+IMAGES_PER_DIMENSION = 5
+"""Of features: with fewer images a difference of two distances is biased (docs/scoring.md)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,13 @@ class Sweep:
         evaluation = scorer.config.evaluation
         self.most_images = evaluation.sweep.num_images or evaluation.num_images
         self.weights = [scorer.resolver.reconstructed(candidate.profile) for candidate in wanted]
+        groups, least = evaluation.groups, IMAGES_PER_DIMENSION * len(scorer.builder.frechet.mu)
+        self.rungs = ladder(max(10 * groups, least, self.most_images // 8), self.most_images)
+        if evaluation.sweep.search and self.most_images < least:
+            raise UserError(
+                f"evaluation.sweep.search: {self.most_images} images per candidate are fewer than {IMAGES_PER_DIMENSION} per "
+                f"feature dimension ({least}), where a difference of distances is biased: raise evaluation.sweep.num_images"
+            )
 
     def jobs(self, search: bool) -> Jobs[dict[str, Any]]:
         """Scores all candidates over as many images, or searches among them; returns what the search spent, by kind.
@@ -98,24 +108,23 @@ class Sweep:
             yield from scorer.sample(scorer.resolver.named("raw"), self.most_images)
         everything = dict.fromkeys(range(len(self.candidates)), self.most_images)
         looked_at = (yield from self._search()) if search else everything
-        counts = {place: max(count, self._swept_before(place)) for place, count in looked_at.items()}
-        for place, count in counts.items():
-            yield from scorer.score(self.weights[place], count, named=False)
-        for place, count in counts.items():  # all at once: half a sweep is none
+        found = {}
+        for place, count in looked_at.items():
+            before = scorer.record(self.weights[place]).candidate or {"num_images": 0}
+            now = {"num_images": count, "looks": len(self.rungs) if search else 1}
+            had = before["num_images"]
+            found[place] = before if had > count or (search and had == count) else now
+            yield from scorer.score(self.weights[place], found[place]["num_images"], named=False)
+        for place, images in found.items():  # all at once: half a sweep is none
             candidate, record = self.candidates[place], scorer.record(self.weights[place])
-            record.candidate = {"kind": candidate.kind, "value": candidate.value, "num_images": count}
+            record.candidate = {**images, "kind": candidate.kind, "value": candidate.value}
             scorer.folder.keep(record)
-        spent = {
-            "candidates": len(self.candidates),
-            "images": sum(looked_at.values()),
-            "of": sum(everything.values()),
-        }
-        return {self.candidates[0].kind: spent} if search else {}
+        used, of = sum(looked_at.values()), sum(everything.values())
+        return {self.candidates[0].kind: {"candidates": len(everything), "images": used, "of": of}} if search else {}
 
     def _search(self) -> Jobs[dict[int, int]]:
         """Candidate -> images, for those that a bracketing search looked at."""
-        first = max(10 * self.scorer.config.evaluation.groups, self.most_images // 8)
-        search = Search(len(self.candidates), first, self.most_images, self._estimate)
+        search = Search(len(self.candidates), self.rungs, self._estimate)
         for place, count in search:
             yield from self.scorer.sample(self.weights[place], count)
         return dict(sorted(search.counts.items()))
@@ -125,113 +134,64 @@ class Sweep:
         assert found is not None
         return found
 
-    def _swept_before(self, place: int) -> int:
-        """The images that an earlier sweep gave a candidate."""
-        return int((self.scorer.record(self.weights[place]).candidate or {}).get("num_images", 0))
-
 
 def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json says of this sweep and earlier ones; {} where there was none.
+    """What results.json says of this sweep and earlier ones, with the named weights in one table; {} where there was none.
 
     Args:
         scorer: whose folder holds the candidates; those count whose weights are still what they were.
         spent: what the searches of this sweep spent, by kind.
 
     Returns:
-        `sweep` (rows, by kind and width), `sweep_best` and `sweep_search`.
+        `rows`, `sweep` (rows, by kind and width), `may_be_best` and `sweep_search`.
     """
-    found: dict[str, list[Swept]] = {}
-    for record in scorer.folder.records():
-        score = record.score(record.candidate["num_images"]) if record.candidate else None
-        if score is not None and record.candidate is not None and scorer.weights_of(record) is not None:
-            found.setdefault(record.candidate["kind"], []).append(Swept(record.candidate["value"], record.name, score))
-    raw = scorer.raw()
-    rows, best = [], {}
-    for kind, entries in sorted(found.items(), reverse=True):
-        entries.sort(key=lambda entry: entry.value)
-        rows += [_row(scorer, kind, entry, raw) for entry in entries]
-        best[kind] = _best(scorer, kind, entries)
+    swept, named = _swept(scorer), scorer.scores()
+    if not swept:
+        return {}
+    kinds = [score.row["sweep"] for score in swept]
     searches = {**scorer.folder.results().get("sweep_search", {}), **spent}
-    searches = {kind: value for kind, value in searches.items() if kind in found}
-    return ({"sweep": rows, "sweep_best": best} if rows else {}) | ({"sweep_search": searches} if searches else {})
+    searches = {kind: search for kind, search in searches.items() if kind in kinds}
+    unseen = sum(max(0, search["candidates"] - kinds.count(kind)) for kind, search in searches.items())
+
+    def pair(a: Score, b: Score) -> Estimate | None:
+        """Over the images that both have; raw has those of every candidate."""
+        count = min(sum(one.estimate.counts) for one in (a, b) if one.row["weights"] != "raw")
+        ours, theirs = (scorer.estimate(one.row["weights_sha256"], count) for one in (a, b))
+        return difference(ours, theirs) if ours is not None and theirs is not None else None
+
+    rows, best = compare([*named, *swept], pair, unseen)
+    found = {"rows": ranked(rows[: len(named)]), "sweep": rows[len(named) :], "may_be_best": best}
+    return found | ({"sweep_search": searches} if searches else {})
 
 
-@dataclass(frozen=True)
-class Swept:
-    """A candidate with its score."""
-
-    value: float
-    name: str
-    score: Score
-
-    @property
-    def key(self) -> str:
-        return str(self.score.row["weights_sha256"])
-
-    @property
-    def count(self) -> int:
-        return sum(self.score.estimate.counts)
-
-
-def _row(scorer: Scorer, kind: str, entry: Swept, raw: Score | None) -> dict[str, Any]:
-    beside = scorer.estimate(str(raw.row["weights_sha256"]), entry.count) if raw is not None else None
-    named = {**entry.score.row, "weights": entry.name, "sweep": kind, kind: entry.value}
-    return {**named, **versus_raw(entry.score, beside)}
-
-
-def _best(scorer: Scorer, kind: str, entries: list[Swept]) -> dict[str, Any]:
-    """The lowest distance among the candidates with the most images, unless one with fewer is significantly lower."""
-    most = max(entry.count for entry in entries)
-    best = min((entry for entry in entries if entry.count == most), key=lambda entry: entry.score.estimate.unbiased)
-    for entry in entries:
-        against = _compared(scorer, entry.key, entry.count, best)
-        if against is not None and against.significant and against.delta < 0:
-            best = entry
-    close = []
-    for entry in entries:
-        against = _compared(scorer, entry.key, entry.count, best)
-        if entry is not best and not (against is not None and against.significant and against.delta > 0):
-            close.append(entry.name)
-    kept = _versus_best_kept(scorer, best)
-    return {"weights": best.name, kind: best.value, "not_significantly_worse": close, "versus_best_kept": kept}
-
-
-def _compared(scorer: Scorer, key: str, count: int, best: Swept) -> Difference | None:
-    """Some weights less the best candidate, over the images that both have; None where those are gone."""
-    common = min(count, best.count)
-    a, b = scorer.estimate(key, common), scorer.estimate(best.key, common)
-    return difference(a, b) if a is not None and b is not None else None
-
-
-def _versus_best_kept(scorer: Scorer, best: Swept) -> dict[str, Any] | None:
-    """The best candidate less the best average that training kept, over the images that both have: nothing is sampled for it."""
-    names = scorer.resolver.checkpoint.names[1:] if scorer.resolver.checkpoint else []
-    kept = [score for score in scorer.scores() if score.row["weights"] in names]
-    if not kept:
-        return None
-    row = min(kept, key=lambda score: score.estimate.unbiased).row
-    common = min(row["num_images"], best.count)
-    ours, theirs = scorer.estimate(best.key, common), scorer.estimate(row["weights_sha256"], common)
-    if ours is None or theirs is None:
-        return None
-    return {"weights": row["weights"], **paired(difference(ours, theirs))}
+def _swept(scorer: Scorer) -> list[Score]:
+    """The candidates of all sweeps, by kind and width."""
+    found = []
+    for record in scorer.folder.records():
+        candidate = record.candidate
+        score = record.score(candidate["num_images"]) if candidate else None
+        if candidate and score is not None and scorer.weights_of(record) is not None:
+            kind, value = candidate["kind"], candidate["value"]
+            row = {**score.row, "weights": record.name, "sweep": kind, kind: value}
+            found.append(Score(row, score.estimate, candidate["looks"]))
+    found.sort(key=lambda score: score.row[score.row["sweep"]])
+    return sorted(found, key=lambda score: score.row["sweep"], reverse=True)
 
 
 def describe(results: Mapping[str, Any]) -> str:
     """What the sweep found, for a terminal; empty where there was none."""
     lines = []
-    for kind, best in results.get("sweep_best", {}).items():
+    for kind in dict.fromkeys(row["sweep"] for row in results.get("sweep", ())):
         rows = [row for row in results["sweep"] if row["sweep"] == kind]
-        images = next(row["num_images"] for row in rows if row["weights"] == best["weights"])
-        close = best["not_significantly_worse"]
-        tail = f"; not significantly worse: {', '.join(close)}" if close else ""
-        lines.append(f"best {kind} of the sweep: {best[kind]:.6g} ({best['weights']}, {images:,} images){tail}")
+        order = [
+            preference(row["weights"] in results["may_be_best"], row["num_images"], row["frechet_distance_unbiased"])
+            for row in rows
+        ]
+        best = rows[order.index(min(order))]
+        lines.append(f"lowest {kind} of the sweep: {best[kind]:.6g} ({best['weights']}, {best['num_images']:,} images)")
         if best[kind] in (rows[0][kind], rows[-1][kind]):
             lines.append("  it lies at the end of the range: a wider range may hold a better one")
-        if kept := best["versus_best_kept"]:
-            size, side = with_error(abs(kept["delta"]), kept["stderr"]), "below" if kept["delta"] < 0 else "above"
-            verdict = "significant" if kept["significant"] else "not significant"
-            lines.append(f"  {size} {side} {kept['weights']}, the best average that training kept: {verdict}")
         if spent := results.get("sweep_search", {}).get(kind):
-            lines.append(f"  the search looked at {spent['images']:,} images, a full sweep would at {spent['of']:,}")
+            share = f"{spent['images'] / spent['of']:.0%} of a full sweep's {spent['of']:,}"
+            lines.append(f"  the search used {spent['images']:,} images, {share}")
     return "\n".join(lines)

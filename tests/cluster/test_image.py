@@ -99,7 +99,7 @@ def test_an_exit_code_comes_out_of_the_container(container: Container):
 def test_in_the_image_a_run_of_twenty_steps_is_trained_on_two_processes_and_scored(container: Container):
     settings = ["--config", "configs/digits.yaml", "--output-dir", "/runs/digits", "--training.steps", "20"]
     settings += ["--machine.device", "cpu", "--training.sample_every", "0", "--evaluation.num_images", "200"]
-    settings += ["--evaluation.num_inference_steps", "5", "--evaluation.kid_subset_size", "100"]
+    settings += ["--evaluation.num_inference_steps", "5"]
     steps = [
         ("python", "scripts/train_features.py", *settings),
         ("python", "-m", "ddpm_ema.launch", "--nproc-per-node", "2", "scripts/train.py", *settings),

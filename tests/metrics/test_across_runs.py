@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ddpm_ema.metrics.across_runs import across_runs, holm, spread
+from ddpm_ema.metrics.across_runs import across_runs, spread
+from ddpm_ema.metrics.comparisons import holm
 
 
 def row(distance: float, error: float, delta: float | None = None, delta_error: float = 0.1) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ema import metrics
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Estimate, FrechetReference, Statistics, statistics_of
-from ddpm_ema.metrics.jackknife import _estimate
+from ddpm_ema.metrics.jackknife import jackknife
 
 
 def standard_reference(dim: int) -> FrechetReference:
@@ -41,11 +41,11 @@ class TestFormulas:
         membership = torch.arange(60) % groups
         full = distance(values)
         pseudo = np.array([groups * full - (groups - 1) * distance(values[membership != g]) for g in range(groups)])
-        assert found.distance == pytest.approx(full, rel=1e-10)
+        assert found.plain == pytest.approx(full, rel=1e-10)
         assert found.unbiased == pytest.approx(pseudo.mean(), rel=1e-9)
         assert found.stderr == pytest.approx(pseudo.std(ddof=1) / groups**0.5, rel=1e-9)
         half = t.ppf(0.975, groups - 1) * found.stderr
-        assert found.interval95 == pytest.approx((found.unbiased - half, found.unbiased + half))
+        assert found.interval() == pytest.approx((found.unbiased - half, found.unbiased + half))
 
     @pytest.mark.parametrize("sizes", [(5, 5, 5, 5), (5, 5, 5, 4, 4), (9, 1, 3)])
     def test_a_bias_of_one_over_n_is_taken_away_exactly_whatever_the_sizes_of_the_groups(
@@ -53,26 +53,26 @@ class TestFormulas:
     ) -> None:
         total = sum(sizes)
         left = {None: total, **{g: total - m for g, m in enumerate(sizes)}}
-        found = _estimate(lambda group: 2.0 + 7.0 / left[group], dict(enumerate(sizes)), dim=1)
-        assert found.distance == 2.0 + 7.0 / total
-        assert found.unbiased == pytest.approx(2.0, rel=1e-13)
+        plain, side = jackknife(lambda group: 2.0 + 7.0 / left[group], dict(enumerate(sizes)))
+        assert plain == 2.0 + 7.0 / total
+        assert side.mean == pytest.approx(2.0, rel=1e-13)
 
     def test_single_images_as_groups_turn_the_divisor_n_of_a_variance_into_n_minus_one(self) -> None:
         values = features(12, 1, 3)[:, 0]
         kept = {None: values, **{i: values[torch.arange(12) != i] for i in range(12)}}
-        found = _estimate(lambda i: float(kept[i].var(correction=0)), dict.fromkeys(range(12), 1), dim=1)
-        assert found.unbiased == pytest.approx(float(values.var()), rel=1e-12)
+        _, side = jackknife(lambda i: float(kept[i].var(correction=0)), dict.fromkeys(range(12), 1))
+        assert side.mean == pytest.approx(float(values.var()), rel=1e-12)
 
     def test_groups_of_unequal_size_weigh_by_their_size_in_the_standard_error(self) -> None:
         values, sizes = features(23, 1, 3)[:, 0], (5, 5, 5, 4, 4)
         kept = {None: values, **{g: values[torch.arange(23) % 5 != g] for g in range(5)}}
-        found = _estimate(lambda g: float(kept[g].mean()), dict(enumerate(sizes)), dim=1)
+        _, side = jackknife(lambda g: float(kept[g].mean()), dict(enumerate(sizes)))
         # Of a mean the pseudo-values are the groups' own means, and nothing is biased.
         means = np.array([float(values[torch.arange(23) % 5 == g].mean()) for g in range(5)])
-        assert found.pseudo_values == pytest.approx(tuple(means))
-        assert found.unbiased == pytest.approx(float(values.mean()))
+        assert side.pseudo_values == pytest.approx(tuple(means))
+        assert side.mean == pytest.approx(float(values.mean()))
         weights = 1 / (23 / np.array(sizes) - 1)
-        assert found.stderr == pytest.approx(np.sqrt(np.mean(weights * (means - float(values.mean())) ** 2)))
+        assert side.variance == pytest.approx(np.mean(weights * (means - float(values.mean())) ** 2))
 
     @pytest.mark.parametrize("n", [300, 60])  # more and fewer images than dimensions: the two ways it is computed
     def test_both_ways_leave_each_group_out_as_if_its_images_were_never_made(self, n: int) -> None:
@@ -86,11 +86,11 @@ class TestFormulas:
             kept = statistics_of(values[torch.arange(n) % groups != (-1 if left_out is None else left_out)])
             return reference.distance(kept.mu, kept.sigma)
 
-        expected = _estimate(distance, {g: len(range(g, n, groups)) for g in range(groups)}, dim)
+        plain, side = jackknife(distance, {g: len(range(g, n, groups)) for g in range(groups)})
         tolerance = 1e-9 if n > dim else 1e-6  # rounding of a singular covariance, magnified by the groups
-        assert found.distance == pytest.approx(expected.distance, rel=tolerance)
-        assert found.unbiased == pytest.approx(expected.unbiased, rel=tolerance)
-        assert found.stderr == pytest.approx(expected.stderr, rel=tolerance)
+        assert found.plain == pytest.approx(plain, rel=tolerance)
+        assert found.unbiased == pytest.approx(side.mean, rel=tolerance)
+        assert found.stderr == pytest.approx(side.variance**0.5, rel=tolerance)
 
     def test_it_survives_a_file(self) -> None:
         found = of(features(40, 3, 0), 10, standard_reference(3))
@@ -141,7 +141,7 @@ class Draws:
             a = of(shared * 1.1 + 0.1, groups, reference)
             b = of((0.9 * shared + (1 - 0.81) ** 0.5 * fresh) * 1.03 + 0.05, groups, reference)
             d = metrics.difference(a, b)
-            rows.append((a.distance, a.unbiased, a.stderr, b.stderr, d.delta, d.stderr, *a.interval95, *d.interval95))
+            rows.append((a.plain, a.unbiased, a.stderr, b.stderr, d.unbiased, d.stderr, *a.interval(), *d.interval()))
         columns = np.array(rows).T
         self.plain, self.corrected, self.stderr, self.stderr_b, self.delta, self.delta_stderr = columns[:6]
         self.covered = (columns[6] <= self.true_a) & (self.true_a <= columns[7])
@@ -172,14 +172,16 @@ class TestOnGaussians:
         assert draws.delta_stderr.mean() < 0.65 * unpaired.mean()
         assert abs(draws.delta.mean() - draws.true_delta) < 3 * draws.delta.std(ddof=1) / 60**0.5
 
-    def test_a_difference_is_real_where_its_interval_leaves_zero_out(self) -> None:
+    def test_p_values_and_intervals_agree_and_a_difference_turns_its_sign_with_its_order(self) -> None:
         reference = standard_reference(8)
-        near, same, far = features(400, 8, 0, 1.0, 0.0), features(400, 8, 1, 1.0, 0.0), features(400, 8, 0, 1.3, 0.5)
-        a, b, c = (of(values, 20, reference) for values in (near, same, far))
-        assert metrics.difference(c, a).significant
-        assert metrics.difference(c, a).interval95[0] > 0
-        assert not metrics.difference(a, b).significant
-        assert metrics.difference(a, c).delta == -metrics.difference(c, a).delta
+        near, far = features(400, 8, 0, 1.0, 0.0), features(400, 8, 0, 1.05, 0.1)
+        ours, theirs = of(near, 20, reference), of(far, 20, reference)
+        gap = metrics.difference(theirs, ours)
+        assert metrics.difference(ours, theirs).unbiased == -gap.unbiased
+        assert gap.p_value == pytest.approx(2 * gap.p_above)
+        assert gap.interval(gap.p_value)[0] == pytest.approx(0, abs=1e-12)
+        same = metrics.difference(ours, ours)
+        assert (same.p_value, same.p_above, same.interval()) == (1.0, 1.0, (0.0, 0.0))
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("dim", "images", "groups"), [(32, 1000, 20), (64, 2000, 10), (256, 5120, 10)])
@@ -192,3 +194,52 @@ class TestOnGaussians:
         assert abs(draws.delta.mean() / draws.true_delta - 1) < 0.02
         assert draws.covered.sum() >= 34
         assert draws.delta_covered.sum() >= 34
+
+
+class TestAgainstThePopulation:
+    """The reference is a sample, too: `benchmarks/reference.py` has more draws and the table of the documentation."""
+
+    def test_the_two_sides_add_up(self) -> None:
+        """p from leaving samples out, q from leaving reference images out: mean p + mean q - F, variances added."""
+        samples, real, groups = features(60, 3, 0), features(80, 3, 1, 1.0, 0.0), 5
+
+        def distance(kept: Tensor, reference: Tensor) -> float:
+            return frechet_distance(statistics_of(kept), statistics_of(reference))
+
+        full = distance(samples, real)
+        p, q = [], []
+        for g in range(groups):
+            kept, other = samples[torch.arange(60) % groups != g], real[torch.arange(80) % groups != g]
+            p.append(groups * full - (groups - 1) * distance(kept, real))
+            q.append(groups * full - (groups - 1) * distance(samples, other))
+        found = metrics.estimate_distance(
+            samples, torch.arange(60), groups, FrechetReference(statistics_of(real)), sampled_from=real
+        )
+        assert found.unbiased == pytest.approx(np.mean(p) + np.mean(q) - full, rel=1e-9)
+        assert found.stderr == pytest.approx(((np.var(p, ddof=1) + np.var(q, ddof=1)) / groups) ** 0.5, rel=1e-9)
+        assert Estimate.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+    def test_equal_models_are_called_different_as_often_as_they_should_and_the_reference_adds_no_bias(self) -> None:
+        """400 reference images: held fixed, they make two equally far models differ, and every distance too large."""
+        dim, images, draws = 6, 400, 120
+        different = {"fixed": 0, "both": 0}
+        bias = {"fixed": 0.0, "both": 0.0}
+        for seed in range(draws):
+            real, shared, fresh = (features(images, dim, 3 * seed + i, 1, 0) for i in range(3))
+            shift = torch.zeros(dim).double()
+            shift[0] = 0.2
+            pair = shared + shift, 0.9 * shared + (1 - 0.81) ** 0.5 * fresh - shift
+            reference = FrechetReference(statistics_of(real))
+            for name, more in (("fixed", {}), ("both", {"sampled_from": real})):
+                a, b = (metrics.estimate_distance(x, torch.arange(images), 20, reference, **more) for x in pair)
+                different[name] += metrics.difference(a, b).p_value <= metrics.ALPHA
+                bias[name] += (a.unbiased - 0.04) / draws
+        assert different["both"] <= 0.11 * draws, "5% and three standard errors of 120 draws"
+        assert different["fixed"] > 0.2 * draws
+        assert abs(bias["both"]) < 0.01 < bias["fixed"]
+
+    def test_few_reference_images_are_warned_of_like_few_samples(self) -> None:
+        samples, real = features(400, 16, 0), features(100, 16, 1)
+        reference = FrechetReference(statistics_of(real))
+        found = metrics.estimate_distance(samples, torch.arange(400), 10, reference, sampled_from=real)
+        assert found.warnings[0].startswith("100 images for 16 feature dimensions: below 10 per dimension")

@@ -75,7 +75,7 @@ def written(run: Path, scoring: str | None = None) -> Page:
 def test_the_answer_comes_first_with_what_it_holds_for_its_gain_and_what_may_be_as_good(page: Page) -> None:
     answer = (
         "With dpm_solver++ in 25 steps and 6,000 images per average: ship power_0_10 . Its FD (classifier) is 24.7 ± 2.0 "
-        "below that of raw , a significant difference. ema_0_999_debiased may be as good: the difference is not significant. "
+        "below that of raw , a significant difference. The best of this table may also be ema_0_999_debiased . "
         "This holds for step 3,000 of this training run"
     )
     assert answer in page.text
@@ -88,14 +88,15 @@ def test_rows_stand_from_the_lowest_corrected_distance_to_the_highest(page: Page
     places = [table.index(text) for text in (*(f"{name} better" for name in order), "raw –")]
     assert places == sorted(places)
     assert (
-        "power_0_10 better \u221224.7 ± 2.0 \u221228.9 to \u221220.5 2.70 ± 0.80 3.90 0.00390 8.50 0.889 0.741" in table
+        "power_0_10 better \u221224.7 ± 2.0 \u221228.9 to \u221220.5 2.70 ± 0.80 3.90 0.0039 ± 0.0010 0.8890 ± 0.0050 0.7410 ± 0.0060"
+        in table
     )
 
 
 def test_an_interval_has_the_digits_of_its_error(tmp_path: Path) -> None:
     """At a fixed number of digits, 0.00040 ± 0.00002 stood as `0.000 to 0.000` beside "better"."""
     rows = [fake_run.row("raw", 0.01, 0.001), fake_run.row("a", 0.0096, 0.00002, delta=(-0.0004, 0.00002))]
-    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows))
     assert "better \u22120.000400 ± 0.000020 \u22120.000442 to \u22120.000358 0.009600" in written(tmp_path).text
 
 
@@ -181,7 +182,7 @@ def test_a_grid_that_does_not_say_where_its_rows_lie_is_shown_as_it_is(tmp_path:
 def test_a_difference_that_is_not_significant_has_a_hollow_mark(tmp_path: Path) -> None:
     for delta, hollow in ((-0.1, 1), (-3.0, 0)):
         rows = [fake_run.row("raw", 5.0), fake_run.row("a", 5.0 + delta, delta=(delta, 0.2))]
-        fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]), str(hollow))
+        fake_run.write_results(tmp_path, fake_run.results(rows=rows), str(hollow))
         report.write(tmp_path, scoring=str(hollow))
         assert (tmp_path / "report.html").read_text().count('class="mark hollow"') == hollow
 
@@ -328,8 +329,7 @@ def test_two_scorings_that_contradict_each_other_both_stand_on_the_page_and_noth
         fake_run.row("raw", 5.0),
         fake_run.row("ema_0_999", 1.0, delta=(-4.0, 0.5)),
     ]
-    pairs = [{"a": "power_0_10", "b": "ema_0_999", **fake_run.difference(8.0, 0.5)}]
-    other = fake_run.results(rows=rows, pairs=pairs, sampler="ddim")
+    other = fake_run.results(rows=rows, may_be_best=["ema_0_999"], sampler="ddim")
     fake_run.grid(fake_run.write_results(tmp_path, other) / "grid.png", "a title that results.json knows better")
     earlier = fake_run.write_results(tmp_path, fake_run.results(2000, seed=5))
     text = written(tmp_path).text
@@ -362,23 +362,16 @@ def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) ->
         length = 250 * place
         del row["std"]
         row |= {"sweep": "cooldown", "cooldown": length, "weights": f"window_{length}_3000"}
-    best = {
-        **swept["sweep_best"]["std"],
-        "weights": "window_1500_3000",
-        "cooldown": 1500,
-        "not_significantly_worse": [],
-    }
-    del best["std"]
-    fake_run.write_results(tmp_path, fake_run.results(**swept | {"sweep_best": {"cooldown": best}}))
+    fake_run.write_results(tmp_path, fake_run.results(**swept | {"may_be_best": ["window_1500_3000"]}))
     page = written(tmp_path)
     assert "over the length of the emulated decay" in page.text
     assert "steps of the emulated linear decay of the learning rate" in page.text
-    assert "the ring is the best, window_1500_3000." in page.text
+    assert "the ring is the lowest, window_1500_3000." in page.text
 
 
 def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:
     rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1), saturated=0.55)]
-    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows))
     assert written(tmp_path).text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 2
 
 

@@ -67,11 +67,10 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path, place: str) -> None:
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
-    "pairs.0.a: Input should be a valid string": {"pairs": [{"a": ["x"], "b": "y"}]},
+    "may_be_best.0: Input should be a valid string": {"may_be_best": [1]},
     "num_images: Input should be a valid integer": {"num_images": "many"},
-    "sweep_best: Input should be an object": {"sweep_best": [1]},
     "rows: Input should be a valid array": {"rows": {"raw": 1}},
-    "pairs.0.significant: Input should be a valid boolean": {"pairs": [{"a": "x", "b": "y", "significant": "no"}]},
+    "rows.0.significant: Input should be a valid boolean": {"rows": [{"weights": "x", "significant": "no"}]},
     "rows.0.weights: Input should be a valid string": {"rows": [{"weights": 3}]},
     "rows.0.stderr: Input should be greater than or equal to 0": {"rows": [{"weights": "raw", "stderr": -1.0}]},
     "rows.0.warnings: Input should be a valid array": {"rows": [{"weights": "raw", "warnings": "no"}]},
@@ -94,10 +93,10 @@ def test_malformed_results_are_named_and_skipped(tmp_path: Path, says: str) -> N
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"schema": 2, "rows": [', "it is malformed: Invalid JSON: EOF"),
-        ('{"schema": 7}', "it has schema 7, and this version reads 2"),
+        ('{"schema": 3, "rows": [', "it is malformed: Invalid JSON: EOF"),
+        ('{"schema": 7}', "it has schema 7, and this version reads 3"),
         ("[" * 100_000, "it is malformed: Invalid JSON: recursion limit exceeded"),
-        ('{"schema": 2, "x": ' + "[" * 100_000, "it is malformed: Invalid JSON: recursion limit exceeded"),
+        ('{"schema": 3, "x": ' + "[" * 100_000, "it is malformed: Invalid JSON: recursion limit exceeded"),
         ("[2]", "it is malformed: Input should be an object"),
         ("\xff", "it is malformed: Invalid JSON"),
     ],
@@ -172,7 +171,7 @@ def test_a_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
     """Two $ were once mathematics."""
     run = tmp_path / "a'b&amp;"
     rows = [fake_run.row("raw", 5.0), fake_run.row(name, 4.0, delta=(-1.0, 0.1))]
-    fake_run.write_results(run, fake_run.results(rows=rows, pairs=[], reference="R&D's 'amp'"))
+    fake_run.write_results(run, fake_run.results(rows=rows, reference="R&D's 'amp'"))
     page = written(run)
     assert "<b>" not in page
     assert "&<code>" not in page
@@ -182,7 +181,7 @@ def test_a_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
 
 def test_figures_of_any_size_are_drawn_or_left_out(tmp_path: Path) -> None:
     rows = [fake_run.row("raw", 1e29), fake_run.row("a", -1e29, 1e29, delta=(1e300, 1e29)), fake_run.row("b", 0.0, 0.0)]
-    fake_run.write_results(tmp_path, fake_run.results(rows=rows, pairs=[]))
+    fake_run.write_results(tmp_path, fake_run.results(rows=rows))
     values = ("1e308", "-1e308", "NaN", "1e-320", "0", "-1", "true", "9" * 400)
     lines = [f'{{"step": {i}, "loss": {value}, "learning_rate": {value}}}' for i, value in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -301,8 +300,6 @@ def test_the_fake_run_has_the_keys_of_a_real_one(real: Path) -> None:
     assert set(found) == set(fake)
     assert keys(found["rows"]) == keys(fake["rows"])
     assert keys(found["sweep"]) == keys(fake["sweep"])
-    assert keys(found["pairs"]) == keys(fake["pairs"])
-    assert set(found["sweep_best"]["std"]) == set(fake["sweep_best"]["std"])
 
 
 def test_the_fake_runs_other_files_have_the_keys_of_a_real_ones(real: Path) -> None:

@@ -106,7 +106,7 @@ class TestWhatIsNotFinite:
         assert "Traceback" not in launch.output(0) + launch.output(1)
         assert "not finite" not in launch.output(1), "rank 0 has said it"
         # What was finished before is kept.
-        records = [json.loads(path.read_text()) for path in run.output_dir.glob("scores/*/weights/*/score.json")]
+        records = [json.loads(path.read_text()) for path in run.output_dir.glob("scores/*/weights/*.json")]
         assert [record["name"] for record in records if record["rows"]] == ["raw"]
 
 

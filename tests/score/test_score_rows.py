@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scored import again, make_run, results, start, weights
+from scored import again, make_run, results, settings, start, weights
 
 from ddpm_ema import config, data, metrics, sampling
 from ddpm_ema.averaging import PowerFunction, write_snapshot
@@ -24,11 +24,11 @@ from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir, read_tensors
 from ddpm_ema.score.feature_store import FeatureBatch, pixel_figures
-from ddpm_ema.score.reference import noise_images
+from ddpm_ema.score.reference import compares_with_population, noise_images, reading_of
 from ddpm_ema.score.results import heading, table
 from ddpm_ema.score.rows import RowBuilder
 
-SETTINGS = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1}
+SETTINGS = {"evaluation__precision_recall": False}
 
 
 def rewrite(run: config.Config, scale: float, snapshots: bool = False) -> None:
@@ -72,13 +72,17 @@ class TestWeights:
         alone = again(run, evaluation__weights=["raw"])
         found = results(alone)
         assert names(found) == ["raw"]
-        assert found["pairs"] == []
+        assert found["may_be_best"] == ["raw"]
         assert "delta_vs_raw" not in found["rows"][0]
         assert "sweep" not in found
         shutil.rmtree(run.output_dir / "checkpoints")
         shutil.copytree(tmp_path / "old", run.output_dir / "checkpoints")
         sampled.clear()
-        assert results(alone)["rows"] == before["rows"]
+        for row, once in zip(
+            results(alone)["rows"], before["rows"], strict=True
+        ):  # the sweep is gone from their family
+            same = ("weights", "weights_sha256", "frechet_distance", "stderr", "seconds")
+            assert [row[key] for key in same] == [once[key] for key in same]
         assert sampled == []
 
     def test_a_row_whose_weights_are_gone_is_left_out_and_said(
@@ -107,10 +111,12 @@ class TestVersions:
     def pretend(self, run: config.Config, other_images: bool = False, other_features: bool = False) -> None:
         path = self.folder(run) / "made_with.json"
         path.write_text(json.dumps([{**entry, "torch": "0.4.1"} for entry in json.loads(path.read_text())]))
-        for first in self.folder(run).glob("weights/*/features-000000000-*"):
+        for first in self.folder(run).glob("weights/*/*-000000000-*"):
             tensors = read_tensors(first)
-            tensors["images"][3, 0, 0, 0] ^= other_images
-            tensors["features"][3, 0] += other_features
+            if "images" in tensors:
+                tensors["images"][3, 0, 0, 0] ^= other_images
+            else:
+                tensors["features"][3, 0] += other_features
             save_tensors(first, tensors)
 
     def test_where_the_first_16_images_come_out_the_same_a_scoring_goes_on_and_records_it(
@@ -124,7 +130,7 @@ class TestVersions:
         assert sampled[:16] == list(range(16))
         assert len(sampled) == 16 + 2 * 60
         assert next(row for row in found["rows"] if row["weights"] == "raw")["stderr"] == first["rows"][0]["stderr"]
-        assert len(found["pairs"]) == 3
+        assert sum("delta_vs_raw" in row for row in found["rows"]) == 2
         assert [made["torch"] for made in json.loads((self.folder(run) / "made_with.json").read_text())] == [
             "0.4.1",
             str(torch.__version__),
@@ -143,8 +149,9 @@ class TestVersions:
         self.pretend(run, other_images=other == "images", other_features=other == "features")
         found = results(again(run, evaluation__weights=["power_0_10"]))
         assert names(found) == ["power_0_10"], "never paired with what other versions made"
-        (aside,) = (run.output_dir / "scores").glob("00000008-*-1")
-        old = json.loads((aside / "results.json").read_text())
+        aside = self.folder(run).with_name(f"{self.folder(run).name}.1")
+        (table,) = aside.parent.glob(f"{aside.name}-*/results.json")
+        old = json.loads(table.read_text())
         assert old["rows"] == before["rows"]
         assert old["versions"]["torch"] == "0.4.1"
         assert any("torch 0.4.1" in warning for warning in old["warnings"])
@@ -176,7 +183,7 @@ class TestVersions:
         self.pretend(run)
         rewrite(run, 0.7)
         results(again(run, evaluation__weights=["raw"]))
-        assert len(list((run.output_dir / "scores").glob("00000008-*"))) == 2
+        assert self.folder(run).with_name(f"{self.folder(run).name}.1").is_dir()
 
     @pytest.mark.slow
     def test_all_ranks_agree(self, tmp_path: Path) -> None:
@@ -185,15 +192,17 @@ class TestVersions:
         self.pretend(run, other_images=True)
         launch = start(again(run, evaluation__weights=["raw", "ema_0_9"]), world_size=2)
         assert launch.wait() == [0, 0], launch.output(0)
-        assert (self.folder(run).parent / f"{self.folder(run).name}-1").is_dir()
-        assert names(json.loads((self.folder(run) / "results.json").read_text())) == ["ema_0_9", "raw"]
+        folder = self.folder(run)
+        assert folder.with_name(f"{folder.name}.1").is_dir()
+        (table,) = folder.parent.glob(f"{folder.name}-*/results.json")
+        assert names(json.loads(table.read_text())) == ["ema_0_9", "raw"]
 
 
 def batch(features: torch.Tensor, images: torch.Tensor) -> FeatureBatch:
-    """Features of images that are all shown."""
+    """Features of images."""
     saturated, contrast = pixel_figures(images)
     indices = torch.arange(len(images))
-    return FeatureBatch(indices, features, None, saturated, contrast, indices, images)
+    return FeatureBatch(indices=indices, features=features, saturated=saturated, contrast=contrast)
 
 
 class TestPixels:
@@ -219,7 +228,7 @@ class TestPixels:
         generator = torch.Generator().manual_seed(0)
         real = torch.randn(400, 2, generator=generator)
         reference = Reference(metrics.statistics_of(real), {}, real, saturated=saturated)
-        settings = EvaluationSettings(groups=10, kid_subsets=1, precision_recall=False)
+        settings = EvaluationSettings(groups=10, precision_recall=False)
         found = RowBuilder(reference, settings, torch.device("cpu")).build(batch(features, images), "raw", {})
         return list(found.row["warnings"])
 
@@ -256,10 +265,10 @@ class TestPrecisionOfNoise:
         assert images.shape == (256, 1, 8, 8)
         assert 100 < images.double().mean() < 155
         assert images.unique().numel() == 256
-        extractor = open_extractor(run.evaluation, run.output_dir)
+        extractor = open_extractor("classifier", run.output_dir)
         whole = data.load(run.data)
-        real, noise = (extractor(x)["features"] for x in (whole.batch(torch.arange(len(whole))), images))
-        assert found["precision_of_noise"] == metrics.precision_recall(noise, real)[0]
+        real, noise = (extractor(x) for x in (whole.batch(torch.arange(len(whole))), images))
+        assert found["precision_of_noise"] == metrics.inside(noise, real, metrics.neighbour_radii(real)).double().mean()
 
     def test_where_noise_reaches_a_tenth_the_table_leaves_precision_out_and_says_so(self, tmp_path: Path) -> None:
         reached = results(make_run(tmp_path / "run", evaluation__weights=["raw"])) | {"precision_of_noise": 0.1}
@@ -270,8 +279,7 @@ class TestPrecisionOfNoise:
         assert "left out" not in table(below)
 
     def test_it_is_warned_of_in_results_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(metrics, "precision_recall", lambda *_: (0.97, 0.5))
-        monkeypatch.setattr("ddpm_ema.metrics.reference.precision_recall", lambda *_: (0.97, 0.5))
+        monkeypatch.setattr("ddpm_ema.metrics.reference.inside", lambda *_: torch.tensor([0.97]).double())
         found = results(make_run(tmp_path / "run", evaluation__weights=["raw"]))
         assert found["precision_of_noise"] == 0.97
         assert any("uniform noise" in text and "0.97" in text for text in found["warnings"])
@@ -279,9 +287,47 @@ class TestPrecisionOfNoise:
 
 def test_the_heading_names_sampler_steps_images_and_reference(tmp_path: Path) -> None:
     found = results(make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"]))
-    assert heading(found) == "step 8, ddim 4 steps, 60 images per row, against train of digits, 1797 images"
+    assert (
+        heading(found)
+        == "step 8, ddim 4 steps, 60 images per row, against these training images (train of digits, 1797 images)"
+    )
     changed = found | {"num_inference_steps": 9, "eta": 0.5, "clip_sample": False}
     assert "ddim 9 steps, eta 0.5, x_0 not clipped, 60" in heading(changed)
+
+
+@pytest.mark.parametrize(
+    ("reference", "split", "reading"),
+    [
+        ("train", "train", "training images"),
+        ("train", "train[:90%]", "training images"),
+        ("train[90%:]", "train[:90%]", "images"),
+        ("train+test", "train", "images"),
+        ("test", "train", "population"),
+        ("held_out", "train", "population"),
+        ("statistics.npz", "train", "images"),
+    ],
+)
+def test_only_images_that_nobody_trained_on_stand_for_their_population(
+    tmp_path: Path, reference: str, split: str, reading: str
+) -> None:
+    held_out = {"data__held_out": 0.1} if reference == "held_out" else {}
+    run = settings(tmp_path, evaluation__reference=reference, data__split=split, **held_out)
+    assert reading_of(run) == reading
+    assert compares_with_population(run) == (reading == "population")
+
+
+def test_against_held_out_images_the_reference_is_left_out_in_groups_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"])
+    (alone,) = results(run)["rows"]
+    held_out = make_run(
+        tmp_path / "held", **SETTINGS, evaluation__weights=["raw"], data__held_out=0.2, evaluation__reference="held_out"
+    )
+    found = results(held_out)
+    assert found["reading"] == "population"
+    assert "against the population of which the reference is a sample (held_out of digits" in heading(found)
+    (record,) = (json.loads(path.read_text()) for path in held_out.output_dir.glob("scores/*/weights/*/score.json"))
+    assert [len(side["counts"]) for side in record["estimates"]["60"]["sides"]] == [10, 10]
+    assert found["rows"][0]["stderr"] > alone["stderr"]
 
 
 class TestFullDisk:

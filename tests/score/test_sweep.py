@@ -15,12 +15,13 @@ from ddpm_ema import sampling
 from ddpm_ema.averaging import RAW, BiasCorrected, PowerFunction, Uniform, Window, write_snapshot
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
-from ddpm_ema.metrics import Estimate
+from ddpm_ema.metrics import Estimate, Side
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.folder import Record
+from ddpm_ema.score.results import table
 from ddpm_ema.score.rows import Score
-from ddpm_ema.score.search import Search
+from ddpm_ema.score.search import Search, ladder
 from ddpm_ema.score.sweep import candidates, describe, summary
 
 GROUPS = 20
@@ -41,11 +42,11 @@ class Valley:
         spread = 1 / np.sqrt(num_images / GROUPS)
         pseudo = self.true[candidate] + spread * (self.shared + 0.3 * self.own[candidate])
         counts = (num_images // GROUPS,) * GROUPS
-        return Estimate(0.0, float(pseudo.mean()), 0.0, (0.0, 0.0), tuple(pseudo.tolist()), counts)
+        return Estimate(float(pseudo.mean()), (Side(tuple(pseudo.tolist()), counts),))
 
 
 def search(valley: Valley, first: int = 250, most: int = 4000) -> Search:
-    made = Search(len(valley.true), first, most, valley.estimate)
+    made = Search(len(valley.true), ladder(first, most), valley.estimate)
     assert sum(1 for _ in itertools.islice(made, 200)) < 200, "the search does not end"
     return made
 
@@ -76,16 +77,17 @@ class TestSearch:
 
     def test_it_does_not_ask_for_images_that_were_not_sampled(self):
         valley = Valley(12, 5, depth=3.0)
-        made = Search(12, 250, 2000, valley.estimate)
+        made = Search(12, ladder(250, 2000), valley.estimate)
         sampled: dict[int, int] = {}
         for place, images in made:
             assert all(count <= sampled.get(candidate, 0) for candidate, count in valley.asked)
-            assert sampled.get(place, 0) < images <= 2000
+            assert sampled.get(place, 0) < images
+            assert images in (250, 500, 1000, 2000)
             sampled[place] = images
 
     def test_it_halves_the_wider_gap_beside_the_best(self):
         valley = Valley(20, 10, depth=600.0)
-        made = Search(20, 250, 4000, valley.estimate)
+        made = Search(20, ladder(250, 4000), valley.estimate)
         looked_at = list(itertools.islice(made, 7))
         assert [place for place, _ in looked_at[:5]] == [0, 5, 10, 14, 19]
         assert looked_at[5:] == [(7, 250), (12, 250)], "between 5 and 10 first, then between 10 and 14"
@@ -151,7 +153,7 @@ class TestSweep:
             assert {"predicted_relative_error", "profile_error", "amplification", "check"} < set(row["reconstruction"])
         assert any("Predicted error" in text for row in found["sweep"] for text in row["warnings"])
         lowest = min(found["sweep"][:3], key=lambda row: row["frechet_distance_unbiased"])
-        assert found["sweep_best"]["std"]["weights"] == lowest["weights"]
+        assert f"lowest std of the sweep: {lowest['std']:g}" in describe(found)
         assert {row["weights"] for row in found["rows"]} == {"raw"}
 
     def test_an_emulated_decay_is_the_mean_of_the_last_steps_reconstructed_and_scored_beside_the_others(self, tmp_path):
@@ -167,8 +169,7 @@ class TestSweep:
         found = results(again(run, evaluation__sweep={"cooldowns": f"2:{last}:2"}))
         swept = [(row["sweep"], row["cooldown"], row["weights"]) for row in found["sweep"]]
         assert swept == [("cooldown", length, f"window_{length}_{last}") for length in (2, last)]
-        assert found["sweep_best"]["cooldown"]["cooldown"] in (2, last)
-        assert "best cooldown of the sweep" in describe(found)
+        assert "lowest cooldown of the sweep" in describe(found)
         resolver = WeightResolver(rundir, rundir.newest_whole()[0], run)
         for row in found["sweep"]:
             assert row["reconstruction"]["predicted_relative_error"] < 1e-3
@@ -214,24 +215,35 @@ class TestSweep:
 class Desk:
     """Stands for a scorer whose folder holds these: weights -> {images: distance}. Differences have an error of 0.1."""
 
-    def __init__(self, candidates, kept=None):
-        known = {**candidates, **(kept or {})}
+    def __init__(self, candidates, named=None, looks=1):
+        known = {**candidates, **(named or {})}
         self.known = {name: {n: self.estimated(d, n) for n, d in counts.items()} for name, counts in known.items()}
-        rows = {name: {max(c): {"weights": name, "weights_sha256": name}} for name, c in candidates.items()}
+        self.named = list(named or {})
         self.found = [
-            Record(name, name, None, [], {"kind": "std", "value": float(name), "num_images": max(c)}, rows[name], c)
+            Record(name, name, None, [], self.candidate(name, max(c), looks), {max(c): self.row(name, max(c))}, c)
             for name, c in self.known.items()
             if name in candidates
         ]
         self.folder = SimpleNamespace(records=lambda: self.found, results=dict)
-        self.resolver = SimpleNamespace(checkpoint=SimpleNamespace(names=["raw", *(kept or {})]))
-        self.kept = list(kept or {})
+
+    @staticmethod
+    def candidate(name, images, looks):
+        return {"kind": "std", "value": float(name), "num_images": images, "looks": looks}
+
+    def row(self, name, images):
+        distance = self.known[name][images].unbiased
+        return {
+            "weights": name,
+            "weights_sha256": name,
+            "num_images": images,
+            "frechet_distance_unbiased": distance,
+        }
 
     @staticmethod
     def estimated(distance, images):
         noise = np.random.default_rng(images + round(1000 * distance)).standard_normal(GROUPS)
         pseudo = distance + 0.1 * GROUPS**0.5 / 2**0.5 * (noise - noise.mean()) / noise.std(ddof=1)
-        return Estimate(distance, distance, 0.0, (0.0, 0.0), tuple(pseudo.tolist()), (images // GROUPS,) * GROUPS)
+        return Estimate(distance, (Side(tuple(pseudo.tolist()), (images // GROUPS,) * GROUPS),))
 
     def estimate(self, key, count):
         return self.known[key].get(count)
@@ -240,48 +252,51 @@ class Desk:
         return record
 
     def scores(self):
-        best = {name: max(self.known[name]) for name in self.kept}
-        return [
-            Score({"weights": name, "weights_sha256": name, "num_images": n}, self.known[name][n])
-            for name, n in best.items()
-        ]
+        return [Score(self.row(name, 400), self.known[name][400]) for name in self.named]
 
-    def raw(self):
-        return None
-
-    def best(self):
-        return summary(self, {})["sweep_best"]["std"]
+    def found_in(self, spent=None):
+        return summary(self, spent or {})
 
 
 class TestSummary:
-    def test_what_is_significantly_worse_than_the_best_is_left_out_and_the_rest_is_named(self):
-        best = Desk({"0.05": {400: 3.0}, "0.10": {400: 2.0}, "0.15": {400: 2.1}, "0.20": {400: 2.4}}).best()
-        assert best["weights"] == "0.10"
-        assert best["std"] == 0.10
-        assert best["not_significantly_worse"] == ["0.15"]
+    def test_what_another_candidate_or_a_kept_average_beats_cannot_be_the_best(self):
+        found = Desk({"0.05": {400: 3.0}, "0.10": {400: 2.0}, "0.15": {400: 2.1}, "0.20": {400: 2.4}}).found_in()
+        assert found["may_be_best"] == ["0.10", "0.15"]
+        found = Desk({"0.05": {400: 3.0}, "0.10": {400: 2.0}}, {"ema": {400: 1.0}}).found_in()
+        assert found["may_be_best"] == ["ema"]
 
     def test_candidates_are_compared_over_the_images_that_both_have(self):
         """A search leaves poor candidates with few images, over which the best may be another distance away."""
-        best = Desk({"0.05": {200: 2.5}, "0.10": {200: 2.4, 400: 2.0}, "0.15": {200: 3.0}}).best()
-        assert best["weights"] == "0.10"
-        assert best["not_significantly_worse"] == ["0.05"]
+        desk = Desk({"0.05": {200: 2.5}, "0.10": {200: 2.4, 400: 2.0}, "0.15": {200: 3.0}})
+        assert desk.found_in()["may_be_best"] == ["0.10", "0.05"]
 
-    def test_one_with_fewer_images_is_the_best_only_where_it_is_significantly_better(self):
-        """A chance low of few images does not win, and another sweep over fewer images may find the true best."""
-        assert Desk({"0.05": {200: 1.9}, "0.10": {200: 2.0, 400: 2.0}}).best()["weights"] == "0.10"
-        assert Desk({"0.05": {200: 1.0}, "0.10": {200: 2.0, 400: 2.0}}).best()["weights"] == "0.05"
+    def test_weights_whose_images_are_gone_are_not_left_out(self):
+        assert Desk({"0.05": {200: 9.0}, "0.10": {400: 2.0}}).found_in()["may_be_best"] == ["0.10", "0.05"]
 
-    def test_weights_whose_images_are_gone_are_not_called_worse(self):
-        assert Desk({"0.05": {200: 9.0}, "0.10": {400: 2.0}}).best()["not_significantly_worse"] == ["0.05"]
+    def test_the_candidates_and_the_kept_averages_are_one_family_against_raw(self):
+        named = {"raw": {200: 5.0, 400: 5.0}, "ema": {200: 4.6, 400: 4.6}}
+        alone = Desk({"0.10": {400: 4.0}}, named).found_in()
+        many = Desk({"0.10": {400: 4.0}, **{f"0.2{i}": {400: 5.0 + i / 100} for i in range(1, 9)}}, named).found_in()
+        p_values = [[row["p_value"] for row in found["rows"] if row["weights"] == "ema"] for found in (alone, many)]
+        assert p_values[1][0] == pytest.approx(9 * p_values[0][0]), (
+            "second smallest of ten instead of the larger of two"
+        )
+        assert [row["weights"] for row in many["rows"]] == ["ema", "raw"]
+        assert "p_value" not in many["rows"][1]
+        assert "raw" not in alone["may_be_best"]
 
-    def test_the_winner_less_the_best_kept_average_has_its_sign_and_its_interval(self):
-        kept = {"ema": {200: 3.0, 600: 3.5}, "power": {200: 2.5, 400: 2.5, 600: 2.6}}
-        found = Desk({"0.05": {200: 5.0, 400: 5.0}, "0.10": {200: 2.0, 400: 2.0}}, kept).best()["versus_best_kept"]
-        assert (found["weights"], found["delta"], found["significant"]) == ("power", -0.5, True)
-        assert found["stderr"] == pytest.approx(0.1, rel=0.4)
-        low, high = found["interval"]
-        assert low < -0.5 < high < 0
-        assert (low + high) / 2 == pytest.approx(-0.5)
+    def test_a_search_is_tested_as_often_as_it_may_have_looked_at_as_many_as_it_may_have_looked_at(self):
+        named = {"raw": {200: 5.0, 400: 5.0}}
+        once = Desk({"0.10": {400: 4.6}}, named).found_in()["sweep"][0]["p_value"]
+        spent = {"std": {"candidates": 12, "images": 400, "of": 4800}}
+        searched = Desk({"0.10": {400: 4.6}}, named, looks=4).found_in(spent)
+        assert searched["sweep"][0]["p_value"] == pytest.approx(12 * 4 * once)
+        assert searched["sweep_search"] == spent
+
+
+def figures_of(row):
+    """Without what depends on the other rows of its table."""
+    return {key: value for key, value in row.items() if key not in ("p_value", "interval", "significant")}
 
 
 class TestSweepsInOneFolder:
@@ -291,7 +306,7 @@ class TestSweepsInOneFolder:
 
     @pytest.fixture(scope="class")
     def run(self, tmp_path_factory):
-        quick = {"evaluation__precision_recall": False, "evaluation__kid_subsets": 1, "evaluation__batch_size": 120}
+        quick = {"evaluation__precision_recall": False, "evaluation__batch_size": 120}
         quick["evaluation__num_inference_steps"] = 2
         return make_run(tmp_path_factory.mktemp("order") / "run", evaluation__weights=["raw", "ema_0_9"], **quick)
 
@@ -328,24 +343,23 @@ class TestSweepsInOneFolder:
         found = self.swept(run, 2, stds=self.WIDTHS, search=True)
         assert sampled == []
         assert found["sweep"] == before["sweep"]
-        assert found["sweep_best"] == before["sweep_best"]
+        assert found["may_be_best"] == before["may_be_best"]
 
     def test_ranges_that_overlap_add_up(self, run, sampled):
         first = self.swept(run, 3, stds="0.05:0.15:3")
         sampled.clear()
         found = self.swept(run, 3, stds="0.10:0.20:3")
         assert [row["std"] for row in found["sweep"]] == [0.05, 0.1, 0.15, 0.2]
-        assert found["sweep"][:3] == first["sweep"]
+        for row, before in zip(found["sweep"][:3], first["sweep"], strict=True):
+            assert figures_of(row) == figures_of(before)
+            assert row["p_value"] >= before["p_value"], "one more comparison in the family"
         assert len(sampled) == 120
-        lowest = min(found["sweep"], key=lambda row: row["frechet_distance_unbiased"])
-        assert found["sweep_best"]["std"]["weights"] == lowest["weights"]
 
     def test_decays_after_widths_and_widths_after_decays_keep_both(self, run, sampled):
         widths = self.swept(run, 4, stds="0.05:0.15:2")
         both = self.swept(run, 4, decays="0.5:0.8:2")
         assert [row["sweep"] for row in both["sweep"]] == ["std", "std", "decay", "decay"]
-        assert both["sweep"][:2] == widths["sweep"]
-        assert both["sweep_best"]["std"] == widths["sweep_best"]["std"]
+        assert list(map(figures_of, both["sweep"][:2])) == list(map(figures_of, widths["sweep"]))
         sampled.clear()
         assert self.swept(run, 4, stds="0.05:0.15:2")["sweep"] == both["sweep"]
         assert sampled == []
@@ -360,27 +374,23 @@ class TestSweepsInOneFolder:
         assert sorted(sampled) == sorted([*range(60), *range(60, 120)]), "by name first, then the rest for the sweep"
 
     @pytest.mark.parametrize(("seed", "num_images"), [(7, 120), (8, 40)])
-    def test_the_winner_is_paired_with_the_best_kept_average_over_the_images_that_both_have(
+    def test_candidates_and_kept_averages_are_one_table_for_which_nothing_more_is_sampled(
         self, run, sampled, seed, num_images
     ):
         found = self.swept(again(run, evaluation__weights=[]), seed, stds="0.05:0.15:2", num_images=num_images)
-        assert len(sampled) == max(60, num_images) + 60 + 60 + 2 * num_images, "nothing is sampled for it"
-        best = found["sweep_best"]["std"]
-        kept = best["versus_best_kept"]
-        expected = min(
-            (row for row in found["rows"] if row["weights"] != "raw"), key=lambda row: row["frechet_distance_unbiased"]
-        )
-        assert kept["weights"] == expected["weights"]
-        low, high = kept["interval"]
-        assert low < kept["delta"] < high
-        assert kept["significant"] == (not low <= 0 <= high)
-        if kept["weights"] == "power_0_10":  # the same width, reconstructed: hardly anything lies between them
-            assert abs(kept["delta"]) < 0.2
-        assert describe(found).count("the best average that training kept") == 1
+        assert len(sampled) == max(60, num_images) + 60 + 60 + 2 * num_images
+        names = {row["weights"] for row in (*found["rows"], *found["sweep"])}
+        assert set(found["may_be_best"]) <= names
+        printed = table(found)
+        assert [line.split()[0] for line in printed.splitlines()[1:6]] == [
+            row["weights"]
+            for row in sorted((*found["rows"], *found["sweep"]), key=lambda row: row["frechet_distance_unbiased"])
+        ]
+        assert f"may be the best of these: {', '.join(found['may_be_best'])}" in printed
 
-    def test_without_a_kept_average_there_is_nothing_to_pair_the_winner_with(self, run):
-        found = self.swept(again(run, evaluation__weights=["raw"]), 9, stds="0.05:0.15:2")
-        assert found["sweep_best"]["std"]["versus_best_kept"] is None
+    def test_a_search_with_fewer_than_five_images_per_feature_dimension_is_refused(self, run):
+        with pytest.raises(UserError, match=r"39 images per candidate are fewer than 5 per feature dimension \(40\)"):
+            self.swept(run, 9, stds=self.WIDTHS, num_images=39, search=True)
 
     def test_a_best_at_the_end_of_the_range_is_said(self, run):
         found = self.swept(run, 10, stds="0.05:0.15:3")
@@ -389,6 +399,4 @@ class TestSweepsInOneFolder:
 
     @staticmethod
     def described(found, place):
-        row = found["sweep"][place]
-        best = {**found["sweep_best"]["std"], "weights": row["weights"], "std": row["std"]}
-        return describe({**found, "sweep_best": {"std": best}})
+        return describe({**found, "may_be_best": [found["sweep"][place]["weights"]]})
