@@ -30,6 +30,7 @@ def export() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=None, help="the folder to write (default: RUN/export/NAME)")
     parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--variant", action="store_true", help="store the weights as diffusers' variant=NAME")
+    parser.add_argument("--model.factory", dest="factory", help="the run's own, if you trust the code that it names")
     return parser
 
 

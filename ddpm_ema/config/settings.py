@@ -120,8 +120,11 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """The U-Net (diffusers UNet2DModel). The defaults are the DDPM paper's CIFAR-10 network."""
+    """The U-Net (diffusers UNet2DModel), or your own network. The defaults are the DDPM paper's CIFAR-10 network."""
 
+    factory: Annotated[str | None, Field(pattern=r"^[\w.]+:\w+$"), RUN | SAMPLES] = None
+    """package.module:function, which makes the network in place of the U-Net (docs/extending.md); of the other settings here only
+    class_conditional then counts. It is code that runs: a run directory's is taken only if it is named again on the command line."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1), RUN | SAMPLES] = (128, 256, 256, 256)
     """Channels at each resolution, from fine to coarse."""
     layers_per_block: Annotated[Positive, RUN | SAMPLES] = 2
@@ -328,6 +331,8 @@ class EvaluationSettings(Section):
     """Groups of the delete-a-group jackknife, which gives standard errors and removes the bias."""
     precision_recall: Annotated[bool, SCORES] = True
     """Also compute precision and recall (k = 3 nearest neighbours)."""
+    output: Annotated[Path | None, FREE] = None
+    """Folder that takes the scores/ of a run directory that is read-only; null means the run directory."""
     grid_images: Annotated[Positive, FREE] = 16
     """Images per row of the grid."""
     sweep: SweepSettings = SweepSettings()

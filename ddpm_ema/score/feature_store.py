@@ -142,8 +142,6 @@ class BatchStore(Generic[B]):
     def __init__(self, folder: Path, prefix: str, kind: type[B]) -> None:
         self.folder, self.prefix, self.kind = folder, prefix, kind
         self._indices: dict[Path, Tensor] = {}
-        for partial in folder.glob(".*.partial"):  # what a kill left; whoever reads this folder holds its lock
-            partial.unlink(missing_ok=True)
         taken: set[int] = set()
         for path in sorted(folder.glob(f"{prefix}-*.safetensors")):
             try:

@@ -10,12 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_ema import data, diffusion, metrics, model, sampling
+from ddpm_ema import diffusion, metrics, model, sampling
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import Extractor
 from ddpm_ema.named_weights import PipelineConfig, build_scheduler, build_unet, schedule_of, unet_config_of
-from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.sampling_network import SamplingNetwork
 from ddpm_ema.score.feature_store import FeatureBatch, ImageBatch, pixel_figures
 
@@ -63,16 +62,6 @@ class Generator:
         """Network and noise schedule of the settings."""
         scheduler = diffusion.noise_scheduler(self.config.diffusion)
         return PipelineConfig(unet_config_of(model.build(self.config, self.num_classes)), schedule_of(scheduler))
-
-    def settled(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An average with its own batch-norm statistics (`own_statistics`)."""
-        config, device = self.config, self.device
-
-        def build() -> Any:
-            return model.build(config, self.num_classes).to(device)
-
-        objective = diffusion.Objective(config.diffusion).to(device)
-        return with_own_statistics(weights, config, objective, build, lambda: data.load(config.data))
 
     def sampler_for(self, pipeline: PipelineConfig | None) -> sampling.Sampler:
         """Raises UserError where the noise schedule does not allow what `evaluation` asks for."""

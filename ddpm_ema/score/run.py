@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.numbers import listed
+from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.checkpoints import checkpoints
 from ddpm_ema.score.driver import Driver, Jobs, even_batch
@@ -118,15 +120,16 @@ def _score(
     """Scores one checkpoint (None: weights that need none): a table per extractor, from one sampling."""
     rundir, step = RunDir(config.output_dir), checkpoint.step if checkpoint is not None else 0
     samples = digest(sampling_settings(config, generator.known_labels))
-    classes, own, settled = generator.num_classes, lambda: generator.own_pipeline, generator.settled
-    resolver = WeightResolver(rundir, checkpoint, config, classes, own, settled)
-    with RunDir(rundir.score_dir(step, samples)).lock():
-        sampled = Sampled(rundir.score_dir(step, samples), generator)
+    settle = partial(with_own_statistics, config=config, device=generator.device)
+    resolver = WeightResolver(rundir, checkpoint, config, generator.num_classes, lambda: generator.own_pipeline, settle)
+    target = RunDir(config.evaluation.output or rundir.path)
+    with RunDir(target.score_dir(step, samples)).lock():
+        sampled = Sampled(target.score_dir(step, samples), generator)
         scorers = []
         for key, extractor in generator.extractors.items():
             origin = {**references[key].origin, "size": references[key].statistics.count}
             settings = settings_of(config, extractor, origin, generator.known_labels)
-            folder = ScoreFolder(rundir.score_dir(step, f"{samples}-{digest(settings)}"))
+            folder = ScoreFolder(target.score_dir(step, f"{samples}-{digest(settings)}"))
             tables = (sampled, folder, settings, world_size, floors.get(key))
             scorers.append(Scorer(config, generator, extractor, references[key], resolver, *tables))
         wanted = scorers[0].named()  # all names first: a wrong one is an error at once

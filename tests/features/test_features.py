@@ -29,7 +29,7 @@ from ddpm_ema.features import (
     save_classifier,
     train_classifier,
 )
-from ddpm_ema.features.classifier import Architecture, Classifier, Trained
+from ddpm_ema.features.classifier import Architecture, Classifier, Trained, load_classifier
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -182,11 +182,21 @@ class TestTrainFeatures:
         assert capsys.readouterr().err.count("training it anew") == 2
         assert path.read_bytes() != first
 
-    def test_data_without_labels_are_an_error_that_says_what_else_to_do(self, tmp_path: Path) -> None:
-        write_images(tmp_path / "images", 10, 1)
-        with pytest.raises(UserError, match=r"has no labels .* one folder per class, or score with"):
-            classifier_training.train_features(settings(tmp_path / "images" / "class0", tmp_path / "run"))
-        assert not (tmp_path / "run" / "features.safetensors").exists()
+    @pytest.mark.parametrize("folder", ["images", "images/class0"])
+    def test_one_class_or_none_learns_which_way_up_and_gives_features_without_logits(
+        self, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_images(tmp_path / "images", 20, 1)
+        path = classifier_training.train_features(settings(tmp_path / folder, tmp_path / "run"))
+        assert "by which way up they are, accuracy" in capsys.readouterr().err
+        assert classifier_training.train_features(settings(tmp_path / folder, tmp_path / "run")) == path
+        found = load_classifier(path)[0](torch.zeros(3, 1, 8, 8))
+        assert [tuple(layer.shape) for layer in found] == [(3, 64)]
+
+    def test_without_labels_it_tells_most_turns_of_digits_it_never_saw(self) -> None:
+        images, _ = digits()
+        trained = train_classifier(images[:600], None, seed=0, visits=6000)
+        assert trained.accuracy > 0.6, "a guess is right in a quarter"
 
 
 class TestExtractor:
