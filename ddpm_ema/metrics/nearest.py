@@ -12,9 +12,12 @@ ROWS = 4096  # of a distance matrix held at once
 
 
 def nearest(features: Tensor, reference: Tensor) -> Tensor:
-    """Distance from each of `features` [n, d] to its nearest neighbour among `reference` [m, d]: fp32 [n], on the CPU."""
-    near = [torch.cdist(rows, reference.to(rows.device)).amin(dim=1).cpu() for rows in features.split(ROWS)]
-    return torch.cat(near)
+    """Distance from each of `features` [n, d] to its nearest neighbour among `reference` [m, d]: fp32 [n], on the CPU.
+
+    Works on the features' device.
+    """
+    reference = reference.to(features.device)
+    return torch.cat([torch.cdist(rows, reference).amin(dim=1).cpu() for rows in features.split(ROWS)])
 
 
 def nearer_to_training(samples: Tensor, held_out: Tensor) -> float:

@@ -20,10 +20,10 @@ from ddpm_ema.score.rows import RowBuilder
 
 
 class Floor:
-    """`images`: features of the floor's images, by the extractor of the `reference`."""
+    """`images`: features of the floor's images, by the extractor of the `reference`. The work is done on `device`."""
 
-    def __init__(self, config: Config, images: Reference, reference: Reference) -> None:
-        self.config, self.images, self.reference = config, images, reference
+    def __init__(self, config: Config, images: Reference, reference: Reference, device: torch.device) -> None:
+        self.config, self.images, self.reference, self.device = config, images, reference, device
 
     def estimate(self, builder: RowBuilder) -> dict[str, Any]:
         """`floor` of results.json. Both sides are samples of their population, whatever the reading of the table is."""
@@ -50,7 +50,7 @@ class Floor:
         """For a row; empty where neither side was trained on, or the reference's images are not at hand."""
         if self._seen is None or self._unseen is None:
             return {}
-        return {"nearer_to_training": nearer_to_training(nearest(features, self._seen), self._unseen)}
+        return {"nearer_to_training": nearer_to_training(nearest(features.to(self.device), self._seen), self._unseen)}
 
     @property
     def _seen(self) -> Tensor | None:
@@ -65,4 +65,4 @@ class Floor:
         """Of each image that was not trained on, the distance to the nearest that was."""
         seen = self._seen
         other = self.images.features if seen is self.reference.features else self.reference.features
-        return None if seen is None or other is None else nearest(other, seen)
+        return None if seen is None or other is None else nearest(other.to(self.device), seen)

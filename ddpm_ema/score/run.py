@@ -87,7 +87,8 @@ def open_floor(config: Config, processes: Processes) -> dict[str, Any]:
     except UserError as error:
         if split != "test":
             raise
-        logger.info(f"no real images beside the reference (data.held_out keeps some): {error}")
+        if processes.is_main:
+            logger.info(f"no real images beside the reference (data.held_out keeps some): {error}")
         return {}
 
 
@@ -101,7 +102,7 @@ def _score_all(
     """What rank 0 does; it adds to `results`."""
     references = yield from open_references(config, generator)
     images = (yield from open_references(config, generator, "floor")) if "floor" in generator.datasets else {}
-    floors = {key: Floor(config, images[key], references[key]) for key in images}
+    floors = {key: Floor(config, images[key], references[key], generator.device) for key in images}
     logger.info(_description(config, generator, references, world_size))
     for checkpoint in found:
         yield from _score(config, generator, references, floors, checkpoint, world_size, results)
