@@ -162,12 +162,12 @@ def stages(folder: Path, settings: Path) -> list[Stage]:
 def measure(base: Path, kills: int, compiled: int, minutes: float, chance: random.Random) -> Iterator[Stage]:
     """Each stage, when it is done."""
     folder, settings = base / "run", base / "settings.yaml"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(base / "inductor")  # before the server of processes starts
     tree = {**SETTINGS, "output_dir": str(folder), "data": {**SETTINGS["data"], "cache_dir": str(base / "cache")}}
     settings.write_text(json.dumps(tree))
     run(Stage("features", ["features", "--config", str(settings)], 1, 0), base / "features.log")
     every = stages(folder, settings)
     if compiled:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(base / "inductor")
         every.append(Stage("train, compiled", [*every[0].arguments, "--training.compile", "true"], 2, 0))
     first = last = base / "state"
     shutil.copytree(folder, first)
