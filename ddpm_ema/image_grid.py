@@ -14,32 +14,21 @@ from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.rundir import atomic_write
 
+REAL = "real images"  # the name of a row that is of the data set
 GAP, TARGET, TOP = 2, 48, 24  # pixels: between images; side that small images are enlarged to; height of the title
 
 
-REAL = "real images"
-
-
-def save_grid(
-    path: Path,
-    rows: Mapping[str, Tensor],
-    step: int,
-    settings: EvaluationSettings,
-    note: str = "",
-    real: Tensor | None = None,
-) -> None:
+def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: EvaluationSettings, note: str = "") -> None:
     """Writes a PNG: one labelled row per name, under a title that says how the images were sampled.
 
     Args:
         path: of the PNG. Its `Title` entry repeats the title as text; its `Rows` entry says, as JSON, where the images lie,
             so that the report can show them otherwise.
-        rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere.
+        rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere. REAL, if there, comes first.
         step: of training, for the title.
         settings: what the images were sampled with, for the title.
         note: text behind the sampler.
-        real: images of the data set for a first row, as in `rows`.
     """
-    rows = rows if real is None else {REAL: real, **rows}
     title = f"step {step}, {sampler_label(settings.model_dump())}{note}, the same noise in every row"
     sample = next(iter(rows.values()))
     scale = max(1, round(TARGET / sample.shape[-1]))
@@ -48,7 +37,7 @@ def save_grid(
     margin = 12 + max(int(font.getlength(name)) for name in rows)
     columns = max(len(images) for images in rows.values())
     places = {"names": list(rows), "columns": columns, "left": margin, "top": TOP, "width": width, "height": height}
-    places |= {"gap": GAP, "scale": scale, "real": real is not None}
+    places |= {"gap": GAP, "scale": scale, "real": REAL in rows}
     total = max(margin + columns * (width + GAP), 12 + int(font.getlength(title)))
     canvas = Image.new("RGB", (total, TOP + len(rows) * (height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -97,7 +97,9 @@ def runs(compared: Sequence[Run]) -> Table:
         for run in compared
     ]
     rows = [(key, *(one.get(key, "") for one in told)) for key in told[0]]
-    for settings in ([run.scoring.settings if run.scoring else {} for run in compared], list(map(_settings, compared))):
+    scored = [run.scoring.settings if run.scoring else {} for run in compared]
+    trained = [dict(_scalars(yaml.safe_load(run.record.config_text or "{}"))) for run in compared]
+    for settings in (scored, [{key: one[key] for key in one if key != "output_dir"} for one in trained]):
         rows += [(key, *values) for key, values in differing(settings).items()]
     return Table("The runs, and all settings in which they differ", ("", *(run.name for run in compared)), tuple(rows))
 
@@ -106,23 +108,14 @@ def _distance(scoring: Scoring | None, row: Row | None) -> str:
     return f"{scoring.metric_name} {with_error(row.distance, row.stderr)}" if scoring and row else "none"
 
 
-def _settings(run: Run) -> dict[str, str]:
-    """config.yaml by dotted key, two levels deep and of scalars: a stranger's YAML may unfold to gigabytes."""
-    found = {}
-    for section, keys in yaml.safe_load(run.record.config_text or "{}").items():
-        for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
-            parts = (
-                sorted(value.items(), key=str)
-                if isinstance(value, dict)
-                else enumerate(value if isinstance(value, list) else [value])
-            )
-            shown = [
-                f"{part if isinstance(part, str) else ''} {plain(v)}"
-                for part, v in parts
-                if not isinstance(v, (dict, list))
-            ]
-            found[f"{section}.{key}".rstrip(".")] = ", ".join(map(str.strip, shown))
-    return found | {"output_dir": ""}
+def _scalars(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, str]]:
+    """Settings by dotted key, only as deep as ours are: a stranger's YAML may unfold to gigabytes."""
+    if isinstance(tree, dict) and depth:
+        for name, value in tree.items():
+            yield from _scalars(value, f"{key}.{name}".lstrip("."), depth - 1)
+    else:
+        items = tree if isinstance(tree, list) else [tree]
+        yield key, ", ".join(plain(item) for item in items if not isinstance(item, (dict, list)))
 
 
 def sentence(compared: Sequence[Run]) -> str:
