@@ -116,7 +116,8 @@ def sweep(scoring: Scoring, key: str, note: str) -> list[Plot]:
     (title, label), points, metric = WIDTHS[key], swept(scoring, key), scoring.metric_name
     if len(points) < 2:
         return []
-    best = scoring.preferred(row for row in scoring.sweep if row.get(key) is not None)
+    rows = [row for row in scoring.sweep if row.get(key) is not None]
+    best = min(rows, key=lambda row: (-row.num_images, row.distance))
     ring = next((point for point in points if point.note == best.weights), min(points, key=lambda point: point.y))
     caption = (
         f"At step {scoring.step:,}, {scoring.sampling}. Averages reconstructed after training. Bands are one and two standard "
