@@ -29,7 +29,7 @@ if [ -n "$images" ]; then
     config=(--config configs/image_folder.yaml --data.path "$images" --training.mixed_precision bf16 --training.compile true
         --model.block_out_channels 128 256 256 256 --model.attention false true false false --model.layers_per_block 2 --model.norm_num_groups 32
         --training.batch_size 128 --training.learning_rate 2e-4 --checkpoints.every 2000 --checkpoints.snapshots_every 1000
-        --evaluation.extractor classifier --evaluation.mixed_precision bf16 --evaluation.batch_size 1000)
+        --evaluation.extractors classifier --evaluation.mixed_precision bf16 --evaluation.batch_size 1000)
 fi
 config+=(--output-dir "$run")
 step features "$python" scripts/train_features.py "${config[@]}"

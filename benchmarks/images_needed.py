@@ -23,7 +23,8 @@ from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.driver import Driver, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
-from ddpm_ema.score.reference import open_reference
+from ddpm_ema.score.generate import Made
+from ddpm_ema.score.reference import open_references
 from ddpm_ema.score.rows import RowBuilder
 from ddpm_ema.score.run import open_generator
 
@@ -36,7 +37,12 @@ def sample(run: config.Config, processes: Processes, name: str) -> FeatureBatch:
     weights = WeightResolver(rundir, rundir.newest_whole()[0], run).named(name)
     generator.load(name, weights.pipeline, [read() for read in weights.members])
     images, batches = list(range(run.evaluation.num_images)), list[FeatureBatch]()
-    Driver(processes, generator).generate(f"{name} {run.evaluation.mixed_precision}", images, batches.append)
+    extractor = next(iter(generator.extractors))
+
+    def take(made: Made) -> None:
+        batches.append(made[extractor])
+
+    Driver(processes, generator).generate(f"{name} {run.evaluation.mixed_precision}", images, [extractor], take)
     return FeatureBatch.join(batches, torch.tensor(images))
 
 
@@ -44,8 +50,8 @@ def row_builder(run: config.Config, processes: Processes) -> RowBuilder:
     generator, found = open_generator(run, processes), list[RowBuilder]()
 
     def jobs() -> Jobs[None]:
-        reference = yield from open_reference(run, generator)
-        found.append(RowBuilder(reference, run.evaluation, processes.device))
+        references = yield from open_references(run, generator)
+        found.append(RowBuilder(next(iter(references.values())), run.evaluation, processes.device))
 
     Driver(processes, generator).run(jobs())
     return found[0]

@@ -29,7 +29,7 @@ from torch import Tensor
 from ddpm_ema import config, diffusion, metrics, model, sampling
 from ddpm_ema.features import Extractor
 from ddpm_ema.sampling_network import SamplingNetwork
-from ddpm_ema.score.feature_store import FeatureBatch, FeatureStore, pixel_figures
+from ddpm_ema.score.feature_store import BatchStore, FeatureBatch, pixel_figures
 from ddpm_ema.score.rows import RowBuilder
 
 SIZE, CHANNELS = 32, 3
@@ -115,14 +115,12 @@ def inception(device: torch.device) -> Extractor:
         mock.patch.object(module, "load_state_dict_from_url", return_value={}),
         mock.patch.object(cls, "load_state_dict", return_value=None),
     ):
-        network = cls("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
+        network = cls("inception-v3-compat", ["2048"], verbose=False)
     return Extractor(
         network=network,
         name="inception-v3-compat",
         sha256="random",
         feature_layer="2048",
-        channels=3,
-        is_published_inception=False,
         device=device,
         batch_size=64,
     )
@@ -170,18 +168,19 @@ def metric_parts(count: int, run: config.Config, device: torch.device) -> dict[s
     """Features on disk, the distance with its error bars, and the other figures, on features of 10,000 reference images."""
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(10_000, 2048, generator=generator)
-    features, logits = torch.rand(count, 2048, generator=generator), torch.randn(count, 1008, generator=generator)
+    features = torch.rand(count, 2048, generator=generator)
     reference = metrics.reference_of(real, {"data": "random"})
-    none, indices = torch.zeros(0, dtype=torch.int64), torch.arange(count)
-    pixels = pixel_figures(torch.zeros(count, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
-    batch = FeatureBatch(
-        indices, features, logits, *pixels, none, torch.zeros(0, CHANNELS, SIZE, SIZE, dtype=torch.uint8)
-    )
+    saturated, contrast = pixel_figures(torch.zeros(count, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
+    indices = torch.arange(count)
+    batch = FeatureBatch(indices=indices, features=features, saturated=saturated, contrast=contrast)
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(Path(folder))
-        parts["features on disk"] = seconds(lambda: store.add(batch), torch.device("cpu"))
-        parts["features on disk"] += seconds(lambda: FeatureStore(Path(folder)).join(count), torch.device("cpu"))
+
+        def store() -> BatchStore[FeatureBatch]:
+            return BatchStore(Path(folder), "features", FeatureBatch)
+
+        parts["features on disk"] = seconds(lambda: store().add(batch), torch.device("cpu"))
+        parts["features on disk"] += seconds(lambda: store().join(count), torch.device("cpu"))
     builder = RowBuilder(reference, run.evaluation, device)
     builder.build(batch, "warm", {})  # with what is computed once of the reference
     parts["distance, jackknife"] = seconds(lambda: builder.estimate(batch, "weights"), device)

@@ -31,7 +31,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.nn import functional
 
-from ddpm_ema import config, model, train
+from ddpm_ema import batch_order, config, model, train
 from ddpm_ema.distributed import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step as step_module
@@ -97,9 +97,7 @@ class Ours:
         self.positions = torch.arange(BATCH)
 
     def __call__(self) -> None:
-        indices = step_module.batch_order.batch_indices(
-            0, self.trainer.step, self.positions, BATCH, len(self.trainer.dataset)
-        )
+        indices = batch_order.batch_indices(0, self.trainer.step, self.positions, BATCH, len(self.trainer.dataset))
         micro_batch = MicroBatch(self.positions, indices, self.trainer.dataset.batch(indices))
         train.train_step(self.trainer, [micro_batch])
         step_module.read_checks(self.trainer, lag=0)
@@ -142,8 +140,7 @@ def breakdown(ours: Ours, steps: int, device: torch.device) -> dict[str, float]:
             return timed("forward", self.network)(*args, **kwargs)
 
     patches = [
-        (step_module.keyed_random, "normal", "noise"),
-        (step_module, "normalise", "images to floats"),
+        (trainer.objective, "inputs", "images to floats, noise and timesteps"),
         (step_module, "_clip", "gradient norm and clipping"),
         (torch.Tensor, "backward", "backward"),
         (trainer.optimizer, "step", "optimizer"),

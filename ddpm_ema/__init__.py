@@ -1,7 +1,7 @@
 """ddpm_ema: train a DDPM U-Net while several averages of its weights are kept, and see which weights to ship.
 
-The names of this module are those of the averaging library. Importing it loads numpy alone; torch comes with the first name that
-needs it.
+The names of this module are those of the averaging library, and `load` and `sample` for the weights of a run. Importing it loads
+numpy alone; torch comes with the first name that needs it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ddpm_ema.averaging.sigma_rel import exponent_to_std, std_to_exponent
 if TYPE_CHECKING:
     from ddpm_ema.averaging.bank import AverageBank
     from ddpm_ema.averaging.posthoc import reconstruct
+    from ddpm_ema.from_run import load, sample
 
 __all__ = [
     "AverageBank",
@@ -41,8 +42,10 @@ __all__ = [
     "Warmup",
     "Window",
     "exponent_to_std",
+    "load",
     "posthoc_coefficients",
     "reconstruct",
+    "sample",
     "std_to_exponent",
 ]
 
@@ -53,7 +56,7 @@ def __getattr__(name: str) -> Any:
 
         return version("ddpm_ema")
     if name in __all__:
-        from ddpm_ema import averaging
+        from importlib import import_module
 
-        return getattr(averaging, name)
+        return getattr(import_module(f"ddpm_ema.{'from_run' if name in ('load', 'sample') else 'averaging'}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,37 +12,37 @@ from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import read_metadata, save_classifier, train_classifier
 from ddpm_ema.messages import logger
+from ddpm_ema.rundir import as_user_error
 
 MOST_IMAGES = 60_000  # held in memory for training; more cost minutes and change little
 
 
 def train_features(config: Config) -> Path:
-    """Trains `<output_dir>/features.safetensors` on the data set's labels, unless it is there already; returns its path.
+    """Trains `<output_dir>/features.safetensors`, unless it is there already; returns its path.
 
-    Raises:
-        UserError: the data set has no labels.
+    It learns the data set's labels; without any, which way up an image is.
     """
     path = config.output_dir / "features.safetensors"
     dataset = data.load(config.data)
-    if dataset.labels is None:
-        raise UserError(
-            f"{dataset.name} has no labels and a feature classifier needs them: put images into one folder per class, or score with "
-            "--evaluation.extractor inception-v3-compat"
-        )
-    fingerprint = hashlib.sha256(f"{dataset.fingerprint} {dataset.labels.tolist()}".encode()).hexdigest()
+    labels = dataset.labels if (dataset.num_classes or 0) > 1 else None
+    told = "which way up" if labels is None else labels.tolist()
+    fingerprint = hashlib.sha256(f"{dataset.fingerprint} {told}".encode()).hexdigest()
     if _is_done(path, fingerprint, config.seed):
         return path
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:MOST_IMAGES]
     device = "cuda" if config.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
     trained = train_classifier(
         dataset.batch(chosen).cpu(),
-        dataset.labels.cpu()[chosen],
+        None if labels is None else labels[chosen],
         seed=config.seed,
         num_classes=dataset.num_classes,
         device=device,
     )
-    save_classifier(path, trained, fingerprint=fingerprint, seed=config.seed)
-    logger.info(f"{path}: feature classifier of {dataset.name}, accuracy {trained.accuracy:.1%} on images it never saw")
+    needed = sum(tensor.nbytes for tensor in trained.network.state_dict().values())
+    with as_user_error(path, needed, "Nothing was written"):
+        save_classifier(path, trained, fingerprint=fingerprint, seed=config.seed)
+    what = f"feature classifier of {dataset.name}{', by which way up they are,' if labels is None else ','}"
+    logger.info(f"{path}: {what} accuracy {trained.accuracy:.1%} on images it never saw")
     return path
 
 

@@ -23,6 +23,9 @@ from ddpm_ema.transfer import to_device
 Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`predict(x_t, timesteps, labels)`: fp32 `[n, C, H, W]`, int64 `[n]`, int64 `[n]` or None -> `[n, C or 2C, H, W]`."""
 
+Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None]"
+"""x_0 and noise fp32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None."""
+
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned": "learned_range"}
 _VLB_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021, eq. 16
@@ -74,19 +77,10 @@ class Objective:
 
     def inputs(
         self, seed: int, step: int, positions: Tensor, images: Tensor, labels: Tensor | None, flip: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What `loss` takes at these positions of a global batch, by the keys (seed, step, position).
+    ) -> Inputs:
+        """What `loss` takes at these positions (int64 `[n]`, on the CPU) of a global batch, on the objective's device.
 
-        Args:
-            seed: of the run.
-            step: completed optimizer steps.
-            positions: int64 `[n]`, on the CPU.
-            images: uint8 `[n, C, H, W]`.
-            labels: int64 `[n]`, or None for an unconditional network.
-            flip: whether to mirror half of the images.
-
-        Returns:
-            (x_0 fp32 `[n, C, H, W]` in [-1, 1], noise likewise, timesteps int64 `[n]`, labels), on the objective's device.
+        `images` are uint8 `[n, C, H, W]`; `flip` mirrors half of them. Everything drawn has the key (seed, step, position).
         """
         device = self._signal.device
         x_0 = to_device(images, device).float() / 127.5 - 1

@@ -158,24 +158,18 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
         yield failure("shared memory", f"{path} cannot be written: {error.strerror}; mount a tmpfs there")
         return
     text = f"{path}: {usage.free / MIB:,.0f} of {usage.total / MIB:,.0f} MiB free"
-    if usage.free < GIB:
-        hint = "several GPUs want 1 GiB (--shm-size 1g, or an emptyDir in memory)"
-        yield warning("shared memory", f"{text}; {hint}")
-    else:
-        yield ok("shared memory", text)
+    hint = "several GPUs want 1 GiB (--shm-size 1g, or an emptyDir in memory)"
+    yield warning("shared memory", f"{text}; {hint}") if usage.free < GIB else ok("shared memory", text)
 
 
 def check_compiler() -> Iterator[Finding]:
     """torch.compile needs a C++ compiler on CPU; on CUDA, Triton needs a C compiler and Python's headers."""
     names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    if compiler and headers:
-        yield ok("compiler", f"{compiler}, with Python's headers: torch.compile can build kernels")
-        return
-    lacking = " and ".join(["C++ compiler"] * (compiler is None) + ["Python.h"] * (not headers))
+    compiler = next((found for name in names if (found := shutil.which(name))), "")
+    lacking = [] if compiler else ["C++ compiler"]
+    lacking += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
     hint = "keep training.compile and evaluation.compile off, or install g++ and python3-dev"
-    yield warning("compiler", f"no {lacking}: {hint}")
+    yield warning("compiler", f"no {' and '.join(lacking)}: {hint}") if lacking else ok("compiler", compiler)
 
 
 def check_output(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
@@ -199,23 +193,17 @@ def check_output(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
         yield failure("output folder", f"user {os.getuid()} cannot write {folder}: {error.strerror}; {hint}")
         return
     text = f"{folder}: {speed:,.0f} MiB/s written and synced, {free / GIB:,.1f} GiB free"
-    if speed < SLOW_MIB_PER_SECOND:
-        yield warning("output folder", f"{text}; slow: save less often (checkpoints.every)")
-    elif free < GIB:
-        yield warning("output folder", f"{text}; a run keeps at least two checkpoints, each with all averages")
-    else:
-        yield ok("output folder", text)
+    hints = ["slow: save less often (checkpoints.every)"] if speed < SLOW_MIB_PER_SECOND else []
+    hints += ["a run keeps at least two checkpoints, each with all averages"] if free < GIB else []
+    yield warning("output folder", "; ".join([text, *hints])) if hints else ok("output folder", text)
 
 
 def check_caches() -> Iterator[Finding]:
     """The cache folders of libraries must be writable by this user; says whether downloads are off."""
     folders = {name: os.environ[name] for name in CACHES if os.environ.get(name)} or {"HOME": str(Path.home())}
     bad = [f"{name}={folder}" for name, folder in folders.items() if not _writable(Path(folder))]
-    if bad:
-        hint = "point them at a writable folder"
-        yield failure("caches", f"user {os.getuid()} cannot write {', '.join(bad)}; {hint}")
-    else:
-        yield ok("caches", ", ".join(sorted(set(folders.values()))))
+    refusal = f"user {os.getuid()} cannot write {', '.join(bad)}; point them at a writable folder"
+    yield failure("caches", refusal) if bad else ok("caches", ", ".join(sorted(set(folders.values()))))
     off = [name for name in OFFLINE_SWITCHES if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
     yield ok("downloads", f"off ({', '.join(off)})" if off else "allowed; HF_HUB_OFFLINE=1 switches them off")
 
@@ -231,7 +219,7 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def examine(output_dir: Path, device: str = "auto") -> list[Finding]:
+def examine(output_dir: Path, device: str = "auto") -> Iterator[Finding]:
     """Runs every check. An unexpected error in one is a failure of that check; the others still run."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "packages": check_packages,
@@ -242,27 +230,23 @@ def examine(output_dir: Path, device: str = "auto") -> list[Finding]:
         "caches": check_caches,
         "output folder": lambda: check_output(output_dir),
     }
-    findings: list[Finding] = []
     for subject, check in checks.items():
         try:
-            findings.extend(check())
+            yield from check()
         except Exception as error:  # a broken driver raises anything
-            findings.append(failure(subject, f"{type(error).__name__}: {error}"))
-    return findings
+            yield failure(subject, f"{type(error).__name__}: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="ddpm-ema doctor", description="Checks whether this machine or image can train."
-    )
+    parser = argparse.ArgumentParser("ddpm-ema doctor", description="Checks whether this machine or image can train.")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the runs; made if missing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: fail without one")
     parser.add_argument("--strict", action="store_true", help="warnings fail too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
 
-    findings = examine(options.output_dir, options.device)
+    findings = list(examine(options.output_dir, options.device))
     bad = {"failure", "warning"} if options.strict else {"failure"}
     problems = sum(finding.level in bad for finding in findings)
     if options.json:

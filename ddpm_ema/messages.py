@@ -89,7 +89,7 @@ def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 
     from tqdm import tqdm
 
     form = f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
-    look = {"leave": False, "delay": 0.5, "dynamic_ncols": True, "bar_format": form, "unit": ""}
+    look: dict[str, Any] = {"leave": False, "delay": 0.5, "dynamic_ncols": True, "bar_format": form, "unit": ""}
     return tqdm(total=total, initial=initial, desc=title, disable=not shown, **look)
 
 

@@ -1,19 +1,22 @@
-"""Settings to a diffusers `UNet2DModel`: the U-Net of Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B."""
+"""Settings to a network: the U-Net of Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B, or one of `model.factory`."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ddpm_ema import keyed_random
+from ddpm_ema import keyed_random, network_call
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, nearest
 from ddpm_ema.keyed_random import Purpose
 
 # Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
@@ -22,10 +25,11 @@ NEAR_ZERO = ("conv2", "to_out.0", "conv_out")
 PAPER_LAYOUT = {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
 
 
-def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
+def build(config: Config, num_classes: int | None = None) -> nn.Module:
     """The untrained network, fp32 on the CPU; its weights are a function of the settings and `config.seed` alone.
 
-    The default settings with 3 channels give the network of google/ddpm-cifar10-32 (35,746,307 parameters).
+    The default settings with 3 channels give the network of google/ddpm-cifar10-32 (35,746,307 parameters). With `model.factory` it
+    is what that function returns, whose first weights come from torch's generator, seeded by `config.seed`.
 
     Args:
         config: its data, model and diffusion settings.
@@ -33,13 +37,15 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
 
     Returns:
         A network of x_t `[n, C, H, W]`, timesteps int64 `[n]` and, with `model.class_conditional`, labels int64 `[n]`, in which
-        `num_classes` means "no label". It returns `[n, C, H, W]`, or `[n, 2C, H, W]` for a learned variance.
+        `num_classes` means "no label"; `network_call.predict` calls it.
 
     Raises:
-        UserError: lists every setting that does not fit the others.
+        UserError: lists every setting that does not fit the others; or the factory makes no such network.
     """
     if problems := list(_problems(config, num_classes)):
         raise UserError("\n".join(["the network cannot be built:", *(f"  {problem}" for problem in problems)]))
+    if config.model.factory is not None:
+        return _made(config, num_classes)
     model, channels = config.model, config.data.channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_random.seed_for(config.seed, Purpose.INIT, 0))
@@ -60,6 +66,46 @@ def build(config: Config, num_classes: int | None = None) -> UNet2DModel:
     if model.initialization == "ddpm":
         _initialize(network, config.seed)
     return network
+
+
+def _made(config: Config, num_classes: int | None) -> nn.Module:
+    """What `model.factory` returns, asked once for a prediction, so that a misfit is one message and not the first step's."""
+    data, where = config.data, f"model.factory {config.model.factory}"
+    classes = num_classes if config.model.class_conditional else None
+    outputs = data.channels * (2 if config.diffusion.variance == "learned" else 1)
+    shape = {"image_size": data.image_size, "channels": data.channels, "out_channels": outputs, "num_classes": classes}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(keyed_random.seed_for(config.seed, Purpose.INIT, 0))
+        network = _imported(str(config.model.factory))(**shape)
+        if not isinstance(network, nn.Module):
+            raise UserError(f"{where}: returned {type(network).__name__}, no torch.nn.Module")
+        x_t, zeros = torch.zeros(2, data.channels, data.image_size, data.image_size), torch.zeros(2, dtype=torch.int64)
+        found = network_call.predict(network.eval(), x_t, zeros, None if classes is None else zeros)
+    wanted = (2, outputs, data.image_size, data.image_size)
+    if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"{where}: its network returned {got} for x_t {tuple(x_t.shape)}, expected {wanted}")
+    network.no_label = classes  # type: ignore[assignment]
+    return network.float().train()
+
+
+def _imported(name: str) -> Callable[..., object]:
+    """The function `package.module:function`, also of a module in the working directory."""
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last: it hides no installed module
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"model.factory {name}: {error}; it must be installed, or lie below the working directory"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(
+            f"model.factory {name}: {module_name} has no such function{nearest(function_name, vars(module))}"
+        )
+    return function  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -98,24 +144,34 @@ def _symmetric_uniform(seed: int, key: int, shape: torch.Size) -> Tensor:
     return ((words.double() + 0.5) * 2.0**-31 - 1).float().view(shape)
 
 
-def fitting(config: Config, weights: Mapping[str, Tensor], where: str) -> UNet2DModel:
-    """The network that these weights are of, not loaded with them; its classes are counted by the weights.
+def fitting(
+    config: Config, weights: Mapping[str, Tensor], where: str, num_classes: Callable[[], int | None] = lambda: None
+) -> nn.Module:
+    """The network that these weights are of, not loaded with them.
+
+    A U-Net's classes are counted by the weights; `num_classes` is asked for those of a class-conditional factory's network.
 
     Raises:
         UserError: the settings' network lacks a tensor, or has another; each is named, and `where` they are from.
     """
     labels = weights.get("class_embedding.weight")
-    unet = build(config, num_classes=None if labels is None else len(labels) - 1)
+    if config.model.factory is not None:
+        classes = num_classes() if config.model.class_conditional else None
+    else:
+        classes = None if labels is None else len(labels) - 1
+    network = build(config, classes)
     try:
-        check_tensors(weights, {name: tensor.shape for name, tensor in unet.state_dict().items()}, where)
+        check_tensors(weights, {name: tensor.shape for name, tensor in network.state_dict().items()}, where)
     except ValueError as error:
         raise UserError(f"not of the network that the settings describe: {error}") from None
-    return unet
+    return network
 
 
-def no_label(model: UNet2DModel) -> int | None:
+def no_label(network: nn.Module) -> int | None:
     """The class that means "no label" to a class-conditional network; None for an unconditional one."""
-    num_class_embeds: int | None = dict(model.config)["num_class_embeds"]
+    if not isinstance(network, UNet2DModel):
+        return getattr(network, "no_label", None)
+    num_class_embeds: int | None = dict(network.config)["num_class_embeds"]
     return None if num_class_embeds is None else num_class_embeds - 1
 
 
@@ -123,6 +179,10 @@ def _problems(config: Config, num_classes: int | None) -> Iterator[str]:
     """Settings that do not fit each other or the data: one line per setting, with what to do."""
     model, size = config.model, config.data.image_size
     channels, head = model.block_out_channels, model.attention_head_dim
+    if model.class_conditional and num_classes is None:
+        yield "model.class_conditional: this data set has no labels: set it to false, or take labelled data"
+    if model.factory is not None:
+        return
     if uneven := [n for n in channels if n % model.norm_num_groups]:
         yield (
             f"model.norm_num_groups: {model.norm_num_groups} does not divide {', '.join(map(str, uneven))} of "
@@ -140,5 +200,3 @@ def _problems(config: Config, num_classes: int | None) -> Iterator[str]:
             f"data.image_size: {size} is not a multiple of {stride}, by which {len(channels)} resolutions scale it down: "
             f"take {-(-size // stride) * stride}, or fewer model.block_out_channels"
         )
-    if model.class_conditional and num_classes is None:
-        yield "model.class_conditional: this data set has no labels: set it to false, or take labelled data"

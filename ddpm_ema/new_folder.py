@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm_ema.averaging.files import sync
+from safetensors import SafetensorError
+
+from ddpm_ema.averaging.files import clear_rests, sync
 from ddpm_ema.errors import UserError
 
 
@@ -28,16 +30,17 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
     refuse_used(path, option)
     partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        clear_rests(path)
         partial.mkdir(parents=True)
         yield partial
         for written in (*partial.rglob("*"), partial):
             sync(written)
         os.replace(partial, path)
         sync(path.absolute().parent)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+    except (OSError, SafetensorError) as error:  # the latter of a full disk, too
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             refuse_used(path, option)
-        reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({reason}); choose another folder with {option}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,9 +9,16 @@ from pathlib import Path
 
 def report() -> argparse.ArgumentParser:
     """Options of `ddpm-ema report`."""
-    parser = argparse.ArgumentParser(prog="ddpm-ema report", description="Writes report.html for a run directory.")
-    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
-    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: RUN/report.html)")
+    parser = argparse.ArgumentParser(
+        prog="ddpm-ema report", description="Writes report.html for a run, or for several side by side."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories, such as runs/digits")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="the file to write (default: RUN/report.html, or comparison.html beside several)",
+    )
     parser.add_argument(
         "--scoring",
         help="folder name or digest of the scoring that answers (default: the newest that compares raw with an average)",
@@ -30,6 +37,7 @@ def export() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=None, help="the folder to write (default: RUN/export/NAME)")
     parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--variant", action="store_true", help="store the weights as diffusers' variant=NAME")
+    parser.add_argument("--model.factory", dest="factory", help="the run's own, if you trust the code that it names")
     return parser
 
 

@@ -16,10 +16,11 @@ from ddpm_ema import config
 from ddpm_ema.config import Config
 from ddpm_ema.data.decode import UNREADABLE
 from ddpm_ema.data.folder_source import open_folder
+from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
 
 LOOKED_AT = 64  # images, spread over the folder
-# In the first column for a CPU, in the second for a GPU: a first run that takes an hour or two.
+# For a CPU and for a GPU.
 LARGEST, COARSEST, BATCH, STEPS = (32, 64), (8, 4), (64, 128), (3000, 100_000)
 AVERAGES = {
     "ema_0_999_debiased": {"kind": "bias_corrected", "decay": 0.999},
@@ -41,13 +42,15 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
     Raises:
         UserError: no such folder, no images in it, or a bad override.
     """
+    if len(overrides["data.path"]) != 1:
+        raise UserError("--data.path: takes one folder")
     folder = Path(*overrides["data.path"])
     output = " ".join(overrides.get("output_dir", [f"runs/{folder.resolve().name}"]))
     if Path(output, "config.yaml").is_file():
         logger.info(f"the settings are those of {output}/config.yaml")
         return config.resolve(output, None, overrides)
     on_gpu = overrides.get("machine.device") != ["cpu"] and torch.cuda.is_available()
-    source = open_folder(folder, *overrides.get("data.split", ["train"]))
+    source = open_folder(folder, " ".join(overrides.get("data.split", ["train"])))
     tree, seen = choose(_look(source), len(source), source.num_classes, on_gpu, overrides)
     tree["data"]["path"], tree["output_dir"] = str(folder), output
     chosen = config.load(tree, overrides)
@@ -71,15 +74,7 @@ def _look(source: Any) -> list[Image.Image]:
 def choose(
     images: Sequence[Image.Image], count: int, num_classes: int | None, on_gpu: bool, given: Mapping[str, list[str]]
 ) -> tuple[dict[str, Any], str]:
-    """Settings for such images, and what they are in words.
-
-    Args:
-        images: some of them.
-        count: of all images.
-        num_classes: None without labels.
-        on_gpu: whether a GPU will train.
-        given: overrides; the network fits the `data.image_size` among them.
-    """
+    """Settings for a folder of `count` such images, and what they are in words. The network fits an image size that is `given`."""
     short = [min(image.size) for image in images] or [32]
     grey = all(_is_grey(image) for image in images)
     size = _size(short, LARGEST[on_gpu])
@@ -93,10 +88,10 @@ def choose(
         "averages": AVERAGES,
         "checkpoints": {"every": "5%", "keep_every": "25%", "snapshots_every": "5%"},
         "evaluation": {
-            "num_images": 10_000 if on_gpu else 1000,
+            "num_images": 10_000 if on_gpu else 1280,  # ten per dimension of the classifier's features
             "sampler": "dpm_solver++",
             "num_inference_steps": 25,
-            "extractor": "inception-v3-compat" if num_classes is None else "classifier",
+            "extractors": ["classifier"],
         },
     }
     tree["training"] |= {"warmup_steps": "5%", "log_every": "1%", "sample_every": "10%"}
@@ -108,12 +103,12 @@ def choose(
 def _is_grey(image: Image.Image) -> bool:
     if image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"):
         return True
-    pixels = np.asarray(image.convert("RGB")).astype(int)  # [H, W, 3]
+    pixels = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.NEAREST)).astype(int)  # [64, 64, 3]
     return bool((pixels.max(axis=2) - pixels.min(axis=2)).max() <= 8)  # JPEG rounds
 
 
 def _size(short: Sequence[int], largest: int) -> int:
-    """The images' own size where it is one that fits, else the largest power of two that enlarges few of them."""
+    """The images' own size where all have one that fits, else the largest power of two that enlarges less than half of them."""
     typical = int(statistics.median(short))
     if min(short) == max(short) <= largest and typical % 4 == 0:
         return typical

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ddpm_ema import data, diffusion, model, network_call
 from ddpm_ema.averaging.batch_norm import update_batch_norm
 from ddpm_ema.config import Config
 from ddpm_ema.keyed_random import Purpose, integers, seed_for
@@ -16,11 +17,7 @@ BATCHES, BATCH_SIZE = 16, 128
 
 
 def with_own_statistics(
-    weights: Mapping[str, Tensor],
-    config: Config,
-    objective: Any,
-    build: Callable[[], nn.Module],
-    load: Callable[[], Any],
+    weights: Mapping[str, Tensor], config: Config, device: torch.device | str = "cpu", dataset: Any = None
 ) -> dict[str, Tensor]:
     """The weights of an average with the batch-norm statistics that belong to them (Izmailov et al. 2018, section 3.2).
 
@@ -29,38 +26,37 @@ def with_own_statistics(
 
     Args:
         weights: parameters and buffers by name.
-        config: settings of the run; `seed` and `data.horizontal_flip` are used.
-        objective: the `diffusion.Objective` of the run.
-        build: gives a network that these weights fit, on the objective's device; it is overwritten.
-        load: gives the data set that was trained on.
+        config: settings of the run.
+        device: where to compute.
+        dataset: what was trained on; None opens it.
 
-    Returns:
-        `weights`, or a copy with other statistics on the network's device.
+    Raises:
+        UserError: the weights are not of the network that the settings describe, or the data cannot be read.
     """
     if not any(name.endswith("running_var") for name in weights):
         return dict(weights)
-    network = build()
+    images = dataset or data.load(config.data)
+    network = model.fitting(config, weights, "an average", lambda: images.num_classes).to(device)
     network.load_state_dict(dict(weights))
+    objective = diffusion.Objective(config.diffusion).to(device)
 
-    def predict(inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> object:
+    def predict(inputs: diffusion.Inputs) -> object:
         x_0, noise, timesteps, labels = inputs
         x_t = objective.add_noise(x_0, noise, timesteps)
-        return network(x_t, timesteps, class_labels=labels, return_dict=False)
+        return network_call.predict(network, x_t, timesteps, labels)
 
-    device = next(network.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed_for(config.seed, Purpose.BATCH_NORM, 0))  # of dropout, which training mode has
-        update_batch_norm(network, _batches(config, objective, load()), call=predict)
+        update_batch_norm(network, _batches(config, objective, images), call=predict)
     return {**weights, **{name: buffer for name, buffer in network.named_buffers() if name in weights}}
 
 
-def _batches(config: Config, objective: Any, dataset: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+def _batches(config: Config, objective: diffusion.Objective, dataset: Any) -> Iterator[diffusion.Inputs]:
     positions = torch.arange(min(BATCH_SIZE, len(dataset)))
     for batch in range(BATCHES):
         indices = integers(config.seed, Purpose.BATCH_NORM, batch, positions, len(dataset))
-        labels = None
-        if config.model.class_conditional:
-            labels = dataset.labels[indices]
+        labels = dataset.labels[indices] if config.model.class_conditional else None
+        if labels is not None:
             labels = objective.drop_labels(labels, dataset.num_classes, config.seed, batch, positions)
         flip = config.data.horizontal_flip
         yield objective.inputs(config.seed, batch, positions, dataset.batch(indices), labels, flip)

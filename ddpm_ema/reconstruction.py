@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     resolver = WeightResolver(run, None, config)
     found = [(target, resolver.reconstructed(target, arguments.step)) for target in targets]
     folder = arguments.out or run.path / "reconstructed" / step_folder(found[0][1].step or 0)
-    made = [save(weights, target, folder) for target, weights in found]  # reads the tensors of one target at a time
+    with RunDir(folder).lock():
+        made = [save(weights, target, folder) for target, weights in found]  # reads the tensors of one target at a time
     print(table([summary for _, summary in made]))
     for path, _ in made:
         print(f"wrote {path}")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_ema import network_call
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
@@ -19,7 +20,7 @@ Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
 
 
 class SamplingNetwork:
-    """A diffusers `UNet2DModel` that predicts for the sampler, with `evaluation`'s precision, compilation and guidance.
+    """A network that predicts for the sampler, with `evaluation`'s precision, compilation and guidance.
 
     Args:
         unet: the network; its weights are replaced by `load`.
@@ -65,13 +66,12 @@ class SamplingNetwork:
         Raises UserError that names a tensor which is missing, extra or misshaped. All members of an ensemble stay on the
         device.
         """
+        shapes = {key: tensor.shape for key, tensor in self._parameters.items()}
         for weights in members:
             try:
-                check_tensors(
-                    weights, {key: tensor.shape for key, tensor in self._parameters.items()}, f"weights {name}"
-                )
+                check_tensors(weights, shapes, f"weights {name}: not of this model")
             except ValueError as error:
-                raise UserError(f"{error}; not of this model: check the model settings") from None
+                raise UserError(f"{error}; check the model settings") from None
         self._members = []
         if len(members) > 1:
             self._members = [{k: w[k].to(self.device, torch.float32) for k in self._parameters} for w in members]
@@ -103,7 +103,7 @@ class SamplingNetwork:
     def _run(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x_t.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            prediction: Tensor = self.unet(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+            prediction = network_call.predict(self.unet, x_t, timesteps, labels)
         return prediction.float().contiguous()
 
 

@@ -56,7 +56,7 @@ def settings() -> dict[str, Any]:
 
 def evaluation(**changes: Any) -> dict[str, Any]:
     """All evaluation settings of the scoring."""
-    scored = {"sampler": "dpm_solver++", "num_inference_steps": 25, "num_images": 6000, "extractor": "classifier"}
+    scored = {"sampler": "dpm_solver++", "num_inference_steps": 25, "num_images": 6000, "extractors": ["classifier"]}
     return {**settings()["evaluation"], **scored, **changes}
 
 
@@ -106,7 +106,7 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
     scored = evaluation(num_images=num_images)
     scored |= {key: value for key, value in changes.items() if key in scored and key != "sweep"}
     keys = ("sampler", "num_inference_steps", "num_images", "seed", "eta", "clip_sample", "mixed_precision", "groups")
-    keys = (*keys, "extractor", "precision_recall")
+    keys = (*keys, "precision_recall")
     return {
         "schema": 3,
         "protocol": 2,
@@ -115,6 +115,7 @@ def results(step: int = STEPS, num_images: int = 6000, names: tuple[str, ...] = 
         "metric": "fd",
         **{key: scored[key] for key in keys},
         "guidance_scale": None,
+        "extractor": "classifier",
         "extractor_sha256": "ab" * 32,
         "feature_layer": "features",
         "reference": "train of digits, 1797 images",
@@ -199,9 +200,9 @@ def metrics(steps: int = STEPS, every: int = 50) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grid(path: Path, title: str = "", columns: int = 16, cell: int = 32) -> None:
-    """A labelled grid of blobs, with the title that a picture holds."""
-    labels = tuple(FIGURES)
+def grid(path: Path, title: str = "", columns: int = 16, cell: int = 34, real: bool = False) -> None:
+    """A labelled grid of blobs, with the title that a picture holds, and where its rows lie."""
+    labels = ("real images",) * real + tuple(FIGURES)
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(1)
     image = Image.new("RGB", (150 + columns * cell, len(labels) * cell), "white")
@@ -211,7 +212,9 @@ def grid(path: Path, title: str = "", columns: int = 16, cell: int = 32) -> None
         for column in range(columns):
             patch = Image.fromarray((noise.random((8, 8)) * 255).astype(np.uint8))
             image.paste(patch.resize((cell - 2, cell - 2), Image.Resampling.NEAREST), (150 + column * cell, row * cell))
+    places = {"names": labels, "columns": columns, "left": 150, "top": 0, "width": cell - 2, "height": cell - 2}
     entries = PngImagePlugin.PngInfo()
+    entries.add_text("Rows", json.dumps({**places, "gap": 2, "scale": 4, "real": real}))
     if title:
         entries.add_text("Title", title)
     image.save(path, pnginfo=entries)
@@ -248,7 +251,11 @@ def make_run(run: Path) -> Path:
     save_file({"conv.weight": np.zeros((701, 1000), np.float32)}, checkpoint / "raw.safetensors")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest()))
     for step in (500, 1500, 3000):
-        grid(run / "samples" / f"step-{step:08d}.png", f"step {step}, ddim 50 steps, the same noise in every row")
+        grid(
+            run / "samples" / f"step-{step:08d}.png",
+            f"step {step}, ddim 50 steps, the same noise in every row",
+            real=True,
+        )
     for step in (1000, 2000):
         write_results(run, results(step))
     grid(write_results(run, results(**swept())) / "grid.png")

@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
         "power_0_10": {"kind": "power_function", "std": 0.10},
     },
     "checkpoints": {"every": 4, "keep": 3},
-    "evaluation": {"num_images": 8, "sampler": "ddim", "num_inference_steps": 4, "extractor": "classifier"},
+    "evaluation": {"num_images": 8, "sampler": "ddim", "num_inference_steps": 4, "extractors": ["classifier"]},
 }
 
 

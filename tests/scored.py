@@ -29,7 +29,7 @@ EVALUATION: dict[str, Any] = {
     "batch_size": 25,
     "sampler": "ddim",
     "num_inference_steps": 4,
-    "extractor": "classifier",
+    "extractors": ["classifier"],
     "groups": 10,
     "grid_images": 5,
 }

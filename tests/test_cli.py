@@ -75,6 +75,8 @@ def test_help_of_a_stage_lists_every_setting_with_its_meaning_its_own_first(
         (["train"], "digits.yaml"),
         (["train", "--training.steps", "5"], "--data.path FOLDER"),
         (["features"], "--data.path FOLDER"),
+        (["train", "--data.path"], "--data.path: takes one folder"),
+        (["train", "--data.path", "nowhere"], "nowhere does not exist"),
         (["score", "runs/digits", "--dry-run"], "no run directory"),
         (["sweep", "--config", "configs/digits.yaml"], "--evaluation.sweep.stds 0.02:0.25:12"),
         (["score", "--evaluation.stepz", "3"], "evaluation.stepz: unknown setting; did you mean 'steps'?"),

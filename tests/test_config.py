@@ -68,7 +68,7 @@ PAPERS_RECIPE = {
         "num_images": 50_000,
         "sampler": "ddpm",
         "num_inference_steps": 1000,
-        "extractor": "inception-v3-compat",
+        "extractors": ["inception-v3-compat"],
         "reference": "train",
     },
 }

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from live_runs import free_port, settings, start
 from PIL import Image
 
+from ddpm_ema import distributed, lost_ranks
+from ddpm_ema.distributed import Processes
+from ddpm_ema.errors import LostRankError, PeerFailedError
 from ddpm_ema.lost_ranks import is_communication
 
 ALONE = """
@@ -62,6 +66,26 @@ sys.exit(cli.guard(lambda: print("got", processes.main_first(work, "decoding ima
     assert "got 1" in other
     assert first.count("waiting for rank 0: decoding images") == 1
     assert other.strip() == "got 1", "a rank but the first says nothing that the first says"
+
+
+def test_a_wait_for_the_device_ends_after_the_timeout_or_with_the_error_of_a_peer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a step whose gradients never come, before NCCL's watchdog ends the process without a message."""
+    processes: Any = object.__new__(Processes)
+    vars(processes).update(control="a group", rank=0, world_size=2, timeout=0.05)
+    monkeypatch.setattr(distributed, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lost_ranks, "roll_call", lambda *_: "rank 1 no longer answers")
+    monkeypatch.setattr(lost_ranks, "failed_peer", lambda: None)
+    with pytest.raises(LostRankError, match=r"rank 1 no longer answers while waiting for step 7.*for the device"):
+        processes.wait_for_device(lambda: False, "waiting for step 7")
+    processes.timeout = 600
+    error = {"rank": 1, "host": "b", "error": "x.png: truncated", "exit_code": 2}
+    monkeypatch.setattr(lost_ranks, "failed_peer", lambda: error)
+    with pytest.raises(PeerFailedError, match=r"rank 1 on b ended while waiting for step 7: x\.png: truncated"):
+        processes.wait_for_device(lambda: False, "waiting for step 7")
+    answers = iter([False, True])
+    processes.wait_for_device(lambda: next(answers), "waiting for step 8")
 
 
 def break_rank_1() -> None:

@@ -85,7 +85,7 @@ def run_bash(block: Block, folder: Path) -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """What a clone holds, with short settings, and a folder of small photographs of two classes."""
-    for name in ("scripts", "benchmarks", "Makefile"):
+    for name in ("scripts", "benchmarks", "examples", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for name in ("digits", "image_folder"):

@@ -138,6 +138,6 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_still_report(tmp_path: 
         raise OSError("libcuda says no")
 
     monkeypatch.setattr(doctor, "check_communication", broken)
-    found = levels(doctor.examine(tmp_path, "cpu"))
+    found = levels(list(doctor.examine(tmp_path, "cpu")))
     assert found["communication"] == "failure"
     assert found["output folder"] == "ok"

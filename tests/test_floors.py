@@ -12,24 +12,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: ["averaging", "errors", "lost_ranks", "messages", "options", "transfer", "weight_names"],
-    1: ["config", "numbers", "new_folder", "keyed_random", "rundir", "distributed"],
+    1: ["config", "numbers", "new_folder", "keyed_random", "network_call", "rundir", "distributed", "integrations"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
-        *["capabilities", "image_grid", "named_weights", "own_statistics", "sampling_network"],
+        *["capabilities", "image_grid", "named_weights", "sampling_network"],
     ],
+    2.5: ["own_statistics"],
     3: [
         "train",
         "score",
         "report",
-        "export",
         "reconstruction",
+        "from_run",
         "importing",
         "own_folder",
         "classifier_training",
         "doctor",
         "launch",
     ],
-    4: ["cli"],
+    4: ["cli", "export"],
     5: ["__main__"],
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}

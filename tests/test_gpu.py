@@ -10,6 +10,11 @@ import torch
 from live_runs import assert_bit_equal, exact, rows, settings, state
 
 from ddpm_ema import AverageBank, BiasCorrected, ConstantDecay, PowerFunction, keyed_random, train
+from ddpm_ema.distributed import Processes
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.train.loop import batches_of
+from ddpm_ema.train.step import read_checks, train_step
+from ddpm_ema.train.trainer import build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,6 +56,22 @@ def test_an_update_never_waits_for_the_device() -> None:
         bank.squared_distances()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("storage", ["device", "memory", "stream"])
+def test_a_training_step_never_waits_for_the_device(tmp_path: Path, storage: str) -> None:
+    """From images and labels to the averages and the check of an earlier step's gradient."""
+    data = {"data__storage": storage, "data__horizontal_flip": True, "model__class_conditional": True}
+    run = settings(tmp_path / "run", machine__device="cuda", training__micro_batch_size=8, **data)
+    trainer = build(run, Processes.start("cuda"), RunDir(run.output_dir))
+    for number, micro_batches in enumerate(batches_of(trainer)):
+        torch.cuda.set_sync_debug_mode("error" if number >= 4 else "default")  # once kernels are loaded
+        try:
+            train_step(trainer, micro_batches)
+            read_checks(trainer, lag=2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step == run.training.steps
 
 
 def test_a_resumed_run_on_cuda_is_bit_equal_with_deterministic_kernels(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_photographs_are_cut_to_a_power_of_two_that_a_cpu_can_train() -> None:
     settings, words = chosen([photo(96, 72), photo(640, 480)], classes=2)
     assert (settings.data.image_size, settings.data.channels, settings.data.horizontal_flip) == (32, 3, True)
     assert settings.model.block_out_channels == (32, 64, 64)
-    assert settings.evaluation.extractor == "classifier"
+    assert settings.evaluation.extractors == ("classifier",)
     assert words == "1,000 colour images, shorter side 72 to 480 pixels, 2 classes"
 
 

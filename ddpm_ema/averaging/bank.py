@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm_ema.averaging import lerp, sharded
 from ddpm_ema.averaging.checks import check_count
-from ddpm_ema.averaging.gather import SplitTensors
+from ddpm_ema.averaging.gather import collect, require_group
 from ddpm_ema.averaging.hooks import UpdateHandle, unwrapped
 from ddpm_ema.averaging.module import with_tensors
 from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_named
@@ -84,18 +84,18 @@ class AverageBank:
         self._step: int | None = None
         self._loaded = False
         self._handle: UpdateHandle | None = None
+        self._allocate(buffers, None if device is None else torch.device(device))
+
+    def _allocate(self, buffers: str, device: torch.device | None) -> None:
+        """Choose the tensors that this process follows, and make its averages of them."""
         self._stored_as = _first_names(self._parameters)
         distinct = {name: p.numel() for name, p in self._parameters.items() if self._stored_as[name] == name}
-        owners = assign_owners(distinct, world_size)
+        owners = assign_owners(distinct, self._world_size)
         self._owners = {name: owners[stored_as] for name, stored_as in self._stored_as.items()}
         averaged = {n: b for n, b in self._buffers.items() if buffers == "average" and b.is_floating_point()}
-        averaged = {name: self._parameters[name] for name in distinct if owners[name] == rank} | averaged
+        averaged = {name: self._parameters[name] for name in distinct if owners[name] == self._rank} | averaged
         self._num_averaged = len(averaged)
         self._followed = averaged | self._buffers  # the rest are copied
-        self._allocate(None if device is None else torch.device(device))
-
-    def _allocate(self, device: torch.device | None) -> None:
-        """Make the averages, and the mirror of the followed tensors if they are on another device."""
         self._mirror: HostMirror | None = None
         if device is not None and any(_elsewhere(tensor, device) for tensor in self._followed.values()):
             if device.type != "cpu":
@@ -153,10 +153,9 @@ class AverageBank:
                 f"expected num_steps={step - last}"
             )
         for parameters, name, parameter in self._places:
-            found = parameters.get(name)  # between a forward and a backward pass FSDP shows whole copies of its shards
-            if found is not parameter and (
-                found is None or sharded.is_sharded(found) or not sharded.is_sharded(parameter)
-            ):
+            found = parameters.get(name)
+            # After a forward pass FSDP shows whole copies of its shards; that is no replacement.
+            if found is not parameter and (sharded.is_sharded(found) or not sharded.is_sharded(parameter)):
                 raise ValueError(
                     f"parameter {name!r} of the model was replaced (load_state_dict(assign=True), fully_shard, ...), so this "
                     "bank no longer follows it: make a new bank and call its load_state_dict(bank.state_dict())"
@@ -313,9 +312,9 @@ class AverageBank:
             check_tensors(state["averages"].get(name, {}), _shapes(self._parameters), f"weights of {name!r}")
             check_tensors(state["buffers"].get(name, {}), _shapes(self._buffers), f"buffers of {name!r}")
         for name in self._profiles:
-            self.load_weights(name, state["averages"][name])
-            self.load_buffers(name, state["buffers"][name])
-        self._step = state["step"]
+            _fill(self.weights(name), state["averages"][name])
+            _fill(self.buffers(name), state["buffers"][name])
+        self._step, self._loaded = state["step"], True
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -340,25 +339,26 @@ class AverageBank:
             KeyError: no average has this name.
             ValueError: the bank is split, and torch.distributed is not initialised or the group has another size.
         """
-        if self._world_size > 1:
-            return self._split(name, group).to_one(dst)
-        average = self.weights(name)
-        if any(map(sharded.is_sharded, average.values())) and dist.get_rank() != dst:
-            for tensor in average.values():
-                sharded.whole(tensor)
-            return iter(())
-        return ((n, _own(sharded.whole(t), torch.device("cpu"))) for n, t in average.items())
+        whole = self._whole(name, dst, group)
+        here = self._rank if self._world_size > 1 else dst
+        if any(map(sharded.is_sharded, self._parameters.values())):
+            here = dist.get_rank()
+        if here == dst:
+            return ((n, _own(tensor, torch.device("cpu"))) for n, tensor in whole)
+        for _ in whole:
+            pass  # this process sends, and takes part in all-gathers
+        return iter(())
 
     def gather_all(self, name: str, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """A whole average on every process, as new fp32 tensors on the parameters' devices. Collective; raises as `gather`."""
-        if self._world_size > 1:
-            return self._split(name, group).to_all()
-        return {n: _own(sharded.whole(t), self._parameters[n].device) for n, t in self.weights(name).items()}
+        return {n: _own(tensor, self._parameters[n].device) for n, tensor in self._whole(name, None, group)}
 
-    def _split(self, name: str, group: dist.ProcessGroup | None) -> SplitTensors:
-        split = SplitTensors(self.weights(name), self._owners, self._parameters, self._rank, group)
-        split.require_group(self._world_size)
-        return split
+    def _whole(self, name: str, dst: int | None, group: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor]]:
+        average = self.weights(name)
+        if self._world_size == 1:
+            return ((n, sharded.whole(tensor)) for n, tensor in average.items())
+        require_group(self._world_size, group)
+        return collect(average, self._owners, _shapes(self._parameters), self._rank, dst, group)
 
     def squared_distances(self) -> dict[str, Tensor]:
         """Squared distance of each average from the raw parameters, summed over the parameters that this process owns.
@@ -422,12 +422,11 @@ class AverageBank:
             raise ValueError("attach: weights were loaded: pass start_step, the number of steps that they have seen")
         every = check_count("every", every)
         start_step = (self._step or 0) if start_step is None else start_step
-        if start_step < 0 or (self._step is None and start_step % every):
+        last = start_step - start_step % every
+        if start_step < 0 or (self._step is None and last not in (0, start_step)):
             raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
-        if self._step not in (None, start_step - start_step % every):
-            raise ValueError(
-                f"start_step: the last update was at step {self._step}, got {start_step!r} with every={every}"
-            )
+        if self._step not in (None, last):
+            raise ValueError(f"start_step: the last update was at step {self._step}, got {start_step!r}, every={every}")
         self._handle = UpdateHandle(inner, self.update, start_step, every)
         return self._handle
 
@@ -444,14 +443,10 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     first = states[0]
     for state in states[1:]:
         for field in ("version", "step", "profiles"):
-            if state[field] != first[field]:
-                raise ValueError(
-                    f"merge_states: {field} differs between processes: {first[field]!r} and {state[field]!r}"
-                )
-    averages = {
-        name: {n: t for state in states for n, t in state["averages"][name].items()} for name in first["profiles"]
-    }
-    return {**first, "averages": averages}
+            if (one := first[field]) != (other := state[field]):
+                raise ValueError(f"merge_states: {field} differs between processes: {one!r} and {other!r}")
+    parts = [state["averages"] for state in states]
+    return {**first, "averages": {name: {n: t for part in parts for n, t in part[name].items()} for name in parts[0]}}
 
 
 def _check_settings(profiles: Mapping[str, Profile], buffers: str, rank: int, world_size: int) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.unlink(missing_ok=True)
+        clear_rests(path)
         open(temporary, "xb").close()  # "x": a link that a stranger left there is not followed
         yield temporary
         sync(temporary)
@@ -42,6 +46,27 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # a read-only folder refuses this, too
             temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def clear_rests(target: Path) -> None:
+    """Delete the temporaries, files or folders, that processes which are gone left beside `target`; raises OSError."""
+    for path in target.absolute().parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        process = path.name.split(".")[-2]
+        if process == str(os.getpid()) or not os.path.exists(f"/proc/{process}"):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """An opener that refuses a link: in a folder of others it could name any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(path: Path) -> None:
@@ -58,12 +83,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     Args:
         path: the file; its folder is made if need be.
-        tensors: name -> tensor of any layout and device; channels-last ones, which safetensors refuses, are made contiguous.
+        tensors: name -> tensor of any layout (safetensors refuses channels-last ones as they are) and device.
         metadata: text stored in the header.
 
     Raises:
-        OSError: it cannot be created.
-        safetensors.SafetensorError: it cannot be written, such as on a full disk.
+        OSError: it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -71,7 +95,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask
         # and the folder's default ACL give; asking for the umask itself would change it for every thread.
         mode = stat.S_IMODE(temporary.stat().st_mode)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+        try:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+        except SafetensorError as error:  # of a full disk, too: "... (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
         os.chmod(temporary, mode)
 
 

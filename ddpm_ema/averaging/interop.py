@@ -211,9 +211,9 @@ def averaged_model_state(
     """A state dict for the `load_state_dict` of torch's `AveragedModel`.
 
     Args:
-        weights: parameter name -> tensor, `bank.weights(name)`.
+        weights: `bank.weights(name)`.
         num_averaged: updates so far; equal averaging continues from it.
-        buffers: buffer name -> tensor, `bank.buffers(name)`.
+        buffers: `bank.buffers(name)`.
         averaged_model: the `AveragedModel` to load into, for its names; needed if it averages a wrapped model.
     """
     named = {**weights, **(buffers or {})}

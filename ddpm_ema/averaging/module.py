@@ -23,8 +23,10 @@ def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: a name or shape that the model does not have, or a sharded model, whose hooks set its parameters themselves.
     """
-    while hasattr(model, "_orig_mod") or isinstance(model, _PARALLEL):
-        model = getattr(model, "_orig_mod", None) or model.module
+    while isinstance(
+        inner := model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None), nn.Module
+    ):
+        model = inner
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if any(is_sharded(tensor) for _, tensor in tensors):
         raise ValueError("module: of a sharded model make a second one, apply fully_shard to it and use copy_to")

@@ -45,11 +45,8 @@ def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     plus the largest tensor.
 
     Args:
-        sizes: name -> number of elements.
+        sizes: name -> number of elements; the result has its order.
         world_size: number of ranks.
-
-    Returns:
-        name -> rank, in the order of `sizes`.
     """
     loads = [0] * world_size
     owners: dict[str, int] = {}
@@ -82,14 +79,12 @@ def check_tensors(
     Raises:
         ValueError: names every missing, extra and misshaped tensor, the latter with both shapes.
     """
-    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in given.items()}
-    problems = [f"{name!r} is missing (expected {tuple(expected[name])})" for name in expected if name not in given]
-    problems += [f"{name!r} is not known here ({shapes[name]})" for name in given if name not in expected]
-    problems += [
-        f"{name!r} has shape {shapes[name]}, expected {tuple(expected[name])}"
-        for name in expected
-        if name in given and shapes[name] != expected[name]
-    ]
+    here = {name: tuple(getattr(value, "shape", value)) for name, value in given.items()}
+    wanted = {name: tuple(shape) for name, shape in expected.items()}
+    problems = [f"{name!r} is missing (expected {wanted[name]})" for name in wanted if name not in here]
+    problems += [f"{name!r} is not known here ({here[name]})" for name in here if name not in wanted]
+    wrong = [name for name in wanted if here.get(name, wanted[name]) != wanted[name]]
+    problems += [f"{name!r} has shape {here[name]}, expected {wanted[name]}" for name in wrong]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}")

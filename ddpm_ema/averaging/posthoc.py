@@ -59,11 +59,8 @@ class Check:
         """A sentence where the prediction was far too good; none where it was not."""
         if self.actual < max(MAX_MISPREDICTION * self.predicted, MIN_CHECKED_ERROR):
             return []
-        sentence = (
-            f"Check: {self.name}, rebuilt from the other snapshots, is off by {self.actual:.1%} where {self.predicted:.1%} was "
-            "predicted. Errors predicted for this run may be as much too low."
-        )
-        return [sentence]
+        found = f"Check: {self.name}, rebuilt from the other snapshots, is off by {self.actual:.1%} where"
+        return [f"{found} {self.predicted:.1%} was predicted. Errors predicted for this run may be as much too low."]
 
 
 @dataclass(frozen=True)
@@ -249,14 +246,10 @@ def _magnitude(first: Snapshot, last: Snapshot, step_variance: StepVariance | No
 
 
 def estimate_white_noise(raw: Sequence[Snapshot], step_variance: StepVariance | None = None) -> float:
-    """Variance of white noise on raw weights that follow a random walk, in steps: that on step t is white_noise * v(t).
+    """`white_noise` of `posthoc_coefficients` from raw checkpoints of one run, by step; 0 for fewer than three.
 
     |theta_i - theta_j|^2 is expected to be proportional to the sum of v between i and j plus white_noise (v_i + v_j). Its means
-    over neighbours and over next neighbours give the two unknowns. 0 for fewer than three checkpoints.
-
-    Args:
-        raw: checkpoints of one run, by step.
-        step_variance: as of `posthoc_coefficients`.
+    over neighbours and over next neighbours give the two unknowns.
     """
     if len(raw) < 3:
         return 0.0

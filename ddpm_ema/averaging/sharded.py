@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Whether this is a DTensor, sharded or replicated. Does not import torch.distributed.tensor."""
     return hasattr(tensor, "placements")
 

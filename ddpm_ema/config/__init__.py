@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ddpm_ema.config.agreement import chosen, differing, effects
 from ddpm_ema.config.command_line import parse, resolve, show_help, split
-from ddpm_ema.config.loading import digest, load, to_dict, to_yaml, validate
+from ddpm_ema.config.loading import digest, load, require_named, to_dict, to_yaml, validate
 from ddpm_ema.config.settings import (
     Config,
     DataSettings,
@@ -35,6 +35,7 @@ __all__ = [
     "effects",
     "load",
     "parse",
+    "require_named",
     "resolve",
     "show_help",
     "split",

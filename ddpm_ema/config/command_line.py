@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from ddpm_ema.config.agreement import chosen
-from ddpm_ema.config.loading import load, to_dict
+from ddpm_ema.config.loading import load, require_named, to_dict
 from ddpm_ema.config.settings import INTERVAL, Config, sections
 from ddpm_ema.errors import UserError
 
@@ -35,10 +35,10 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
     """The settings of a command line that was `split`. Raises UserError as `parse` does."""
     if run is None or path is not None:
         return load(path, overrides, output_dir=run)
-    path = str(Path(run, "config.yaml"))
-    if not Path(path).is_file():
+    kept = Path(run, "config.yaml")
+    if not kept.is_file():
         raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
-    return load(path, overrides, output_dir=run)
+    return require_named(load(kept, overrides, output_dir=run), " ".join(overrides.get("model.factory", [])), kept)
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:

@@ -220,6 +220,17 @@ def _siblings(path: list[str]) -> list[str]:
     )
 
 
+def require_named(config: Config, factory: str | None, where: object) -> Config:
+    """Returns settings that a run directory, perhaps a stranger's, holds at `where`: code that they name must not run by that alone.
+
+    Raises UserError unless the network is the U-Net, or the user's `factory` repeats theirs.
+    """
+    if (named := config.model.factory) not in (None, factory):
+        cure = f"if you trust that code, name it: --model.factory {named}"
+        raise UserError(f"{where}: its network comes from {named}, Python code that would run here; {cure}")
+    return config
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain JSON- and YAML-able objects that `validate` takes back."""
     return config.model_dump(mode="json")

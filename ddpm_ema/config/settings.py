@@ -120,8 +120,11 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """The U-Net (diffusers UNet2DModel). The defaults are the DDPM paper's CIFAR-10 network."""
+    """The U-Net (diffusers UNet2DModel), or your own network. The defaults are the DDPM paper's CIFAR-10 network."""
 
+    factory: Annotated[str | None, Field(pattern=r"^[\w.]+:\w+$"), RUN | SAMPLES] = None
+    """package.module:function, which makes the network in place of the U-Net (docs/extending.md); of the other settings here only
+    class_conditional then counts. It is code that runs: a run directory's is taken only if it is named again on the command line."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1), RUN | SAMPLES] = (128, 256, 256, 256)
     """Channels at each resolution, from fine to coarse."""
     layers_per_block: Annotated[Positive, RUN | SAMPLES] = 2
@@ -317,10 +320,9 @@ class EvaluationSettings(Section):
     """Precision of the network; the sampler's state is always fp32."""
     compile: Annotated[bool, FREE] = False
     """Compile the sampling network, once for all weights."""
-    extractor: Annotated[str, CONTENT] = "inception-v3-compat"
-    """Feature extractor: one of torch-fidelity's, or classifier (made by ddpm-ema features)."""
-    extractor_path: Annotated[Path | None, CONTENT] = None
-    """Weights file of the extractor; null means torch-fidelity's download, or features.safetensors in output_dir for classifier."""
+    extractors: Annotated[tuple[str, ...], Field(min_length=1), CONTENT] = ("inception-v3-compat",)
+    """Feature extractors, each with a table of its own from one sampling: inception-v3-compat (FID), classifier (of ddpm-ema
+    features) or timm:MODEL, such as timm:vit_large_patch14_dinov2.lvd142m; NAME=FILE takes another weights file."""
     extractor_batch_size: Annotated[Positive, FREE] = 256
     """Images per pass of the feature extractor."""
     reference: Annotated[str, CONTENT] = "train"
@@ -329,6 +331,8 @@ class EvaluationSettings(Section):
     """Groups of the delete-a-group jackknife, which gives standard errors and removes the bias."""
     precision_recall: Annotated[bool, SCORES] = True
     """Also compute precision and recall (k = 3 nearest neighbours)."""
+    output: Annotated[Path | None, FREE] = None
+    """Folder that takes the scores/ of a run directory that is read-only; null means the run directory."""
     grid_images: Annotated[Positive, FREE] = 16
     """Images per row of the grid."""
     sweep: SweepSettings = SweepSettings()

@@ -15,11 +15,10 @@ from ddpm_ema.rundir import RunDir
 from ddpm_ema.weight_names import split_step
 
 HEADER = """---
-library_name: diffusers
+library_name: {library}
 pipeline_tag: unconditional-image-generation
 tags:
 - ddpm
-- diffusers
 # license: choose one before you share this
 ---
 """
@@ -46,9 +45,10 @@ def render(
         what = f"These weights are an average over training: `{name}`, {profile_from_dict(weights.profile).describe(step)}."
     notes = "".join(f"\n\n> Warning: {warning}" for warning in weights.warnings)
     sections = [
-        HEADER + f"# {_literal(run.path.resolve().name)}: {name} at step {step:,}",
+        HEADER.format(library="diffusers" if usage.factory is None else "pytorch")
+        + f"# {_literal(run.path.resolve().name)}: {name} at step {step:,}",
         f"A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239). {what}{notes}",
-        "## Training\n\n" + "\n".join(f"- {line}" for line in _training(config, run, step, usage.unet)),
+        "## Training\n\n" + "\n".join(f"- {line}" for line in _training(config, run, step, usage.network)),
         "## Scores\n\n" + _scores(scored),
         "## Sampling\n\n" + _sampling(config, usage, scored),
         f"```python\n{usage.code(variant)}\n```",
@@ -56,7 +56,7 @@ def render(
     return "\n\n".join(sections) + "\n"
 
 
-def _training(config: Config, run: RunDir, step: int, unet: Any) -> Iterator[str]:
+def _training(config: Config, run: RunDir, step: int, network: Any) -> Iterator[str]:
     training, model, diffusion, data = config.training, config.model, config.diffusion, config.data
     dataset = _dataset(run, step)
     size = f", {dataset['size']:,} images" if "size" in dataset else ""
@@ -65,8 +65,10 @@ def _training(config: Config, run: RunDir, step: int, unet: Any) -> Iterator[str
     yield f"data: {_literal(dataset.get('name') or data.name or data.source)}{size}; {shape}{flips}"
     if "fingerprint" in dataset:
         yield f"fingerprint of the data: {_literal(dataset['fingerprint'])}"
-    channels = ", ".join(map(str, model.block_out_channels))
-    yield f"network: U-Net, {sum(p.numel() for p in unet.parameters()):,} parameters, channels {channels}"
+    kind, channels = "U-Net", f", channels {', '.join(map(str, model.block_out_channels))}"
+    if model.factory is not None:
+        kind, channels = _literal(model.factory), ""
+    yield f"network: {kind}, {sum(p.numel() for p in network.parameters()):,} parameters{channels}"
     yield (
         f"objective: {diffusion.prediction} prediction, {diffusion.schedule} schedule of {diffusion.num_train_timesteps} "
         f"noise levels, variance {diffusion.variance}"

@@ -1,7 +1,7 @@
-"""Images → features, by torch-fidelity's extractors or by a classifier trained on the data set itself.
+"""Images → features: the Inception network of the FID, any backbone of timm, or a classifier trained on the data set itself.
 
-`extractor` (the object that scoring uses), `published_weights` (files whose sha256 is checked before they are opened), `classifier`
-(our own network and its training).
+`extractor` (the object that scoring uses), `inception` and `timm_backbone` (networks of others, from files whose sha256 is
+recorded), `classifier` (our own network and its training).
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class Architecture:
     num_classes: int
     width: int = 24
     dim: int = 64
+    turned: bool = False  # trained to tell by how many quarter turns an image is turned: its logits are of no class
 
 
 class Classifier(nn.Module):
@@ -55,8 +56,8 @@ class Classifier(nn.Module):
         self.logits = nn.Linear(architecture.dim, architecture.num_classes)
         self.thumbnail = nn.Linear(architecture.dim, architecture.channels * THUMBNAIL**2)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes].
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes] if they mean classes.
 
         A network for grey images takes the mean over colour channels; one for colour images repeats the grey channel.
         """
@@ -67,6 +68,8 @@ class Classifier(nn.Module):
         for stage in self.stages:
             x = F.max_pool2d(stage(x), 2)  #                                                  [n, 2·width, ≤8, ≤8], ...
         features = self.standardize(self.features(self.pool(x).flatten(1)))  #                [n, dim]
+        if self.architecture.turned and not self.training:
+            return (features,)
         return features, self.logits(F.relu(features))
 
 
@@ -101,7 +104,7 @@ class Trained:
 
 def train_classifier(
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     seed: int,
     num_classes: int | None = None,
@@ -112,7 +115,7 @@ def train_classifier(
 
     Args:
         images: uint8 [n, c, h, w]; a tenth is held out.
-        labels: int64 [n].
+        labels: int64 [n]; None: the network learns which way up an image is (Gidaris et al. 2018, arXiv 1803.07728).
         seed: of weights, order and shifts; torch's global generators are left as they are.
         num_classes: None means the largest label + 1.
         visits: images in all, within 3 to 40 passes.
@@ -121,7 +124,7 @@ def train_classifier(
     Raises:
         UserError: fewer than 20 images or 2 classes.
     """
-    classes = int(num_classes or int(labels.max()) + 1)
+    turned, classes = labels is None, 4 if labels is None else int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
         raise UserError(
             f"a feature classifier needs 20 images and 2 classes at least: {len(images)} and {classes} here"
@@ -129,7 +132,12 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     held_out, kept = order[: len(images) // 10], order[len(images) // 10 :]
-    architecture = Architecture(images.shape[1], images.shape[2], classes, dim=64 if images.shape[2] <= 16 else 128)
+    if labels is None:
+        labels = torch.arange(4).repeat_interleave(len(images))
+        held_out, kept = ((part + len(images) * torch.arange(4)[:, None]).flatten() for part in (held_out, kept))
+        images = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
+    dim = 64 if images.shape[2] <= 16 else 128
+    architecture = Architecture(images.shape[1], images.shape[2], classes, dim=dim, turned=turned)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(architecture).to(device).to(memory_format=torch.channels_last)
@@ -137,7 +145,8 @@ def train_classifier(
     _optimize(network, images, labels, _batches(kept, epochs, generator), generator)
     with torch.inference_mode():
         _standardize(network, images, kept)
-        logits = torch.cat([network(images[part].to(device))[1].cpu() for part in held_out.split(512)])
+        features = [network(images[part].to(device))[0] for part in held_out.split(512)]
+        logits = network.logits(F.relu(torch.cat(features))).cpu()
     accuracy = float((logits.argmax(dim=1) == labels[held_out]).double().mean())
     return Trained(network.cpu().requires_grad_(False), accuracy)
 
@@ -219,7 +228,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
             f"the feature classifier is not at {path}: make it with ddpm-ema features --config ..., "
-            "or name another file with --evaluation.extractor-path"
+            "or name another file: --evaluation.extractors classifier=FILE"
         ) from None
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is no whole safetensors file ({error}); delete it and run ddpm-ema features") from None

@@ -59,7 +59,7 @@ def import_run(path: Path, found: Sequence[Found], origin: str, tree: Tree | Non
         atomic_write(run.config_path, json.dumps(tree, indent=2))  # JSON is YAML
 
 
-def _profiles(found: Sequence[Found]) -> dict[str, dict[str, Any]]:
+def _profiles(found: Sequence[Found]) -> Tree:
     return {f.name: profile_to_dict(f.profile) for f in found if f.profile != RAW}
 
 
@@ -122,10 +122,8 @@ def _find(arguments: argparse.Namespace) -> tuple[list[Found], list[str]]:
     if not patterns:
         found, notes = diffusers_checkpoints(source)
         if not found:
-            raise UserError(
-                f"{source}: holds no checkpoint-N/unet of diffusers' train_unconditional.py; name other files, "
-                "such as --pattern 'step_{step}.safetensors'"
-            )
+            hint = "name other files, such as --pattern 'step_{step}.safetensors'"
+            raise UserError(f"{source}: holds no checkpoint-N/unet of diffusers' train_unconditional.py; {hint}")
         return found, notes
     found = []
     options = [_one_each(arguments, name) for name in ("profile", "prefix", "key")]
@@ -152,18 +150,14 @@ def _settings(arguments: argparse.Namespace, newest: Found, notes: list[str]) ->
             diffusion = diffusion_settings(arguments.source)
             tree |= {"diffusion": diffusion} if diffusion else {}
             if diffusion is None and not arguments.config:
-                notes.append(
-                    f"{arguments.source} has no scheduler: scored with the default diffusion settings, or those given"
-                )
+                notes.append(f"{arguments.source} has no scheduler: scored with the default diffusion settings")
             unet = unet or dict(PipelineFolder(newest.path.with_name("unet")).config.unet)
         if unet is None and not arguments.config:
             notes.append("imported for averaging only: to score, name the network with --unet or --config")
             return None
         tree = with_unet(tree, unet) if unet else tree
     except UserError as error:
-        notes.append(
-            f"{error}; imported for averaging only (ddpm-ema reconstruct); diffusers folders can be scored by their path"
-        )
+        notes.append(f"{error}; imported for averaging only; diffusers folders can be scored by their path")
         return None
     if not arguments.config:
         notes.append("the images it was trained on are unknown: name them when scoring (--data.source, --data.path)")

@@ -61,7 +61,7 @@ def diffusers_checkpoints(source: Path) -> tuple[list[Found], list[str]]:
             continue
         average = _diffusers_ema(path)
         if average.step == step:
-            found.append(Found(step, "unet_ema", average.profile, path, partial(_diffusers_weights, path)))
+            found.append(Found(step, "unet_ema", average.profile, path, partial(_ema_weights, path)))
         else:
             notes.append(
                 f"{path}: left out: it was updated {average.step:,} times in {step:,} steps, so its profile is unknown"
@@ -73,7 +73,7 @@ def _merged(files: Iterable[Path]) -> Tensors:
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
-def _diffusers_weights(path: Path) -> Tensors:
+def _ema_weights(path: Path) -> dict[str, Tensor]:
     return dict(_diffusers_ema(path).weights)
 
 
@@ -117,10 +117,8 @@ def series(source: Path, pattern: str, profile: Profile, prefix: str = "", key: 
         found[step] = Found(step, name, profile, path, partial(_read, path, prefix, key))
     if not found:
         there = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-        raise UserError(
-            f"--pattern {pattern}: fits no file in {source}; there are "
-            f"{', '.join(there[:_SHOWN]) or 'none'}{' and others' if len(there) > _SHOWN else ''}"
-        )
+        some = ", ".join(there[:_SHOWN] + ["others"] * (len(there) > _SHOWN)) or "none"
+        raise UserError(f"--pattern {pattern}: fits no file in {source}; there are {some}")
     return [found[step] for step in sorted(found)]
 
 
@@ -144,8 +142,7 @@ def _content(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it needs {needs[1]}" if needs else "it is a pickle"
-        cure = CURE.replace("{path}", str(path))
+        what, cure = f"it needs {needs[1]}" if needs else "it is a pickle", CURE.replace("{path}", str(path))
         raise UserError(f"{path}: {what}, and reading that can run code: refused. {cure}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: no torch file that can be read: {' '.join(str(error).split())[:200]}") from None

@@ -8,7 +8,7 @@ from ddpm_ema.named_weights.folder import (
     schedule_of,
     unet_config_of,
 )
-from ddpm_ema.named_weights.resolver import NamedWeights, WeightResolver, name_of
+from ddpm_ema.named_weights.resolver import NamedWeights, WeightResolver, name_of, trained_settings
 from ddpm_ema.named_weights.target import parse_target
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "name_of",
     "parse_target",
     "schedule_of",
+    "trained_settings",
     "unet_config_of",
 ]

@@ -48,7 +48,9 @@ class PipelineConfig:
 
 
 def unet_config_of(unet: Any) -> dict[str, Any]:
-    """The arguments of a `UNet2DModel`, without dropout, which sampling does not use."""
+    """The arguments of a `UNet2DModel`, without dropout, which sampling does not use. Raises UserError for another network."""
+    if not isinstance(unet, UNET2D):
+        raise UserError("weights: a network of model.factory makes no ensemble with a diffusers folder")
     return json.loads(json.dumps({name: unet.config[name] for name in _arguments(UNET2D)} | {"dropout": 0.0}))
 
 

@@ -214,6 +214,19 @@ class WeightResolver:
         return NamedWeights(name.name, key, None, None, (read,), folder.config, warnings=tuple(warnings))
 
 
+def trained_settings(run: RunDir, checkpoint: Checkpoint | None, factory: str | None) -> Config:
+    """The settings the run was trained with: those of its newest checkpoint, else its config.yaml.
+
+    Raises UserError for no run directory, or where `factory` does not name the code of its network (`config.require_named`).
+    """
+    if checkpoint is not None:
+        where = f"{checkpoint.path}/manifest.json"
+        return config.require_named(config.validate(checkpoint.manifest["settings"], where), factory, where)
+    if not run.config_path.is_file():
+        raise UserError(f"{run.path}: is no run directory: it has neither a checkpoint nor config.yaml")
+    return config.require_named(config.load(run.config_path), factory, run.config_path)
+
+
 def name_of(profile: Profile) -> str:
     """The name of a reconstructed average, such as power_0_075."""
     return name_of_profile(profile_to_dict(profile))

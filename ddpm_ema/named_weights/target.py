@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict
@@ -30,11 +31,7 @@ def parse_target(text: str, option: str = "--target") -> Profile:
 
 
 def _number(value: str, where: str) -> int | float:
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"{where}: {value!r} is not a number") from None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    raise UserError(f"{where}: {value!r} is not a number")

@@ -21,9 +21,9 @@ def train(record: Record) -> str:
     return f"ddpm-ema train {_run(record)}"
 
 
-def report(record: Record, scoring: Scoring | None = None) -> str:
-    chosen = f" --scoring {shlex.quote(scoring.folder)}" if scoring else ""
-    return f"ddpm-ema report {_run(record)}{chosen}"
+def report(*records: Record, scoring: Scoring | None = None) -> str:
+    chosen = ["--scoring", shlex.quote(scoring.folder)] if scoring else []
+    return " ".join(["ddpm-ema report", *map(_run, records), *chosen])
 
 
 def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str:
@@ -40,8 +40,7 @@ def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str
         wanted[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     overrides = map(shlex.quote, _overrides(wanted, own))
     command = " ".join(["ddpm-ema score", _run(record), *overrides])
-    classifier = wanted.get("extractor") == "classifier" and wanted.get("extractor_path") is None
-    if classifier and not (record.path / "features.safetensors").is_file():
+    if "classifier" in wanted.get("extractors", ()) and not (record.path / "features.safetensors").is_file():
         return f"ddpm-ema features {_run(record)}\n{command}"
     return command
 

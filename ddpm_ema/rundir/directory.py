@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_ema.averaging.files import no_follow, remove
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir.checkpoint import Checkpoint, write_checkpoint
@@ -33,9 +34,20 @@ OF_ONE_RUN = (
     "config.yaml",
     "imported.json",
 )
+OF_THE_HOLDER = ("checkpoints", "snapshots", "samples", "weights")  # the last of a scoring
+LEFTOVER = re.compile(r"\..*\.(partial|deleted)|\.tmp\w{6}")  # safetensors writes into .tmpXXXXXX
 OF_ONE_STEP = ("scores/*", "samples/*", "reconstructed/*")
 STEP_IN_NAME = re.compile(r"(?:step-)?(\d{8,})")
-UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC)
+UNWRITABLE = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ELOOP,
+)
 
 
 class RunDir(Layout):
@@ -136,29 +148,33 @@ class RunDir(Layout):
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one row to metrics.jsonl."""
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
+        with open(self.metrics_path, "a", encoding="utf-8", opener=no_follow) as file:
             file.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for one run. Raises UserError that names host and process of the run that has it."""
+        """Holds the folder for one run; what killed runs left is deleted, and a write here that fails is one message.
+
+        Raises UserError that names host and process of the run that has the folder, or says why it cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with Lock(self.path / ".lock"):
                 self._clear_leftovers()
                 yield
         except OSError as error:
-            if error.errno not in UNWRITABLE:
+            where = Path(error.filename or self.path)  # a write to a full disk names no file
+            if error.errno not in UNWRITABLE or not (where.is_relative_to(self.path) or where in self.path.parents):
                 raise
-            reason = f"cannot be written ({error.strerror}); choose another folder"
-            raise UserError(f"output_dir {self.path}: {reason}") from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "make room and start again" if full else "choose another folder (to score: evaluation.output)"
+            raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror}); {what}") from None
 
     def _clear_leftovers(self) -> None:
-        """Deletes what killed processes left. Only the holder of the lock may."""
-        folders = (self.path, self.checkpoints_path, self.snapshots_path, *step_folders(self.snapshots_path))
-        for folder in folders:
-            for path in [*folder.glob(".*.partial"), *folder.glob(".*.deleted")]:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        """Deletes what killed processes left in folders that only the holder of the lock writes to."""
+        for path in [path for name in OF_THE_HOLDER for path in (self.path / name).rglob(".*")]:
+            if LEFTOVER.fullmatch(path.name):
+                remove(path)
 
 
 def _rows_up_to(path: Path, step: int) -> Iterator[str]:

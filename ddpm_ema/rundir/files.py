@@ -64,10 +64,9 @@ def as_user_error(target: Path, needed: int, kept: str = "Earlier checkpoints ar
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         free = shutil.disk_usage(next(p for p in [target, *target.parents] if p.exists())).free
-        # safetensors reports a full disk in an exception of its own, so the space left decides, too.
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error) or free < needed:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free. {kept}; make room and start again"
             ) from None

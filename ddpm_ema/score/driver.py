@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -19,7 +18,8 @@ from ddpm_ema.errors import StoppedError
 from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.score import generate
-from ddpm_ema.score.feature_store import FIRST_IMAGES, FeatureBatch
+from ddpm_ema.score.feature_store import FIRST_IMAGES
+from ddpm_ema.score.generate import IMAGES, Made
 
 T = TypeVar("T")
 Jobs: TypeAlias = Generator["Job", None, T]
@@ -35,23 +35,29 @@ class Job:
     Attributes:
         title: for the progress bar.
         images: ascending indices, at least one.
-        take: called on rank 0 with the features of each round.
-        weights: that the images are sampled with; None: they are images of the reference.
+        extractors: keys of those that are wanted.
+        take: called on rank 0 with what was made of each round's images.
+        weights: that the images are sampled with; None: they are of `dataset`, or `kept`.
+        dataset: its name in `Generator.datasets`.
+        kept: indices, int64 `[n]` -> images that rank 0 has, uint8 `[n, C, H, W]`.
         at_once: sampled as one batch, whatever the batch size.
     """
 
     title: str
     images: list[int]
-    take: Callable[[FeatureBatch], None]
+    extractors: tuple[str, ...]
+    take: Callable[[Made], None]
     weights: NamedWeights | None = None
+    dataset: str = ""
+    kept: Callable[[Tensor], Tensor] | None = None
     at_once: bool = False
 
     def told(self) -> Job:
-        """What the other ranks hear of it: the files of the weights and the features are rank 0's."""
+        """What the other ranks hear of it: the files of weights, images and features are rank 0's."""
         weights = self.weights
         if weights is not None:
             weights = replace(weights, members=(_of_rank_0,) * len(weights.members))
-        return replace(self, take=_of_rank_0, weights=weights)
+        return replace(self, take=_of_rank_0, weights=weights, kept=_of_rank_0 if self.kept else None)
 
 
 def _of_rank_0(*arguments: Any) -> Any:
@@ -76,19 +82,32 @@ class Driver:
             own[:] = itertools.islice(jobs, 1)
             return own[0].told() if own else None
 
-        def take(batch: FeatureBatch) -> None:
-            own[0].take(batch)
+        def take(made: Made) -> None:
+            own[0].take(made)
 
         with contextlib.closing(jobs):
             while (job := self.processes.on_main(advance)) is not None:
                 if job.weights is None:
-                    most = self.generator.config.evaluation.extractor_batch_size
-                    rounds = even_rounds(job.images, self.processes.world_size, most)
-                    self._rounds(job.title, rounds, self.generator.read, take)
+                    self._read(job, own, take)
                 else:
                     if job.weights.key != self._loaded:
                         self._load(job.weights, own)
-                    self.generate(job.title, job.images, take, len(job.images) if job.at_once else None)
+                    self.generate(job.title, job.images, job.extractors, take, len(job.images) if job.at_once else None)
+
+    def _read(self, job: Job, own: list[Job], take: Callable[[Made], None]) -> None:
+        """Features of images that exist: every rank has the data sets; what rank 0 kept it sends to all."""
+
+        def send(indices: Tensor) -> Tensor:
+            assert own[0].kept is not None
+            return own[0].kept(indices)
+
+        def make(images: list[int], sent: Tensor | None, after_step: Callable[[], None]) -> Made:
+            pixels = self.generator.datasets[job.dataset].batch(torch.tensor(images)) if sent is None else sent
+            return self.generator.read(job.title, images, pixels, job.extractors)
+
+        most = self.generator.config.evaluation.extractor_batch_size
+        rounds = even_rounds(job.images, self.processes.world_size, most)
+        self._rounds(job.title, rounds, make, take, send if job.kept else None)
 
     def _load(self, weights: NamedWeights, own: list[Job]) -> None:
         """Rank 0 reads the weights, one member of an ensemble after another, and sends them to all."""
@@ -104,36 +123,50 @@ class Driver:
         self._described = text
 
     def generate(
-        self, title: str, images: list[int], take: Callable[[FeatureBatch], None], batch_size: int | None = None
+        self,
+        title: str,
+        images: list[int],
+        extractors: Sequence[str],
+        take: Callable[[Made], None],
+        batch_size: int | None = None,
     ) -> None:
-        """Generates images with the weights that are loaded; rank 0 takes the features of each round."""
-        rounds = sampling_rounds(images, self.processes.world_size, batch_size or self.generator.batch_size)
-        self._rounds(title, rounds, self._generate, take)
+        """Generates images with the weights that are loaded; rank 0 takes what was made of each round."""
 
-    def _generate(self, images: list[int], after_step: Callable[[], None]) -> FeatureBatch:
+        def make(images: list[int], sent: Tensor | None, after_step: Callable[[], None]) -> Made:
+            with compiling.explained("evaluation.compile", self.stop):
+                return self.generator.generate(images, extractors, after_step)
+
         if self.generator.config.evaluation.compile and not self._prepared:
             compiling.prepare("evaluation.compile", logger.info if self.processes.is_main else lambda line: None)
             self._prepared = True
-        with compiling.explained("evaluation.compile", self.stop):
-            return self.generator.generate(images, after_step)
+        rounds = sampling_rounds(images, self.processes.world_size, batch_size or self.generator.batch_size)
+        self._rounds(title, rounds, make, take)
 
     def _rounds(
-        self, title: str, rounds: Iterable[Shares], make: Callable[..., FeatureBatch], take: Callable[..., None]
+        self,
+        title: str,
+        rounds: Iterable[Shares],
+        make: Callable[[list[int], Tensor | None, Callable[[], None]], Made],
+        take: Callable[[Made], None],
+        send: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         rounds = list(rounds)
         total, finished = sum(len(share) for shares in rounds for share in shares), 0
         with messages.bar(title, total, "images", hidden=not self.processes.is_main) as bar:
             for shares in rounds:
-                batch = self._round(title, shares, make, bar)
-                finished += len(batch)
+                images, sent = torch.tensor(list(itertools.chain(*shares))), None
+                if send is not None:
+                    everything = self.processes.on_main(partial(send, images), "reading images")
+                    sent = everything.split([len(share) for share in shares])[self.processes.rank]
+                made = self._round(title, shares, partial(make, shares[self.processes.rank], sent), bar)
+                finished += len(images)
                 bar.update(finished - bar.n)
-                self.processes.on_main(partial(take, batch))
+                self.processes.on_main(partial(take, made))
 
-    def _round(self, title: str, shares: Shares, make: Callable[..., FeatureBatch], bar: Any) -> FeatureBatch:
-        """The features of all ranks' images, on every rank."""
-        start, mine = time.perf_counter(), shares[self.processes.rank]
+    def _round(self, title: str, shares: Shares, make: Callable[[Callable[[], None]], Made], bar: Any) -> Made:
+        """What all ranks made of their images, on every rank."""
         images = list(itertools.chain(*shares))
-        made: list[FeatureBatch] = []
+        made: list[Made] = []
 
         def after_step() -> None:
             self._check_stop(title)
@@ -141,17 +174,25 @@ class Driver:
 
         with self.processes.sharing_errors():
             self._check_stop(title)
-            made += [make(mine, after_step)] if mine else []
-        parts = itertools.chain(*self.processes.gather(made))
-        batch = FeatureBatch.join(parts, torch.tensor(images))
-        batch.seconds = time.perf_counter() - start
-        return batch
+            made += [make(after_step)] if shares[self.processes.rank] else []
+        parts = list(itertools.chain(*self.processes.gather(made)))
+        joined = {name: _joined([part[name] for part in parts], images) for name in parts[0]}
+        for name, batch in joined.items():
+            batch.sampling_seconds = joined[IMAGES].seconds if IMAGES in joined and name != IMAGES else 0.0
+        return joined
 
     def _check_stop(self, title: str) -> None:
         if self.stop is not None and self.stop.requested:
             raise StoppedError(
                 f"stopped by {self.stop.reason} while working on {title}; finished images are kept: start again to go on"
             )
+
+
+def _joined(parts: list[Any], images: list[int]) -> Any:
+    """One batch of all ranks', which worked side by side."""
+    batch = type(parts[0]).join(parts, torch.tensor(images))
+    batch.seconds = max(part.seconds for part in parts)
+    return batch
 
 
 def _read(own: list[Job], place: int, into: dict[str, Tensor]) -> None:

@@ -1,27 +1,26 @@
-"""What a scoring keeps on disk, under `scores/<step>-<settings digest>/`.
+"""The table of one scoring on disk, `scores/<step>-<digest of the samples>-<digest of the scoring>/`.
 
-weights/<first digits of their sha256>/score.json              rows and estimates of one set of weights
-                                       features-*.safetensors  of its images, and the first images themselves
-made_with.json       versions and devices that its images were sampled with: more than one where they gave the same images
-results.json  grid.png       written anew from all that at every start
+weights/<first digits of their sha256>.json     rows and estimates of one set of weights
+results.json  grid.png                          written anew from these at every start
+
+Images and features lie in `scores/<step>-<digest of the samples>/`: see `sampled`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.image_grid import save_grid
-from ddpm_ema.metrics import Estimate, installed_version
+from ddpm_ema.metrics import Estimate
 from ddpm_ema.rundir import as_user_error, atomic_write
-from ddpm_ema.score.feature_store import KEPT, FeatureStore, first_images
+from ddpm_ema.score.feature_store import KEPT
 from ddpm_ema.score.rows import Score
 
 
@@ -58,32 +57,14 @@ class Record:
         return cls(**value)
 
 
-def made_with(device: torch.device) -> dict[str, str]:
-    """What images and features may depend on beside the settings: versions, and the device with the kernels it chooses."""
-    found = {package: installed_version(package) for package in ("ddpm_ema", "diffusers", "numpy", "torch-fidelity")}
-    found["torch"] = str(torch.__version__)  # says which build, too
-    cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}"
-    return {**found, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu}
-
-
 class ScoreFolder:
-    """One `scores/<step>-<digest>/`. Whoever opens it holds its lock: records are read once, and written when they change."""
+    """One `scores/<step>-<digest>-<digest>/`, held by the lock of the `Sampled` folder: read once, written when something changes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results_path, self.grid_path = path / "results.json", path / "grid.png"
-        found = [_read(file) for file in path.glob("weights/*/score.json")]
+        found = [_read(file) for file in path.glob("weights/*.json")]
         self._records = {record.key: record for record in found if record is not None}
-        self._stores: dict[str, FeatureStore] = {}
-
-    def folder(self, key: str) -> Path:
-        return self.path / "weights" / key[:16]
-
-    def store(self, key: str) -> FeatureStore:
-        """Features of the weights with this key."""
-        if key not in self._stores:
-            self._stores[key] = FeatureStore(self.folder(key))
-        return self._stores[key]
 
     def record(self, key: str) -> Record | None:
         """None where nothing is known of these weights, or the file was damaged."""
@@ -95,59 +76,32 @@ class ScoreFolder:
 
     def keep(self, record: Record) -> None:
         self._records[record.key] = record
-        self._write(self.folder(record.key) / "score.json", record.to_json())
+        self._write(self.path / "weights" / f"{record.key[:16]}.json", record.to_json())
+
+    def forget(self) -> None:
+        """What it holds was moved elsewhere."""
+        self._records.clear()
 
     def results(self) -> dict[str, Any]:
         """results.json, or {} where there is none that can be read."""
-        found = _json(self.results_path)
+        try:
+            found = json.loads(self.results_path.read_text())
+        except (OSError, ValueError):
+            return {}
         return found if isinstance(found, dict) else {}
 
     def write(
-        self, results: Mapping[str, Any], keys: Mapping[str, str], step: int, evaluation: EvaluationSettings
+        self, results: Mapping[str, Any], images: Mapping[str, Tensor], step: int, evaluation: EvaluationSettings
     ) -> None:
-        """results.json, and grid.png with a labelled row of the first images of each of `keys` (name -> key)."""
-        rows = {name: first_images(self.folder(key), evaluation.grid_images) for name, key in keys.items()}
-        shown = {name: kept for name, kept in rows.items() if kept is not None}
-        if shown:
-            with as_user_error(self.grid_path, sum(kept.nbytes for kept in shown.values()), KEPT):
-                save_grid(self.grid_path, shown, step, evaluation)
+        """results.json, and grid.png with a labelled row of `images` (name -> uint8 `[n, C, H, W]`)."""
+        if images:
+            with as_user_error(self.grid_path, sum(some.nbytes for some in images.values()), KEPT):
+                save_grid(self.grid_path, images, step, evaluation)
         self._write(self.results_path, json.dumps(results, indent=1, allow_nan=False))
-
-    def made_with(self) -> list[dict[str, str]]:
-        """Versions and devices that its images were sampled with, in the order in which they came."""
-        return _json(self.path / "made_with.json") or []
-
-    def keep_made_with(self, versions: Sequence[Mapping[str, str]]) -> None:
-        self._write(self.path / "made_with.json", json.dumps(versions, indent=1))
-
-    def is_empty(self) -> bool:
-        """Whether no image was finished here."""
-        return not any(self.path.glob("weights/*/features-*")) and not any(record.rows for record in self.records())
-
-    def set_aside(self) -> Path:
-        """Moves all content into a new folder beside this one, which is returned; the lock stays."""
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}-{number}")).exists():
-            number += 1
-        with as_user_error(aside, 0, KEPT):
-            aside.mkdir()
-            for path in [path for path in self.path.iterdir() if path.name != ".lock"]:
-                os.replace(path, aside / path.name)
-        self._records.clear()
-        self._stores.clear()
-        return aside
 
     def _write(self, path: Path, text: str) -> None:
         with as_user_error(path, len(text), KEPT):
             atomic_write(path, text)
-
-
-def _json(path: Path) -> Any:
-    """None where the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _read(path: Path) -> Record | None:

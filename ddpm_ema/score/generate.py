@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ddpm_ema import data, diffusion, metrics, model, sampling
+from ddpm_ema import diffusion, metrics, model, sampling
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import Extractor
 from ddpm_ema.named_weights import PipelineConfig, build_scheduler, build_unet, schedule_of, unet_config_of
-from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.sampling_network import SamplingNetwork
-from ddpm_ema.score.feature_store import FIRST_IMAGES, FeatureBatch, pixel_figures
+from ddpm_ema.score.feature_store import FeatureBatch, ImageBatch, pixel_figures
+
+IMAGES = "images"
+Made: TypeAlias = "dict[str, Any]"
+"""Of some images: an ImageBatch by the name IMAGES, where they were sampled, and a FeatureBatch by the key of each extractor."""
 
 
 class Generator:
-    """Network, sampler and extractor of one process. One network is held at a time: of the kind that the weights need.
+    """Network, sampler and extractors of one process. One network is held at a time: of the kind that the weights need.
 
     Args:
         config: the settings; `evaluation` says how images are sampled.
-        extractor: images → features; the network runs on its device.
+        extractors: images → features, by their keys; all on one device, where the network runs, too.
         batch_size: the most images that are sampled at once.
         trained: the data set that was trained on, for its classes; None where it is not needed.
-        compared: the reference's data set; None where the reference is a file.
+        datasets: real images by name: `reference`, unless that is a file, and `floor`, where there are any.
     """
 
     def __init__(
-        self, config: Config, extractor: Extractor, batch_size: int, trained: Any = None, compared: Any = None
+        self,
+        config: Config,
+        extractors: Sequence[Extractor],
+        batch_size: int,
+        trained: Any = None,
+        datasets: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.extractor, self.batch_size, self.compared = config, extractor, batch_size, compared
+        self.config, self.batch_size, self.datasets = config, batch_size, dict(datasets or {})
+        self.extractors = {extractor.key: extractor for extractor in extractors}
+        self.device = extractors[0].device
         self.num_classes: int | None = trained.num_classes if trained is not None else None
         self.known_labels: Tensor | None = trained.labels if config.model.class_conditional else None
         self.name = ""
@@ -51,16 +62,6 @@ class Generator:
         """Network and noise schedule of the settings."""
         scheduler = diffusion.noise_scheduler(self.config.diffusion)
         return PipelineConfig(unet_config_of(model.build(self.config, self.num_classes)), schedule_of(scheduler))
-
-    def settled(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An average with its own batch-norm statistics (`own_statistics`)."""
-        config, device = self.config, self.extractor.device
-
-        def build() -> Any:
-            return model.build(config, self.num_classes).to(device)
-
-        objective = diffusion.Objective(config.diffusion).to(device)
-        return with_own_statistics(weights, config, objective, build, lambda: data.load(config.data))
 
     def sampler_for(self, pipeline: PipelineConfig | None) -> sampling.Sampler:
         """Raises UserError where the noise schedule does not allow what `evaluation` asks for."""
@@ -84,8 +85,8 @@ class Generator:
         if self.network is None or unet != self._unet:
             self.network = None  # before the next one takes its memory
             built: Any = model.build(self.config, self.num_classes) if unet is None else build_unet(unet)
-            evaluation, device = self.config.evaluation, self.extractor.device
-            self.network = SamplingNetwork(built, evaluation, device, self.batch_size, model.no_label(built))
+            evaluation = self.config.evaluation
+            self.network = SamplingNetwork(built, evaluation, self.device, self.batch_size, model.no_label(built))
             self._unet = unet
         self.name, self.sampler = name, self.sampler_for(pipeline)
         self.network.load(members, name)
@@ -100,25 +101,44 @@ class Generator:
             f"sampler      {self.sampler.kind}, {len(timesteps)} steps, timesteps {timesteps[0]} to {timesteps[-1]}"
         )
 
-    def generate(self, images: list[int], after_step: Callable[[], None] = lambda: None) -> FeatureBatch:
+    def generate(
+        self, images: list[int], extractors: Sequence[str], after_step: Callable[[], None] = lambda: None
+    ) -> Made:
         """Samples these images with the weights that are loaded, and extracts their features.
 
         Args:
             images: ascending indices, at least one.
+            extractors: their keys.
             after_step: called after each network evaluation.
 
         Raises:
             UserError: out of memory, or images or features that are not finite.
         """
+        start = time.perf_counter()
         try:
-            return self._features(self.name, torch.tensor(images), self._sample(images, after_step))
+            pixels = self._sample(images, after_step)
+            indices, kept = torch.tensor(images), pixels.cpu()
+            sampled = ImageBatch(indices=indices, images=kept, seconds=time.perf_counter() - start)
+            return {IMAGES: sampled, **self.read(self.name, images, pixels, extractors)}
         except torch.OutOfMemoryError:
             raise UserError(f"out of memory with {len(images)} images at once: lower --evaluation.batch-size") from None
 
-    def read(self, images: list[int], after_step: Callable[[], None] = lambda: None) -> FeatureBatch:
-        """Features of these images of the reference's data set."""
-        indices = torch.tensor(images)
-        return self._features("the reference", indices, self.compared.batch(indices))
+    def read(self, name: str, images: list[int], pixels: Tensor, extractors: Sequence[str]) -> Made:
+        """Features of these images, uint8 `[n, C, H, W]`, which are called `name` in messages."""
+        indices, made = torch.tensor(images), {}
+        saturated, contrast = pixel_figures(pixels)
+        for key in extractors:
+            start = time.perf_counter()
+            features = self.extractors[key](pixels)
+            metrics.check_finite(features, indices, name=name)
+            made[key] = FeatureBatch(
+                indices=indices,
+                features=features.cpu(),
+                saturated=saturated,
+                contrast=contrast,
+                seconds=time.perf_counter() - start,
+            )
+        return made
 
     def _sample(self, images: list[int], after_step: Callable[[], None]) -> Tensor:
         """uint8 [n, C, H, W], on the device."""
@@ -131,27 +151,10 @@ class Generator:
                 seed=seed,
                 indices=indices,
                 image_shape=self.image_shape,
-                device=self.extractor.device,
+                device=self.device,
                 labels=None if self.known_labels is None else sampling.labels_for(seed, indices, self.known_labels),
                 after_step=after_step,
             )
         except sampling.NonFiniteImages as error:
             bad = [images[position] for position in error.positions]
             raise metrics.not_finite(self.name, "pixels", bad, len(images)) from None
-
-    def _features(self, name: str, indices: Tensor, images: Tensor) -> FeatureBatch:
-        result = self.extractor(images)
-        features, logits = result["features"], result["logits"]
-        assert features is not None
-        metrics.check_finite(features, indices, name=name)
-        shown = indices < max(FIRST_IMAGES, self.config.evaluation.grid_images)
-        saturated, contrast = pixel_figures(images)
-        return FeatureBatch(
-            indices=indices,
-            features=features.cpu(),
-            logits=None if logits is None else logits.cpu(),
-            saturated=saturated,
-            contrast=contrast,
-            shown=indices[shown],
-            images=images.cpu()[shown],
-        )

@@ -14,7 +14,8 @@ from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
 from ddpm_ema.score.driver import Driver, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
-from ddpm_ema.score.reference import compares_with_population, open_reference
+from ddpm_ema.score.generate import Made
+from ddpm_ema.score.reference import compares_with_population, open_references
 from ddpm_ema.score.results import metric_of
 from ddpm_ema.score.rows import RowBuilder, Score, compare, ranked
 from ddpm_ema.score.run import open_generator
@@ -28,6 +29,7 @@ def while_training(
     """Prepares quick scorings of raw and every average over `evaluation.every_num_images` images, the same at every step.
 
     They have a network of their own and touch no random generator, so training goes on bit-equal to a run that does not score.
+    Only the first of `evaluation.extractors` is used.
 
     Args:
         config: the settings.
@@ -39,22 +41,28 @@ def while_training(
     """
     capabilities.check("evaluation", config.evaluation, config.machine)
     count = config.evaluation.every_num_images
-    settings = config.evaluation.model_copy(update={"num_images": count, "grid_images": 0})
+    first = config.evaluation.extractors[:1]
+    settings = config.evaluation.model_copy(update={"num_images": count, "grid_images": 0, "extractors": first})
     config = config.model_copy(update={"evaluation": settings})
     generator = open_generator(config, processes, dataset)
-    driver = Driver(processes, generator)
+    driver, (extractor,) = Driver(processes, generator), generator.extractors.values()
     builder: list[RowBuilder] = []  # rank 0's
 
     def prepare() -> Jobs[None]:
-        reference = yield from open_reference(config, generator)
-        builder.append(RowBuilder(reference, settings, processes.device, compares_with_population(config)))
+        references = yield from open_references(config, generator)
+        population = compares_with_population(config)
+        builder.append(RowBuilder(references[extractor.key], settings, processes.device, population))
 
     def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:
         generator.load(name, None, [weights])
         batches: list[FeatureBatch] = []
-        driver.generate(f"step {step} {name}", list(range(count)), batches.append)
+
+        def take(made: Made) -> None:
+            batches.append(made[extractor.key])
+
+        driver.generate(f"step {step} {name}", list(range(count)), [extractor.key], take)
         profile = profile_to_dict(config.averages[name]) if name != "raw" else None
-        more = {"profile": profile, "metric": metric_of(generator.extractor), "extractor": generator.extractor.name}
+        more = {"profile": profile, "metric": metric_of(extractor), "extractor": extractor.label}
         indices = torch.arange(count)
         return processes.on_main(lambda: builder[0].build(FeatureBatch.join(batches, indices), name, more))
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ema import keyed_random, metrics
 from ddpm_ema.config import Config
+from ddpm_ema.data import HELD_OUT
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.score.driver import Job, Jobs
-from ddpm_ema.score.feature_store import FeatureBatch
-from ddpm_ema.score.generate import Generator
+from ddpm_ema.score.feature_store import FeatureBatch, Joined
+from ddpm_ema.score.generate import Generator, Made
 
 
 def reference_split(config: Config) -> str | None:
@@ -25,6 +27,17 @@ def reference_split(config: Config) -> str | None:
     if reference.endswith(".npz"):
         return None
     return config.data.split if reference == "train" else reference
+
+
+def floor_split(config: Config) -> str:
+    """The real images that are compared with the reference: those that no sample is, held out, trained on, or of a test split.
+
+    The test split may not exist.
+    """
+    split = reference_split(config)
+    if config.data.held_out and split != HELD_OUT:
+        return HELD_OUT
+    return "test" if split in (None, config.data.split) else config.data.split
 
 
 def reading_of(config: Config) -> str:
@@ -46,26 +59,50 @@ def compares_with_population(config: Config) -> bool:
     return reading_of(config) == "population"
 
 
-def open_reference(config: Config, generator: Generator) -> Jobs[Reference]:
-    """The reference that `evaluation.reference` names: from its file, from the cache, or from its images."""
-    extractor, dataset, split = generator.extractor, generator.compared, reference_split(config)
+def open_references(config: Config, generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:
+    """The images that samples are compared with, by extractor: from their file, from the cache, or read once for all extractors.
+
+    `of`: `reference`, or `floor` for the real images that are compared with it.
+    """
+    split = reference_split(config) if of == "reference" else floor_split(config)
     if split is None:
-        return metrics.read_published(Path(config.evaluation.reference), extractor.dim)
-    cache = config.data.cache_folder
+        path = Path(config.evaluation.reference)
+        return {key: metrics.read_published(path, one.dim) for key, one in generator.extractors.items()}
+    cache, fingerprint = config.data.cache_folder, generator.datasets[of].fingerprint
     resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
-    key = metrics.content_key(fingerprint=dataset.fingerprint, split=split, resize=resize, extractor=extractor)
-    reference, notes = metrics.load_cached(cache, key)
-    if reference is None:
-        batches: list[FeatureBatch] = []
-        yield Job("reference", list(range(len(dataset))), batches.append)
-        saturated = sum(float(batch.saturated.double().sum()) for batch in batches) / max(1, len(dataset))
-        features = torch.cat([batch.features for batch in batches])
-        noise = extractor(noise_images(generator.image_shape))["features"]
-        reference = metrics.reference_of(features, key, saturated, noise)
-        notes += metrics.keep(reference, cache)
-    for note in notes:
-        logger.warning(note)
-    return reference
+    found: dict[str, Reference] = {}
+    lacking: dict[str, dict[str, Any]] = {}
+    for name, extractor in generator.extractors.items():
+        key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor)
+        reference, notes = metrics.load_cached(cache, key)
+        for note in notes:
+            logger.warning(note)
+        if reference is None:
+            lacking[name] = key
+        else:
+            found[name] = reference
+    if lacking:
+        features = yield from _features(generator, of, tuple(lacking))
+        for name, key in lacking.items():
+            noise = generator.extractors[name](noise_images(generator.image_shape))
+            saturated = float(features[name].saturated.double().mean())
+            found[name] = metrics.reference_of(features[name].features, key, saturated, noise)
+            for note in metrics.keep(found[name], cache):
+                logger.warning(note)
+    return found
+
+
+def _features(generator: Generator, dataset: str, extractors: tuple[str, ...]) -> Jobs[dict[str, FeatureBatch]]:
+    """Of all images of a data set, by extractor. Memory: the features, and one batch."""
+    images = torch.arange(len(generator.datasets[dataset]))
+    joined = {key: Joined(FeatureBatch, images) for key in extractors}
+
+    def take(made: Made) -> None:
+        for key, batch in made.items():
+            joined[key].add(batch)
+
+    yield Job(dataset, images.tolist(), extractors, take, dataset=dataset)
+    return {key: one.result() for key, one in joined.items()}
 
 
 def noise_images(image_shape: Sequence[int], count: int = 256) -> Tensor:

@@ -21,31 +21,49 @@ from ddpm_ema.score.rows import Score, compare, ranked
 SCHEMA = 3
 
 
-def settings_of(
-    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
-) -> dict[str, Any]:
-    """The settings that change the scores. Their digest names the folder of a scoring.
+def sampling_settings(config: Config, labels: Tensor | None = None) -> dict[str, Any]:
+    """The settings that change the images sampled from given weights. Their digest names the folder of the images.
 
     Args:
-        config: of whose settings those count that are marked SAMPLES or SCORES; an inert one counts as None.
-        extractor: what makes the features.
-        origin: what the samples are compared with, as in results.json.
+        config: of whose settings those count that are marked SAMPLES; an inert one counts as None.
         labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
     """
-    settings: dict[str, Any] = {"protocol": PROTOCOL}
-    for key, value in chosen(to_dict(config), lambda mark: mark & (Effect.SAMPLES | Effect.SCORES)).items():
-        section, _, name = key.partition(".")
-        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    settings = {"protocol": PROTOCOL, **_marked(config, Effect.SAMPLES)}
     if settings["sampler"] != "ddim":
         settings["eta"] = None
     if not config.model.class_conditional:
         settings["guidance_scale"] = None
     return settings | {
+        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    }
+
+
+def _marked(config: Config, mark: Effect) -> dict[str, Any]:
+    """The settings with this mark: those of `evaluation` by name, the others by section."""
+    settings: dict[str, Any] = {}
+    for key, value in chosen(to_dict(config), lambda found: mark in found).items():
+        section, _, name = key.partition(".")
+        (settings if section == "evaluation" else settings.setdefault(section, {}))[name] = value
+    return settings
+
+
+def settings_of(
+    config: Config, extractor: Extractor, origin: Mapping[str, Any], labels: Tensor | None = None
+) -> dict[str, Any]:
+    """The settings that change the scores: those of the samples, and those marked SCORES. Their digest names a table's folder.
+
+    Args:
+        config, labels: as in `sampling_settings`.
+        extractor: what makes the features.
+        origin: what the samples are compared with, as in results.json.
+    """
+    return {
+        **sampling_settings(config, labels),
+        **_marked(config, Effect.SCORES),
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "feature_layer": extractor.feature_layer,
         "reference": {key: value for key, value in origin.items() if key != "versions"},
-        "labels_sha256": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
     }
 
 
@@ -74,6 +92,7 @@ def results_of(
         "step": step,
         "metric": metric_of(extractor),
         **{key: value for key, value in settings.items() if key != "reference"},
+        "extractor": extractor.label,
         "reference": _reference_text(config, settings["reference"]),
         "reference_origin": settings["reference"],
         "reading": reading_of(config),
@@ -106,12 +125,28 @@ def heading(results: Mapping[str, Any]) -> str:
 
 def table(results: Mapping[str, Any]) -> str:
     """All that was scored, from the best to the worst, for a terminal. The distance is the bias-corrected one ± its error."""
-    head = ["weights", "images", metric_label(results), "plain", "vs raw", "", "KID", "precision", "recall", "seconds"]
+    head = [
+        "weights",
+        "images",
+        metric_label(results),
+        "plain",
+        "vs raw",
+        "",
+        "KID",
+        "precision",
+        "recall",
+        "near train",
+        "seconds",
+    ]
     hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
     body = [_cells(row, usual, hidden) for row in ranked([*results["rows"], *results.get("sweep", ())])]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
+    num_rows = len(body)
+    if floor := results.get("floor"):
+        real = [f"real images ({floor['split']})", "", with_error(floor["distance"], floor["stderr"])]
+        body.append([*real, *[""] * (len(head) - len(real))])
     text = aligned([[line[i] for i in shown] for line in [head, *body]])
-    if len(body) > 1:
+    if num_rows > 1:
         text.append(f"may be the best of these: {', '.join(results['may_be_best'])}")
     if hidden and any("precision" in row for row in results["rows"]):
         text.append(f"precision is left out: images of uniform noise reach {results['precision_of_noise']:.2f} of it")
@@ -129,5 +164,6 @@ def _cells(row: Mapping[str, Any], usual_images: int, without_precision: bool) -
         with_error(row["kid"], row["kid_stderr"]) if "kid" in row else "",
         with_error(row["precision"], row["precision_stderr"]) if "precision" in row and not without_precision else "",
         with_error(row["recall"], row["recall_stderr"]) if "recall" in row else "",
+        f"{row['nearer_to_training']:.2f}" if "nearer_to_training" in row else "",
         f"{row['seconds']:.1f}",
     ]

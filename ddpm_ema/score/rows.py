@@ -52,10 +52,15 @@ class RowBuilder:
 
     def build(self, batch: FeatureBatch, name: str, more: Mapping[str, Any]) -> Score:
         """All figures. `more` goes into the row (profile, warnings, what a sweep says of a candidate)."""
-        start = time.perf_counter()
-        estimate = self.estimate(batch, name)
+        last = time.perf_counter()
+        estimate, measures = self.estimate(batch, name), dict[str, Estimate]()
+        seconds = {"sampling": batch.sampling_seconds, "features": batch.seconds}
+        seconds["distance"] = time.perf_counter() - last
         with full_precision(self.device):  # also beside a training that allows TF32
-            measures = dict(self._measures(batch))
+            last = time.perf_counter()
+            for key, measures[key] in self._measures(batch):
+                now = time.perf_counter()
+                seconds[key], last = now - last, now
         row: dict[str, Any] = {
             "weights": name,
             **more,
@@ -70,7 +75,7 @@ class RowBuilder:
         for key, found in measures.items():
             row |= {key: found.plain, f"{key}_stderr": found.stderr}
         row["warnings"] = [*more.get("warnings", ()), *estimate.warnings, *self._doubts(batch)]
-        row["seconds"] = batch.seconds + time.perf_counter() - start
+        row |= {"seconds": sum(seconds.values()), "seconds_of": seconds}
         return Score(row, estimate)
 
     def _doubts(self, batch: FeatureBatch) -> Iterator[str]:

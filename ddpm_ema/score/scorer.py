@@ -10,48 +10,59 @@ from typing import Any
 from ddpm_ema.averaging import profile_from_dict
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
+from ddpm_ema.features import Extractor
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Estimate, Reference
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.sampling import PROTOCOL
-from ddpm_ema.score.driver import Job, Jobs
-from ddpm_ema.score.folder import Record, ScoreFolder, made_with
+from ddpm_ema.score.driver import Jobs
+from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
+from ddpm_ema.score.floor import Floor
+from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
 from ddpm_ema.score.reference import compares_with_population
 from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score
+from ddpm_ema.score.sampled import Sampled, made_with
 
 
 class Scorer:
-    """Scores weights of one checkpoint, one set after another, in one folder, whose lock its caller holds.
+    """Scores weights of one checkpoint by one extractor, one set after another. Its caller holds the lock of `sampled`.
 
     It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on.
 
     Args:
         config: the settings.
-        generator: asked about the network, the sampler and the extractor; the scorer generates nothing itself.
+        generator: asked about the network and the sampler; the scorer generates nothing itself.
+        extractor: whose features are compared.
         reference: what samples are compared with.
         resolver: finds the weights that a name means.
-        folder: what is kept.
+        sampled: images and features.
+        folder: the table.
         settings: those that change the numbers, from `settings_of`.
         world_size: how many processes generate, for results.json.
+        floor: real images beside the reference's; None where there are none.
     """
 
     def __init__(
         self,
         config: Config,
         generator: Generator,
+        extractor: Extractor,
         reference: Reference,
         resolver: WeightResolver,
+        sampled: Sampled,
         folder: ScoreFolder,
         settings: Mapping[str, Any],
         world_size: int = 1,
+        floor: Floor | None = None,
     ) -> None:
-        self.config, self.generator, self.resolver, self.folder = config, generator, resolver, folder
+        self.config, self.generator, self.extractor, self.resolver = config, generator, extractor, resolver
+        self.sampled, self.folder, self.floor = sampled, folder, floor
         self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
         population = compares_with_population(config)
-        self.builder = RowBuilder(reference, config.evaluation, generator.extractor.device, population)
-        self.versions, self.world_size = made_with(generator.extractor.device), world_size
+        self.builder = RowBuilder(reference, config.evaluation, extractor.device, population)
+        self.versions, self.world_size = made_with(extractor.device), world_size
 
     def named(self) -> list[NamedWeights]:
         """What `evaluation.weights` names, each once, however often it is spelled.
@@ -78,19 +89,23 @@ class Scorer:
             yield from self.sample(weights, count)
         record = self.record(weights)
         if count not in record.rows:
-            batch = self.folder.store(weights.key).join(count)
-            score = self.builder.build(batch, weights.name, self._described(weights))
+            batch = self.features(weights.key).join(count)
+            more = self._described(weights) | (self.floor.nearer_to_training(batch.features) if self.floor else {})
+            score = self.builder.build(batch, weights.name, more)
             record.rows[count], record.estimates[count] = score.row, score.estimate
         if named and weights.name not in record.names:
             record.names.append(weights.name)
         self.folder.keep(record)
 
     def sample(self, weights: NamedWeights, count: int) -> Jobs[None]:
-        """Asks for those of the images 0 ... `count` − 1 that were not made yet."""
-        store = self.folder.store(weights.key)
-        if missing := store.missing(count):
+        """Asks for what is missing of the images 0 ... `count` − 1, by every extractor at once."""
+        if self.features(weights.key).missing(count):
             self.folder.keep(self.record(weights))
-            yield Job(weights.name, missing, store.add, weights)
+            yield from self.sampled.sample(weights, count)
+
+    def features(self, key: str) -> BatchStore[FeatureBatch]:
+        """Of the images of the weights with this key."""
+        return self.sampled.features(key, self.extractor.key)
 
     def record(self, weights: NamedWeights) -> Record:
         """What is known of these weights, or a new record."""
@@ -113,7 +128,7 @@ class Scorer:
         if record is None:
             return None
         if count not in record.estimates:
-            store = self.folder.store(key)
+            store = self.features(key)
             if store.missing(count):
                 return None
             record.estimates[count] = self.builder.estimate(store.join(count), record.name)
@@ -152,16 +167,27 @@ class Scorer:
         """The score of raw, where it was asked for."""
         return next((score for score in self.scores() if score.row["weights"] == "raw"), None)
 
+    def _floor(self) -> dict[str, Any]:
+        """`floor` of results.json, which is computed once; empty where there are no such images."""
+        known = self.folder.results().get("floor")
+        if self.floor is None or (known and known["data"] == self.floor.images.origin["data"]):
+            return {"floor": known} if known else {}
+        return {"floor": self.floor.estimate(self.builder)}
+
     def write(self, sweep: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
         """Writes results.json and grid.png of what is finished; returns the results."""
-        extractor, reference = self.generator.extractor, self.builder.reference
-        results = results_of(self.config, extractor, self.settings, self.step, self.scores(), reference)
-        results |= {"versions": self.versions, "world_size": self.world_size, **sweep}
+        reference = self.builder.reference
+        results = results_of(self.config, self.extractor, self.settings, self.step, self.scores(), reference)
+        results |= {"versions": self.versions, "world_size": self.world_size, **self._floor(), **sweep}
         if note is not None:
             results["warnings"].insert(0, note)
         keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
         known = {name for record in self.folder.records() if record.rows for name in record.names}
         if left := sorted(known - keys.keys()):
             logger.info(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
-        self.folder.write(results, keys, self.step, self.config.evaluation)
+        images = {
+            name: self.sampled.first_images(key, self.config.evaluation.grid_images) for name, key in keys.items()
+        }
+        shown = {name: some for name, some in images.items() if some is not None}
+        self.folder.write(results, shown, self.step, self.config.evaluation)
         return results

@@ -2,79 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.score.driver import Job, Jobs
-from ddpm_ema.score.feature_store import FeatureBatch
+from ddpm_ema.score.feature_store import ImageBatch
+from ddpm_ema.score.generate import IMAGES, Made
+from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
 
 
-def check_versions(scorer: Scorer) -> Jobs[None]:
-    """Settles what becomes of a folder that other versions or another device began.
+def check_versions(scorers: Sequence[Scorer]) -> Jobs[None]:
+    """Settles what becomes of images that other versions or another device began. The scorers share them.
 
-    The first images of one of its sets of weights are sampled again. Where they come out the same, the scoring goes on;
-    otherwise what the folder holds becomes a scoring of its own, so that it is never paired with new images, and this one
+    The first images of one set of weights are sampled again. Where they come out the same, the scoring goes on; otherwise what
+    the folder holds, tables included, becomes a scoring of its own, so that it is never paired with new images, and this one
     begins anew.
     """
-    folder = scorer.folder
-    if folder.is_empty():
-        folder.keep_made_with([scorer.versions])
-    elif scorer.versions not in folder.made_with():
-        weights = _witness(scorer)
-        same = weights is not None and (yield from _repeats(scorer, weights))
-        _go_on(scorer) if same else _begin_anew(scorer)
+    sampled, versions = scorers[0].sampled, scorers[0].versions
+    if sampled.is_empty():
+        sampled.keep_made_with([versions])
+    elif versions not in sampled.made_with():
+        weights = next(_witnesses(scorers), None)
+        same = weights is not None and (yield from _repeats(sampled, weights))
+        _go_on(sampled, versions) if same else _begin_anew(scorers)
 
 
-def _witness(scorer: Scorer) -> NamedWeights | None:
+def _witnesses(scorers: Sequence[Scorer]) -> Iterator[NamedWeights]:
     """Weights of which first images are stored, and that can be sampled again."""
-    for record in scorer.folder.records():
-        if scorer.folder.store(record.key).first_batches() and (weights := scorer.weights_of(record)) is not None:
-            return weights
-    return None
+    sampled = scorers[0].sampled
+    recorded = (scorer.weights_of(record) for scorer in scorers for record in scorer.folder.records())
+    for weights in (*scorers[0].named(), *recorded):
+        if weights is not None and sampled.images(weights.key).first_batches():
+            yield weights
 
 
-def _repeats(scorer: Scorer, weights: NamedWeights) -> Jobs[bool]:
-    """Whether the first images come out as they are stored."""
+def _repeats(sampled: Sampled, weights: NamedWeights) -> Jobs[bool]:
+    """Whether the first images come out as they are stored, byte for byte, with the same features to rounding."""
     same = True
-    for stored in scorer.folder.store(weights.key).first_batches():
-        made: list[FeatureBatch] = []
-        yield Job(f"{weights.name} again", stored.indices.tolist(), made.append, weights, at_once=True)
-        same = same and _equal(stored, made[0])
+    for stored in sampled.images(weights.key).first_batches():
+        made: list[Made] = []
+        indices = stored.indices.tolist()
+        yield Job(f"{weights.name} again", indices, sampled.extractors, made.append, weights, at_once=True)
+        same = same and torch.equal(stored.images, made[0][IMAGES].images)
+        same = same and all(_same_features(sampled, weights, stored, made[0], key) for key in sampled.extractors)
     return same
 
 
-def _equal(a: FeatureBatch, b: FeatureBatch) -> bool:
-    """Whether both hold the same images, byte for byte, with the same features to rounding."""
-    if not torch.equal(a.images, b.images) or a.features.shape != b.features.shape:
-        return False
-    return torch.allclose(a.features, b.features, rtol=1e-3, atol=1e-3 * float(b.features.abs().max()))
+def _same_features(sampled: Sampled, weights: NamedWeights, images: ImageBatch, made: Made, extractor: str) -> bool:
+    """Also where this extractor is new here."""
+    store = sampled.features(weights.key, extractor)
+    if set(store.missing(int(images.indices[-1]) + 1)) & set(images.indices.tolist()):
+        return True
+    before, now = store.read(images.indices).features, made[extractor].features
+    return before.shape == now.shape and torch.allclose(before, now, rtol=1e-3, atol=1e-3 * float(now.abs().max()))
 
 
-def _go_on(scorer: Scorer) -> None:
-    folder = scorer.folder
-    known = folder.made_with()
-    folder.keep_made_with([*known, scorer.versions])
-    logger.info(
-        f"{folder.path}: begun under {_differing(known[-1], scorer.versions)}; its first images came out the same"
-    )
+def _go_on(sampled: Sampled, versions: Mapping[str, str]) -> None:
+    known = sampled.made_with()
+    sampled.keep_made_with([*known, versions])
+    logger.info(f"{sampled.path}: begun under {_differing(known[-1], versions)}; its first images came out the same")
 
 
-def _begin_anew(scorer: Scorer) -> None:
-    """What the folder holds gets its results.json first, so that nothing that was finished is lost to the report."""
-    folder, here = scorer.folder, scorer.versions
-    before = (folder.made_with() or [{}])[-1]
+def _begin_anew(scorers: Sequence[Scorer]) -> None:
+    """Each table gets its results.json first, so that nothing that was finished is lost to the report."""
+    sampled, here = scorers[0].sampled, scorers[0].versions
+    before = (sampled.made_with() or [{}])[-1]
     note = f"made under {_differing(before, here)}, where other images came out than later: not comparable with those"
-    scorer.versions = before
-    scorer.write({key: value for key, value in folder.results().items() if key.startswith("sweep")}, note)
-    scorer.versions = here
-    aside = folder.set_aside()
-    folder.keep_made_with([here])
+    for scorer in scorers:
+        if scorer.folder.records():
+            scorer.versions = before
+            scorer.write(
+                {key: value for key, value in scorer.folder.results().items() if key.startswith("sweep")}, note
+            )
+            scorer.versions = here
+            scorer.folder.forget()
+    aside = sampled.set_aside()
+    sampled.keep_made_with([here])
     logger.info(
-        f"{folder.path}: {note}; what it held is a scoring of its own now, {aside.name}, and this one begins anew"
+        f"{sampled.path}: {note}; what it held is a scoring of its own now, {aside.name}, and this one begins anew"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from ddpm_ema.messages import logger
+
 
 class BackgroundWriter:
     """Runs writes one after another in a thread of its own."""
@@ -30,4 +32,8 @@ class BackgroundWriter:
             raise errors[0]
 
     def close(self) -> None:
+        """Waits until everything is on disk, and says which writes failed where the run ends for another reason."""
         self._thread.shutdown(wait=True)
+        for error in filter(None, (future.exception() for future in self._pending)):
+            logger.warning(f"a write failed meanwhile: {error}")
+        self._pending = []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +128,7 @@ def full_weights(trainer: Trainer, name: str) -> dict[str, Tensor]:
         weights = trainer.bank.gather_all(name, group=trainer.processes.control)
     buffers = trainer.buffers(name)
     if buffers and name != "raw":
-        config, objective, network = trainer.config, trainer.objective, partial(copy.deepcopy, trainer.network)
-        own = with_own_statistics(weights | buffers, config, objective, network, lambda: trainer.dataset)
+        own = with_own_statistics(weights | buffers, trainer.config, trainer.processes.device, trainer.dataset)
         buffers = {n: own[n] for n in buffers}
     return weights | (trainer.processes.broadcast_tensors(host_copy(buffers)) if buffers else {})
 

@@ -41,35 +41,25 @@ def dry_run(config: Config) -> None:
 
 
 def time_steps(trainer: Trainer, count: int = 2) -> float:
-    """Seconds per optimizer step: a mean over `count` steps after one that warms up (and compiles). Fewer if the run is shorter."""
+    """Seconds per optimizer step: a mean over `count` steps after one that warms up (and compiles); 0 for a run of one step."""
     batches = list(itertools.islice(batches_of(trainer), 1 + count))
-    for index, micro_batches in enumerate(batches):
-        if index in (0, 1):
-            _wait_for_device(trainer)
-            start = time.perf_counter()
+    ends = []
+    for micro_batches in batches:
         train_step(trainer, micro_batches)
-    _wait_for_device(trainer)
-    return (time.perf_counter() - start) / max(1, len(batches) - 1)
-
-
-def _wait_for_device(trainer: Trainer) -> None:
-    if trainer.processes.device.type == "cuda":
-        torch.cuda.synchronize()
+        if trainer.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
 
 
 def cost(trainer: Trainer, seconds: float) -> Iterator[str]:
-    """Lines: time, memory and disk of the whole run.
-
-    Args:
-        trainer: as `build` makes it.
-        seconds: per optimizer step.
-    """
+    """Lines: time, disk and memory of the whole run at `seconds` per optimizer step."""
     config, checkpoints = trainer.config, trainer.config.checkpoints
     steps, batch = config.training.steps, config.training.batch_size
     epoch = len(trainer.dataset) / batch
     weights = 4 * sum(parameter.numel() for parameter in trainer.network.parameters())
     saved = (3 + len(config.averages)) * weights
-    yield f"step         {seconds:.3g} s here (two steps), {batch / seconds:,.1f} images/s"
+    yield f"step         {seconds:.3g} s here (two steps), {batch / max(seconds, 1e-9):,.1f} images/s"
     yield f"run          {steps:,} steps, {clock(seconds * steps)} without saving and sampling"
     yield f"epoch        {epoch:,.1f} steps; the run sees each image {steps / epoch:,.1f} times"
     kept = checkpoints.keep + (steps // checkpoints.keep_every if checkpoints.keep_every else 0)

@@ -33,13 +33,9 @@ def _git(root: Path, *arguments: str) -> str:
 def intervals(config: Config) -> str:
     """How many rows, checkpoints, snapshots, grids and quick scorings a run will have."""
     training, checkpoints = config.training, config.checkpoints
-    parts = {
-        "rows of metrics": training.log_every,
-        "checkpoints": checkpoints.every,
-        "snapshots": checkpoints.snapshots_every,
-        "sample grids": training.sample_every,
-        "quick scorings": config.evaluation.every,
-    }
+    parts = {"rows of metrics": training.log_every, "checkpoints": checkpoints.every}
+    parts |= {"snapshots": checkpoints.snapshots_every, "sample grids": training.sample_every}
+    parts |= {"quick scorings": config.evaluation.every}
     return ", ".join(
         f"{training.steps // every:,} {what} (every {every:,} steps)" if every else f"no {what}"
         for what, every in parts.items()

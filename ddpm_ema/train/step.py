@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ddpm_ema import diffusion, keyed_random, model
+from ddpm_ema import diffusion, keyed_random, model, network_call
 from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.train.optimizer import set_learning_rate
@@ -77,8 +77,7 @@ def _predictor(trainer: Trainer) -> diffusion.Predict:
     def predict(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             x_t = x_t.contiguous(memory_format=order)
-            prediction: Tensor = trainer.ddp_network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
-            return prediction
+            return network_call.predict(trainer.ddp_network, x_t, timesteps, labels)
 
     return predict
 
@@ -157,4 +156,9 @@ def _why_diverged(trainer: Trainer, check: FinitenessCheck) -> str:
 
 
 def last_checkpoint(trainer: Trainer) -> str:
-    return f"last checkpoint: step {trainer.saved_step}" if trainer.saved_step else "no checkpoint yet"
+    """What a run that ends here goes on from: on rank 0 the newest that was written, on others the newest that was asked for."""
+    step = trainer.saved_step
+    if trainer.processes.is_main:
+        trainer.writer.close()
+        step = max((checkpoint.step for checkpoint in trainer.rundir.checkpoints()), default=0)
+    return f"last checkpoint: step {step}" if step else "no checkpoint yet"

@@ -174,8 +174,7 @@ def warnings_before(config: Config, dataset: Any) -> Iterator[str]:
             yield f"{key}: {steps:,} is more than training.steps, {training.steps:,}: {consequence}"
     for line in dataset.skipped:
         yield f"skipped image: {line}"
-    if lacking := missing(config.evaluation, config.output_dir):
-        yield lacking
+    yield from filter(None, (missing(entry, config.output_dir) for entry in config.evaluation.extractors))
 
 
 def check_capabilities(config: Config) -> None:

@@ -22,7 +22,7 @@ def test_a_mirror_hands_the_values_of_the_moment_to_its_thread() -> None:
         seen.append(mirror.values[0].clone())
 
     source.fill_(1.0)
-    mirror.submit(work)
+    mirror.submit([source], work)
     source.fill_(2.0)  # the optimizer goes on while the thread still waits
     gate.set()
     mirror.wait()
@@ -44,7 +44,7 @@ def test_a_submission_waits_for_the_one_before_so_that_its_values_are_not_overwr
 
     for value in (1.0, 2.0):
         source.fill_(value)
-        mirror.submit(lambda: seen.append(mirror.values[0].tolist()))
+        mirror.submit([source], lambda: seen.append(mirror.values[0].tolist()))
         monkeypatch.setattr(mirror, "wait", wait_until_done)
     mirror.wait()
     assert seen == [[1.0] * 4, [2.0] * 4]
@@ -52,7 +52,7 @@ def test_a_submission_waits_for_the_one_before_so_that_its_values_are_not_overwr
 
 def test_what_went_wrong_in_the_thread_is_raised_in_the_caller() -> None:
     mirror = HostMirror([torch.zeros(1)])
-    mirror.submit(lambda: 1 / 0)
+    mirror.submit([torch.ones(1)], lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mirror.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -19,17 +20,16 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ddpm_ema import classifier_training, config, metrics
-from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import (
     Extractor,
+    inception,
     open_extractor,
     read_metadata,
     save_classifier,
     train_classifier,
 )
-from ddpm_ema.features import published_weights as weights
-from ddpm_ema.features.classifier import Architecture, Classifier, Trained
+from ddpm_ema.features.classifier import Architecture, Classifier, Trained, load_classifier
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def extractor(trained_folder: Path) -> Extractor:
-    return open_extractor(EvaluationSettings(extractor="classifier"), trained_folder)
+    return open_extractor("classifier", trained_folder)
 
 
 class Bomb:
@@ -85,7 +85,7 @@ class TestClassifier:
             return frechet_distance(metrics.statistics_of(a), metrics.statistics_of(b))
 
         def features(pixels: Tensor) -> Tensor:
-            return extractor(pixels)["features"]  # type: ignore[return-value]
+            return extractor(pixels)
 
         halves = distance(features(images[order[:898]]), features(images[order[898:]]))
         blurred = ((images.float() + images.roll(1, -1).float()) / 2).round().to(torch.uint8)
@@ -96,8 +96,7 @@ class TestClassifier:
         assert float(spectrum[:9].sum() / spectrum.sum()) < 0.95
 
     def test_features_have_unit_variance_over_the_training_set(self, extractor: Extractor) -> None:
-        features = extractor(digits()[0])["features"]
-        assert features is not None
+        features = extractor(digits()[0])
         assert features.shape == (1797, 64)
         assert features.var(dim=0).mean() == pytest.approx(1, abs=0.05)
         assert features.mean(dim=0).abs().max() < 0.05
@@ -137,7 +136,7 @@ class TestClassifier:
             network.logits = torch.nn.Linear(64, 11)
             save_classifier(path, Trained(network, 1.0), fingerprint="x", seed=0)
         with pytest.raises(UserError, match=r"(?s)features\.safetensors.*ddpm-ema features"):
-            open_extractor(EvaluationSettings(extractor="classifier"), tmp_path)
+            open_extractor("classifier", tmp_path)
         assert not (tmp_path / "exploded").exists()
 
 
@@ -183,11 +182,21 @@ class TestTrainFeatures:
         assert capsys.readouterr().err.count("training it anew") == 2
         assert path.read_bytes() != first
 
-    def test_data_without_labels_are_an_error_that_says_what_else_to_do(self, tmp_path: Path) -> None:
-        write_images(tmp_path / "images", 10, 1)
-        with pytest.raises(UserError, match=r"has no labels .* one folder per class, or score with"):
-            classifier_training.train_features(settings(tmp_path / "images" / "class0", tmp_path / "run"))
-        assert not (tmp_path / "run" / "features.safetensors").exists()
+    @pytest.mark.parametrize("folder", ["images", "images/class0"])
+    def test_one_class_or_none_learns_which_way_up_and_gives_features_without_logits(
+        self, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_images(tmp_path / "images", 20, 1)
+        path = classifier_training.train_features(settings(tmp_path / folder, tmp_path / "run"))
+        assert "by which way up they are, accuracy" in capsys.readouterr().err
+        assert classifier_training.train_features(settings(tmp_path / folder, tmp_path / "run")) == path
+        found = load_classifier(path)[0](torch.zeros(3, 1, 8, 8))
+        assert [tuple(layer.shape) for layer in found] == [(3, 64)]
+
+    def test_without_labels_it_tells_most_turns_of_digits_it_never_saw(self) -> None:
+        images, _ = digits()
+        trained = train_classifier(images[:600], None, seed=0, visits=6000)
+        assert trained.accuracy > 0.6, "a guess is right in a quarter"
 
 
 class TestExtractor:
@@ -196,8 +205,7 @@ class TestExtractor:
         whole = extractor(images[:100])
         extractor.batch_size = 7
         parts = extractor(images[:100])
-        for name in ("features", "logits"):
-            torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
     def test_autocast_and_tf32_outside_do_not_reach_inside_and_come_back(self, extractor: Extractor) -> None:
         seen = []
@@ -210,12 +218,12 @@ class TestExtractor:
 
         plain = {"name": "spy", "sha256": "", "feature_layer": "x", "channels": 1, "is_published_inception": False}
         images = digits()[0][:50]
-        expected = extractor(images)["features"]
+        expected = extractor(images)
         before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
         try:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             with torch.autocast("cpu", torch.bfloat16):
-                found = extractor(images)["features"]
+                found = extractor(images)
                 Extractor(network=Spy(), device=torch.device("cpu"), batch_size=50, **plain)(images)  # type: ignore[arg-type]
             assert torch.backends.cuda.matmul.allow_tf32
             assert torch.backends.cudnn.allow_tf32
@@ -223,8 +231,6 @@ class TestExtractor:
             torch.set_float32_matmul_precision(before[0])
             torch.backends.cudnn.allow_tf32 = before[1]
         assert seen[-1] == (False, False, "highest", False)
-        assert found is not None
-        assert expected is not None
         assert torch.equal(found, expected)
         assert not found.requires_grad
 
@@ -234,12 +240,10 @@ class TestExtractor:
         self, trained_folder: Path, extractor: Extractor
     ) -> None:
         images, _ = digits()
-        expected = extractor(images)["features"]
+        expected = extractor(images)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        found = open_extractor(EvaluationSettings(extractor="classifier"), trained_folder, "cuda")(images)["features"]
+        found = open_extractor("classifier", trained_folder, "cuda")(images)
         torch.backends.cuda.matmul.allow_tf32 = False
-        assert found is not None
-        assert expected is not None
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
         statistics, indices = metrics.statistics_of(expected[900:]), torch.arange(900)
         on_cpu, on_gpu = (
@@ -252,7 +256,7 @@ class TestExtractor:
         assert on_gpu.stderr == pytest.approx(on_cpu.stderr, rel=1e-8)
 
     def test_no_images_give_no_features_and_other_input_is_refused(self, extractor: Extractor) -> None:
-        assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8))["features"].shape == (0, 64)  # type: ignore[union-attr]
+        assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)).shape == (0, 64)
         for bad in (
             torch.zeros(2, 1, 8, 8),
             torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
@@ -270,15 +274,28 @@ class TestExtractor:
         with pytest.raises(
             UserError, match="no extractor is called 'inception-v3'; did you mean 'inception-v3-compat'"
         ):
-            open_extractor(EvaluationSettings(extractor="inception-v3"), tmp_path)
-        with pytest.raises(UserError, match="known here: classifier, inception-v3-compat"):
-            open_extractor(EvaluationSettings(extractor="qqq"), tmp_path)
+            open_extractor("inception-v3", tmp_path)
+        with pytest.raises(UserError, match="known here: classifier, inception-v3-compat, timm:NAME"):
+            open_extractor("qqq", tmp_path)
+
+    def test_a_classifier_of_another_file_is_named_after_it_and_is_another_extractor(
+        self, trained_folder: Path
+    ) -> None:
+        network = Classifier(Architecture(1, 8, 10, dim=16))
+        save_classifier(trained_folder / "wide.safetensors", Trained(network, 0.1), fingerprint="x", seed=0)
+        ours, other = (
+            open_extractor(entry, trained_folder)
+            for entry in ("classifier", f"classifier={trained_folder}/wide.safetensors")
+        )
+        assert (ours.label, other.label) == ("classifier", "classifier wide")
+        assert (ours.name, ours.dim, other.dim) == (other.name, 64, 16)
+        assert ours.key != other.key
 
     def test_registering_twice_with_torch_fidelity_is_no_error(self) -> None:
         assert fidelity.register() == fidelity.register() == "ddpm-ema-classifier"
 
 
-class TestPublishedWeights:
+class TestInception:
     @pytest.fixture(autouse=True)
     def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """An empty hub folder, and a proxy at which nobody listens: a machine without a network."""
@@ -289,13 +306,13 @@ class TestPublishedWeights:
             monkeypatch.delenv(name, raising=False)
         return tmp_path / "torch" / "hub" / "checkpoints"
 
-    @pytest.mark.parametrize("name", ["inception-v3-compat", "vgg16", "clip-vit-b-32", "dinov2-vit-s-14"])
-    def test_missing_weights_and_no_network_say_where_what_and_how(self, hub: Path, name: str) -> None:
+    def test_missing_weights_and_no_network_say_where_what_and_how(self, hub: Path) -> None:
         with pytest.raises(UserError) as caught:
-            open_extractor(EvaluationSettings(extractor=name), hub)
-        file = weights.published()[name]
-        message = str(caught.value)
-        for part in (str(hub / file.file_name), file.url, file.sha256, "--evaluation.extractor-path", "refused"):
+            open_extractor("inception-v3-compat", hub)
+        message, file = str(caught.value), inception.where_inception_lies()
+        assert file.parent == hub
+        assert inception.SHA256.startswith(file.stem.rpartition("-")[2])
+        for part in (str(file), "https://", inception.SHA256, "inception-v3-compat=FILE", "refused"):
             assert part in message
         assert not list(hub.glob("*")), "half a download was left behind"
 
@@ -303,38 +320,24 @@ class TestPublishedWeights:
     def test_a_file_with_the_wrong_sha256_is_refused_and_never_unpickled(
         self, hub: Path, tmp_path: Path, by_path: bool
     ) -> None:
-        file = weights.published()["inception-v3-compat"]
-        path = tmp_path / "inception.pth" if by_path else hub / file.file_name
+        path = tmp_path / "inception.pth" if by_path else inception.where_inception_lies()
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(Bomb(tmp_path / "exploded"), path)
-        chosen = {"extractor_path": path} if by_path else {}
-        with pytest.raises(UserError, match=f"not the published {file.sha256}.*It was not opened"):
-            open_extractor(EvaluationSettings(extractor="inception-v3-compat", **chosen), tmp_path)
+        with pytest.raises(UserError, match=f"not the published {inception.SHA256}.*It was not opened"):
+            open_extractor(f"inception-v3-compat={path}" if by_path else "inception-v3-compat", tmp_path)
         assert not (tmp_path / "exploded").exists()
         with pytest.raises(RuntimeError):  # the bomb is a real one
             raise RuntimeError(torch.load(path, weights_only=False))
         assert (tmp_path / "exploded").exists()
 
-    def test_every_published_file_has_a_whole_sha256_that_begins_as_its_name_says(self) -> None:
-        for name, file in weights.published().items():
-            assert len(file.sha256) == 64, name
-            assert set(file.sha256) <= set("0123456789abcdef"), name
-            promised = Path(file.file_name).stem.rpartition("-")[2]
-            if not name.startswith("dinov2"):
-                assert file.sha256.startswith(promised), name
-
-    def test_a_missing_extractor_path_is_named(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"none\.safetensors: No such file"):
-            open_extractor(
-                EvaluationSettings(extractor="vgg16", extractor_path=tmp_path / "none.safetensors"), tmp_path
-            )
+            open_extractor(f"inception-v3-compat={tmp_path}/none.safetensors", tmp_path)
 
     def test_weights_of_another_network_are_a_message(self, tmp_path: Path) -> None:
         save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
         with pytest.raises(UserError, match=r"w\.safetensors cannot be loaded: .*Missing key(?!.{400})"):
-            open_extractor(
-                EvaluationSettings(extractor="inception-v3-compat", extractor_path=tmp_path / "w.safetensors"), tmp_path
-            )
+            open_extractor(f"inception-v3-compat={tmp_path}/w.safetensors", tmp_path)
 
 
 def as_png(images: Tensor, folder: Path) -> str:
@@ -355,11 +358,7 @@ def theirs(fake: str, real: str, name: str, path: Path, subset: int) -> dict[str
 
 def agree(extractor: Extractor, fake: Tensor, real: Tensor, expected: dict[str, float], subset: int) -> None:
     """Ours in memory against theirs from PNGs."""
-    a, b = extractor(fake), extractor(real)
-    features, reference, logits = a["features"], b["features"], a["logits"]
-    assert features is not None
-    assert reference is not None
-    assert logits is not None
+    features, reference = extractor(fake), extractor(real)
     fid = expected["frechet_inception_distance"]
     assert frechet_distance(metrics.statistics_of(features), metrics.statistics_of(reference)) == pytest.approx(
         fid, rel=1e-6
@@ -397,8 +396,7 @@ class TestAgainstTorchFidelity:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = random_inception(tmp_path, monkeypatch)
-        settings = EvaluationSettings(extractor="inception-v3-compat", extractor_path=path.with_suffix(".safetensors"))
-        extractor = open_extractor(settings, tmp_path)
+        extractor = open_extractor(f"inception-v3-compat={path.with_suffix('.safetensors')}", tmp_path)
         assert not extractor.is_published_inception
         assert (extractor.dim, extractor.feature_layer) == (2048, "2048")
         generator = torch.Generator().manual_seed(0)
@@ -412,15 +410,14 @@ class TestAgainstTorchFidelity:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = random_inception(tmp_path, monkeypatch)
-        sha256 = weights.hashlib.sha256(path.read_bytes()).hexdigest()
-        monkeypatch.setattr(weights, "INCEPTION_SHA256", sha256)
-        extractor = open_extractor(EvaluationSettings(extractor="inception-v3-compat", extractor_path=path), tmp_path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(inception, "SHA256", sha256)
+        extractor = open_extractor(f"inception-v3-compat={path}", tmp_path)
         assert extractor.is_published_inception
         assert extractor.sha256 == sha256
         grey = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
         found, expected = extractor(grey), extractor(grey.repeat(1, 3, 1, 1))
-        assert torch.equal(found["features"], expected["features"])  # type: ignore[arg-type]
-        assert found["logits"].shape == (2, 1008)  # type: ignore[union-attr]
+        assert torch.equal(found, expected)
 
 
 def random_inception(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -97,9 +97,9 @@ def test_a_pipeline_of_diffusers_own_example_is_scored_from_its_folder_alone(
         image_shape=(1, 8, 8),
         device="cpu",
     )
-    extractor = open_extractor(config.evaluation, config.output_dir)
+    extractor = open_extractor("classifier", config.output_dir)
     real = data.load(config.data).batch(torch.arange(1797))
-    ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
+    ours, theirs = (metrics.statistics_of(extractor(x)) for x in (images, real))
     (row,) = results(config)["rows"]
     assert row["frechet_distance"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
     assert row["warnings"] == [text for text in row["warnings"] if "scheduler" not in text]
@@ -152,8 +152,8 @@ def test_one_network_is_held_at_a_time_and_built_anew_for_another_kind_only(
 def test_what_a_rank_is_told_is_enough_to_build_the_folder_s_network_and_schedule(run: Config, folder: Path) -> None:
     """A rank that sees no file gets the job and the tensors."""
     weights = named(folder, run)
-    job = pickle.loads(pickle.dumps(Job("folder", [0], lambda batch: None, weights).told()))
-    generator = Generator(run, open_extractor(run.evaluation, run.output_dir), batch_size=4)
+    job = pickle.loads(pickle.dumps(Job("folder", [0], ("classifier",), lambda made: None, weights).told()))
+    generator = Generator(run, [open_extractor("classifier", run.output_dir)], batch_size=4)
     generator.load(job.weights.name, job.weights.pipeline, [read() for read in weights.members])
     assert generator.network is not None
     found = generator.network.unet

@@ -27,7 +27,11 @@ def copied(tmp_path: Path) -> Path:
     """A run that lies in another place than its config.yaml says, scored by other settings than those of training."""
     run = fake_run.make_run(tmp_path / "it's $(touch x)" / "digits")
     odd = fake_run.evaluation(mixed_precision="bf16", guidance_scale=1e-5, reference="test", steps=[3000], seed=2)
-    odd |= {"extractor_path": "no", "weights": ["raw", "runs/a b", "raw+ema_0_999"], "clip_sample": False}
+    odd |= {
+        "extractors": ["no", "timm:vit=a b.safetensors"],
+        "weights": ["raw", "runs/a b", "raw+ema_0_999"],
+        "clip_sample": False,
+    }
     odd["sweep"] = {**odd["sweep"], "decays": "0.9:0.99:3", "num_images": 100}
     fake_run.write_results(run, fake_run.results(evaluation=odd, finished="2026-01-01T00:00:00Z"), digest="odd")
     return run
@@ -55,7 +59,7 @@ def test_a_printed_command_says_no_more_than_it_must(copied: Path) -> None:
     run = shlex.quote(str(copied))
     assert commands.sweep(record, record.scorings[-2]) == (
         f"ddpm-ema score {run} --evaluation.num-images 6000 --evaluation.sampler dpm_solver++ --evaluation.num-inference-steps 25 "
-        "--evaluation.extractor classifier --evaluation.sweep.stds 0.02:0.25:12"
+        "--evaluation.extractors classifier --evaluation.sweep.stds 0.02:0.25:12"
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,43 @@ def test_a_lock_of_another_host_is_held_while_its_heartbeat_goes_on_and_taken_ov
     lock.__enter__()
     lock.__exit__()
     assert path.read_text() == "", "a lock that was released makes nobody wait"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_record_locks_the_heartbeat_keeps_the_second_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": 4242}))  # killed: its heartbeat is gone
+    with Lock(path, heartbeat=0.05):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on host {socket.gethostname()}"):
+            Lock(path, heartbeat=0.05).__enter__()
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+    def other_writes(_: float) -> None:
+        path.write_text(json.dumps({"host": "node-7", "pid": 7}))
+
+    monkeypatch.setattr("time.sleep", other_writes)
+    with pytest.raises(UserError, match="process 7 on host node-7"):  # of two that start at once, one goes on
+        Lock(path, heartbeat=0.05).__enter__()
+
+
+def test_links_that_a_stranger_laid_where_lock_and_log_belong_are_not_followed(tmp_path: Path) -> None:
+    victim, run = tmp_path / "thesis.tex", RunDir(tmp_path / "run")
+    victim.write_text("chapter 1")
+    run.path.mkdir()
+    for path, write in (
+        (run.path / ".lock", run.lock().__enter__),
+        (run.metrics_path, partial(run.append_metrics, {})),
+    ):
+        path.symlink_to(victim)
+        with pytest.raises((UserError, OSError), match="Too many levels of symbolic links"):
+            write()
+    assert victim.read_text() == "chapter 1"
 
 
 def test_a_read_only_folder_is_refused_before_anything_else(tmp_path: Path) -> None:

@@ -226,6 +226,32 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path
             assert not list(folder.rglob("*.partial")), "the next run clears what the kill left"
 
 
+def test_what_killed_writes_left_is_deleted_by_the_next_run_and_by_the_next_write_of_the_same_file(
+    tmp_path: Path,
+) -> None:
+    run, gone = RunDir(tmp_path / "run"), 4194304  # above the highest process id
+    left = [
+        "checkpoints/.step-00000003.7.partial/raw.safetensors",
+        "checkpoints/.step-00000001.7.deleted/raw.safetensors",
+        "snapshots/step-00000003/.ema.safetensors.7.partial",
+        "snapshots/step-00000003/.tmpaB3dE6",  # safetensors' own
+        "samples/.step-00000003.png.7.partial",
+        "weights/0f/.features-0.safetensors.7.partial",
+    ]
+    kept = ["snapshots/step-00000003/ema.safetensors", f".report.html.{os.getppid()}.partial", "scores/.own"]
+    for name in (*left, *kept):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("")
+    with run.lock():
+        assert sorted(p.name for p in run.path.rglob("*") if p.is_file()) == sorted(
+            [*(Path(n).name for n in kept), ".lock"]
+        )
+    for name in (f".report.html.{gone}.partial", f".report.html.{os.getpid()}.partial", f".other.{gone}.partial"):
+        (run.path / name).write_text("")
+    atomic_write(run.report_path, "page")
+    assert {p.name for p in run.path.glob(".*.partial")} == {f".other.{gone}.partial", Path(kept[1]).name}
+
+
 def test_rows_after_the_resumed_step_and_a_row_cut_short_are_dropped(rundir: RunDir) -> None:
     for step in (1, 2, 3, 4):
         rundir.append_metrics({"step": step, "loss": 0.1})

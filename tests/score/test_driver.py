@@ -6,7 +6,7 @@ import io
 import threading
 import time
 import warnings
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from ddpm_ema.errors import StoppedError, UserError
 from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.score import driver
 from ddpm_ema.score.driver import Driver, Job, even_batch, even_rounds, sampling_rounds
+from ddpm_ema.score.feature_store import ImageBatch
 
 
 class Rank(Processes):
@@ -43,11 +44,20 @@ class Rank(Processes):
     broadcast_tensors = broadcast
 
 
+NAMES = ("ours",)
+
+
+def pictures(images: list[int]) -> ImageBatch:
+    indices = torch.tensor(images)
+    return ImageBatch(indices=indices, images=indices.to(torch.uint8)[:, None, None, None])
+
+
 class Made:
     """A generator whose features are the images' indices; it says what it was asked for."""
 
     config = SimpleNamespace(evaluation=SimpleNamespace(compile=False, extractor_batch_size=5))
     batch_size, sampler = 10, range(3)
+    datasets: Any = MappingProxyType({"reference": SimpleNamespace(batch=lambda at: pictures(at.tolist()).images)})
 
     def __init__(self) -> None:
         self.loaded: list[Any] = []
@@ -59,13 +69,15 @@ class Made:
     def describe(self) -> str:
         return "network"
 
-    def generate(self, images: list[int], after_step: Any) -> Any:
-        self.asked.append(images)
+    def generate(self, images: list[int], extractors: Any, after_step: Any) -> Any:
         for _ in self.sampler:
             after_step()
-        return batch_of(images)
+        return {"images": pictures(images), **self.read("", images, pictures(images).images, extractors)}
 
-    read = generate
+    def read(self, name: str, images: list[int], pixels: torch.Tensor, extractors: Any) -> Any:
+        self.asked.append(images)
+        assert pixels.flatten().tolist() == images
+        return {extractor: batch_of(images) for extractor in extractors}
 
 
 def on_two_ranks(work: Any) -> list[Any]:
@@ -96,12 +108,15 @@ class TestJobs:
         taken: list[Any] = []
         made = [Made(), Made()]
 
+        def take(found: Any) -> None:
+            taken.append(found["ours"])
+
         def jobs() -> Any:
-            yield Job("a", list(range(40)), taken.append, some_weights("a", 1.0))
+            yield Job("a", list(range(40)), NAMES, take, some_weights("a", 1.0))
             assert torch.cat([batch.indices for batch in taken]).tolist() == list(range(40))
-            yield Job("a again", list(range(14)), taken.append, some_weights("a", 1.0), at_once=True)
-            yield Job("b", [60, 61], taken.append, some_weights("b", 2.0, 3.0))
-            yield Job("reference", list(range(7)), taken.append)
+            yield Job("a again", list(range(14)), NAMES, take, some_weights("a", 1.0), at_once=True)
+            yield Job("b", [60, 61], NAMES, take, some_weights("b", 2.0, 3.0))
+            yield Job("reference", list(range(7)), NAMES, take, dataset="reference")
 
         on_two_ranks(lambda processes: Driver(processes, made[processes.rank]).run(jobs()))
         assert [part[0] for part in made[0].loaded] == ["weights a", "weights b"], "once each"
@@ -111,20 +126,33 @@ class TestJobs:
         assert made[0].asked[-3:] == [[*range(14)], [60], [0, 1, 2]]
         assert made[1].asked[-2:] == [[61], [3, 4, 5, 6]]
 
+    def test_images_that_rank_0_kept_are_sent_to_all_who_share_them_out(self) -> None:
+        taken, made = list[Any](), [Made(), Made()]
+
+        def jobs() -> Any:
+            kept = lambda indices: pictures(indices.tolist()).images  # noqa: E731
+            yield Job("kept", [3, 4, 8, 9, 10], NAMES, lambda found: taken.append(found["ours"]), kept=kept)
+
+        on_two_ranks(lambda processes: Driver(processes, made[processes.rank]).run(jobs()))
+        assert [one.asked for one in made] == [[[3, 4]], [[8, 9, 10]]]
+        assert [batch.features[:, 0].tolist() for batch in taken] == [[3, 4, 8, 9, 10]]
+
     @pytest.mark.parametrize("broken", [0, 1])
     def test_an_error_of_one_rank_is_raised_on_all_after_what_was_finished_is_kept(self, broken: int) -> None:
         taken: list[Any] = []
         ended: list[bool] = []
 
         class Breaks(Made):
-            def generate(self, images: list[int], after_step: Any) -> Any:
+            def generate(self, images: list[int], extractors: Any, after_step: Any) -> Any:
                 if self.asked and images[0] >= 20:
                     raise UserError("image 20 is broken")
-                return super().generate(images, after_step)
+                return super().generate(images, extractors, after_step)
 
         def jobs() -> Any:
             try:
-                yield Job("a", list(range(60)), taken.append, some_weights("a", 1.0))
+                yield Job(
+                    "a", list(range(60)), NAMES, lambda found: taken.append(found["ours"]), some_weights("a", 1.0)
+                )
             finally:
                 ended.append(True)  # locks are given back
 
@@ -136,7 +164,7 @@ class TestJobs:
 
     def test_an_error_of_rank_0_s_own_work_is_raised_on_all(self) -> None:
         def jobs() -> Any:
-            yield Job("a", [0], lambda batch: None, some_weights("a", 1.0))
+            yield Job("a", [0], NAMES, lambda made: None, some_weights("a", 1.0))
             raise UserError("the disk is full")
 
         found = on_two_ranks(lambda processes: Driver(processes, Made()).run(jobs()))
@@ -147,12 +175,12 @@ class TestJobs:
         stops: list[Any] = [SimpleNamespace(requested=False, reason="SIGTERM") for _ in range(2)]
 
         class Stops(Made):
-            def generate(self, images: list[int], after_step: Any) -> Any:
+            def generate(self, images: list[int], extractors: Any, after_step: Any) -> Any:
                 stops[1].requested = images[0] > 26
-                return super().generate(images, after_step)
+                return super().generate(images, extractors, after_step)
 
         def jobs() -> Any:
-            yield Job("raw", list(range(90)), taken.append, some_weights("a", 1.0))
+            yield Job("raw", list(range(90)), NAMES, lambda found: taken.append(found["ours"]), some_weights("a", 1.0))
 
         made = [Made(), Stops()]
         found = on_two_ranks(
@@ -190,10 +218,10 @@ class TestCompiling:
         class Fails(Made):
             config = SimpleNamespace(evaluation=SimpleNamespace(compile=True, extractor_batch_size=5))
 
-            def generate(self, images: list[int], after_step: Any) -> Any:
+            def generate(self, images: list[int], extractors: Any, after_step: Any) -> Any:
                 if len(images) > 5:
                     raise error
-                return super().generate(images, after_step)
+                return super().generate(images, extractors, after_step)
 
         monkeypatch.setattr(compiling, "prepare", lambda setting, tell: prepared.append(setting))
         return Driver(Processes.start("cpu"), Fails(), stop), prepared  # type: ignore[arg-type]
@@ -203,9 +231,9 @@ class TestCompiling:
     ) -> None:
         failure = type("TorchDynamoException", (RuntimeError,), {})("CppCompileError: no compiler")
         made, prepared = self.driver(monkeypatch, failure)
-        made.generate("raw", [20, 21], lambda batch: None)
+        made.generate("raw", [20, 21], NAMES, lambda found: None)
         with pytest.raises(UserError, match=r"evaluation.compile: torch.compile fails here \(CppCompileError"):
-            made.generate("raw", list(range(20, 30)), lambda batch: None)
+            made.generate("raw", list(range(20, 30)), NAMES, lambda found: None)
         assert prepared == ["evaluation.compile"]
 
     def test_a_stop_that_kills_the_compiler_is_a_stop(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +242,7 @@ class TestCompiling:
         made, _ = self.driver(monkeypatch, failure, stop)
         monkeypatch.setattr(made, "_check_stop", lambda title: setattr(stop, "requested", True))
         with pytest.raises(StoppedError, match=r"while torch\.compile worked"):
-            made.generate("raw", list(range(20, 30)), lambda batch: None)
+            made.generate("raw", list(range(20, 30)), NAMES, lambda found: None)
 
 
 class TestRounds:

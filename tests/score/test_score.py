@@ -14,7 +14,7 @@ from scored import again, figures, make_run, results, settings
 from ddpm_ema import data, diffusion, metrics, model, sampling, score
 from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
-from ddpm_ema.features import open_extractor
+from ddpm_ema.features import Architecture, Classifier, Trained, open_extractor, save_classifier
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.results import settings_of, table
 
@@ -53,9 +53,9 @@ class TestTheWholeWay:
             image_shape=(1, 8, 8),
             device="cpu",
         )
-        extractor = open_extractor(evaluation, run.output_dir)
+        extractor = open_extractor("classifier", run.output_dir)
         real = data.load(run.data).batch(torch.arange(1797))
-        ours, theirs = (metrics.statistics_of(extractor(x)["features"]) for x in (images, real))
+        ours, theirs = (metrics.statistics_of(extractor(x)) for x in (images, real))
         row = next(row for row in scored["rows"] if row["weights"] == "raw")
         assert row["frechet_distance"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
 
@@ -100,6 +100,42 @@ class TestTheWholeWay:
         assert sum(word in " ".join(lines) for word in ("better", "worse", "not significant")) >= 1
 
 
+class TestSeveralExtractors:
+    """Two classifiers that differ in seed and architecture."""
+
+    def test_each_gives_the_table_that_it_gives_alone_from_one_sampling(self, tmp_path, sampled, capsys):
+        run = make_run(tmp_path / "run", evaluation__weights=["raw", "ema_0_9"])
+        other = tmp_path / "wide.safetensors"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            network = Classifier(Architecture(channels=1, image_size=8, num_classes=10, width=6, dim=12)).eval()
+        save_classifier(other, Trained(network, 0.1), fingerprint="none", seed=1)
+        both = score.run(again(run, evaluation__extractors=["classifier", f"classifier={other}"]))
+        assert sorted(sampled) == sorted([*range(60)] * 2), "each image of each set of weights once"
+        assert [found["extractor"] for found in both] == ["classifier", "classifier wide"]
+        text = capsys.readouterr().err
+        assert "FD (classifier)" in text
+        assert "FD (classifier wide)" in text
+        sampled.clear()
+        alone = results(again(run, evaluation__extractors=[f"classifier={other}"]))
+        assert sampled == []
+        assert alone["rows"] == both[1]["rows"]
+        fresh = make_run(tmp_path / "fresh", evaluation__weights=["raw", "ema_0_9"])
+        assert figures(results(fresh)) == figures(both[0])
+        for row in both[1]["rows"]:
+            assert row["seconds"] == pytest.approx(sum(row["seconds_of"].values()))
+            assert {"sampling", "features", "distance", "kid"} <= row["seconds_of"].keys()
+
+    def test_another_reference_or_more_images_sample_nothing_twice(self, tmp_path, sampled):
+        run = make_run(tmp_path / "run", evaluation__weights=["raw"], data__held_out=0.3)
+        results(run)
+        sampled.clear()
+        results(again(run, evaluation__reference="held_out"))
+        assert sampled == []
+        results(again(run, evaluation__num_images=80))
+        assert sampled == list(range(60, 80))
+
+
 class TestWhatChangesTheNumbers:
     @pytest.mark.parametrize("batch_size", [16, 50])
     def test_the_batch_size_does_not(self, tmp_path, scored, batch_size):
@@ -111,7 +147,7 @@ class TestWhatChangesTheNumbers:
             assert figures(found)[name] == pytest.approx(numbers, rel=0.01)
 
     def test_only_settings_that_change_the_numbers_name_the_folder(self, run):
-        extractor = open_extractor(run.evaluation, run.output_dir)
+        extractor = open_extractor("classifier", run.output_dir)
         origin = {"data": "f", "versions": {"torch": "1"}}
 
         def digest(**changes):

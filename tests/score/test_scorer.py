@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,23 +13,26 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Reference, statistics_of
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score.feature_store import FeatureBatch
+from ddpm_ema.score.feature_store import FeatureBatch, ImageBatch
 from ddpm_ema.score.folder import ScoreFolder
+from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
 from ddpm_ema.score.sweep import Sweep, candidates, summary
 from ddpm_ema.score.versions import check_versions
 
 DIM = 4
+EXTRACTORS = ["numbers", "others"]
 
 
-def features_of(key: str, images: list[int], scale: float = 1.0) -> FeatureBatch:
+def made_of(key: str, images: list[int], scale: float = 1.0) -> dict[str, object]:
     """The same noise for all weights, scaled by their key."""
     noise = torch.randn(1000, DIM, generator=torch.Generator().manual_seed(0))[images]
-    shown = torch.tensor([index for index in images if index < 16], dtype=torch.int64)
-    pictures = torch.full((len(shown), 1, 8, 8), round(scale), dtype=torch.uint8)
+    pictures = torch.full((len(images), 1, 8, 8), round(scale), dtype=torch.uint8)
     spread = 1 + int(key[:2], 16) / 1000
     indices, per_image = torch.tensor(images), torch.zeros(len(images))
-    return FeatureBatch(indices, noise * spread, None, per_image, per_image.byte() + 99, shown, pictures)
+    figures = {"saturated": per_image, "contrast": per_image.byte() + 99}
+    features = FeatureBatch(indices=indices, features=noise * spread, **figures)
+    return {"images": ImageBatch(indices=indices, images=pictures), **dict.fromkeys(EXTRACTORS, features)}
 
 
 class Worker:
@@ -51,7 +55,8 @@ class Worker:
                     return None
                 images = job.images[start : start + (len(job.images) if job.at_once else 10)]
                 self.asked.setdefault(job.title, []).extend(images)
-                job.take(features_of(job.weights.key, images, self.scale))
+                made = made_of(job.weights.key if job.weights else "00", images, self.scale)
+                job.take({name: made[name] for name in (*(["images"] if job.weights else []), *job.extractors)})
                 if job.at_once:
                     break
         return result
@@ -62,15 +67,25 @@ def run(tmp_path):
     return make_run(tmp_path / "run", evaluation__weights=["raw", "ema_0_9"], evaluation__num_images=40)
 
 
-def scorer_of(run) -> Scorer:
-    """As `score.run` makes it at every start."""
+def scorer_of(run, extractors=("numbers",)) -> Scorer:
+    """As `score.run` makes it at every start, of the first extractor."""
     rundir = RunDir(run.output_dir)
     real = torch.randn(300, DIM, generator=torch.Generator().manual_seed(1))
     extractor = SimpleNamespace(
-        name="numbers", sha256="0" * 64, feature_layer="all", device=torch.device("cpu"), is_published_inception=False
+        key=extractors[0],
+        label="numbers",
+        feature_layer="all",
+        device=torch.device("cpu"),
+        is_published_inception=False,
     )
-    generator = SimpleNamespace(extractor=extractor, sampler_for=lambda pipeline: None)
-    folder = ScoreFolder(run.output_dir / "scores" / "00000008-x")
+    generator = SimpleNamespace(
+        config=run,
+        extractors=dict.fromkeys(extractors, extractor),
+        image_shape=(1, 8, 8),
+        sampler_for=lambda pipeline: None,
+    )
+    sampled = Sampled(run.output_dir / "scores" / "00000008-x", generator)
+    folder = ScoreFolder(run.output_dir / "scores" / f"00000008-x-{extractors[0]}")
     settings = {
         "reference": {"size": 300},
         "sampler": "ddim",
@@ -79,7 +94,8 @@ def scorer_of(run) -> Scorer:
         "clip_sample": True,
     }
     resolver = WeightResolver(rundir, rundir.checkpoint(8), run)
-    return Scorer(run, generator, Reference(statistics_of(real), {}, real), resolver, folder, settings)
+    reference = Reference(statistics_of(real), {}, real)
+    return Scorer(run, generator, extractor, reference, resolver, sampled, folder, settings)
 
 
 def all_rows(scorer: Scorer):
@@ -109,6 +125,35 @@ def test_after_a_stop_it_asks_for_what_is_missing_and_a_complete_one_asks_for_no
     assert scorer.is_complete(scorer.named())
     third.run(all_rows(scorer))
     assert third.asked == {}
+
+
+def test_several_extractors_take_the_same_images_and_one_that_comes_later_samples_nothing(run):
+    first, later = Worker(), Worker()
+    first.run(all_rows(scorer_of(run, ("numbers",))))
+    both = scorer_of(run, ("others", "numbers"))
+    later.run(all_rows(both))
+    assert later.asked == {"raw, others": list(range(40)), "ema_0_9, others": list(range(40))}
+    shutil.rmtree(run.output_dir / "scores")
+    at_once = Worker()
+    at_once.run(all_rows(scorer_of(run, ("numbers", "others"))))
+    at_once.run(all_rows(scorer_of(run, ("others", "numbers"))))
+    assert at_once.asked == {"raw": list(range(40)), "ema_0_9": list(range(40))}
+
+
+def test_of_large_images_the_first_are_kept_and_the_others_sampled_again(run, monkeypatch):
+    monkeypatch.setattr("ddpm_ema.score.sampled.KEPT_BYTES", 40 * 64 - 1)
+    run = again(run, evaluation__weights=["raw"])
+    Worker().run(all_rows(scorer_of(run, ("numbers",))))
+    worker = Worker()
+    worker.run(all_rows(scorer_of(run, ("others",))))
+    assert worker.asked == {"raw": list(range(16, 40)), "raw, others": list(range(16))}
+
+
+def test_more_images_go_on_from_those_that_another_table_has(run):
+    Worker().run(all_rows(scorer_of(run)))
+    worker, more = Worker(), again(run, evaluation__num_images=60)
+    worker.run(all_rows(scorer_of(more)))
+    assert worker.asked == {"raw": list(range(40, 60)), "ema_0_9": list(range(40, 60))}
 
 
 def test_weights_written_anew_are_other_weights(run):
@@ -154,12 +199,12 @@ def test_a_sweep_samples_its_candidates_and_raw_to_pair_them_with(run, search):
 def test_other_versions_go_on_only_where_the_first_images_come_out_the_same(run, same):
     before = scorer_of(run)
     before.versions = {**before.versions, "torch": "0.4.1"}
-    Worker().run(check_versions(before))
+    Worker().run(check_versions([before]))
     Worker().run(all_rows(before))
     scorer, worker = scorer_of(run), Worker(scale=1.0 if same else 7.0)
-    worker.run(check_versions(scorer))
+    worker.run(check_versions([scorer]))
     assert worker.asked == {next(iter(worker.asked)): list(range(10))}, "the first batch that was stored"
-    aside = run.output_dir / "scores" / "00000008-x-1"
+    aside = run.output_dir / "scores" / "00000008-x.1"
     assert aside.is_dir() is not same
     assert bool(scorer.scores()) is same
-    assert len(scorer.folder.made_with()) == (2 if same else 1)
+    assert len(scorer.sampled.made_with()) == (2 if same else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from live_runs import finish, rows, settings, start, state
 
 from ddpm_ema import train
 from ddpm_ema.batch_order import batch_indices
-from ddpm_ema.errors import UserError
-from ddpm_ema.train import step
+from ddpm_ema.errors import DivergedError, UserError
+from ddpm_ema.train import checkpointing, step
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,29 @@ def test_a_disk_that_fills_up_ends_all_ranks_with_one_message(tmp_path: Path) ->
     assert "the disk is full" in launch.output()
     assert "17 free" in launch.output()
     assert "Traceback" not in launch.output()
+
+
+def test_a_write_that_failed_is_said_however_the_run_ends_and_the_last_whole_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses, write, diverged = step.image_losses, checkpointing._write, threading.Event()
+
+    def poisoned(trainer, micro_batch):
+        loss, timesteps = losses(trainer, micro_batch)
+        return (loss * torch.nan if trainer.step == 9 else loss), timesteps
+
+    def failing(rundir, number, *arguments):
+        if number == 8:
+            assert diverged.wait(60)
+            raise UserError("the disk is full")
+        write(rundir, number, *arguments)
+
+    monkeypatch.setattr(step, "image_losses", poisoned)
+    monkeypatch.setattr(step, "_why_diverged", lambda *a, why=step._why_diverged: diverged.set() or why(*a))
+    monkeypatch.setattr(checkpointing, "_write", failing)
+    with pytest.raises(DivergedError, match=r"step 10: .*last checkpoint: step 4"):
+        train.run(settings(tmp_path / "run"))
+    assert capsys.readouterr().err.count("warning: a write failed meanwhile: the disk is full") == 1
 
 
 def test_a_tracker_that_is_down_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

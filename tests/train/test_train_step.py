@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,23 +154,40 @@ DUE_AT_STEP_6 = {
     "a snapshot": {"checkpoints__snapshots_every": 6},
     "a grid": {"training__sample_every": 6},
     "a quick scoring": {"evaluation__every": 6},
+    "a stop": {},
     "nothing": {},
 }
 
 
-@pytest.mark.parametrize("changes", DUE_AT_STEP_6.values(), ids=DUE_AT_STEP_6)
+def late(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """A copy to the host that holds something finite until it has arrived, as `to_host` on CUDA gives."""
+    copy, answers = torch.zeros_like(tensor), iter([False, False, True])
+
+    def has_arrived() -> bool:
+        if arrived := next(answers):
+            copy.copy_(tensor)
+        return arrived
+
+    return copy, has_arrived
+
+
+@pytest.mark.parametrize("due", DUE_AT_STEP_6)
 def test_where_checks_are_read_late_as_on_cuda_nothing_unchecked_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: str
 ) -> None:
     """The weights are not finite from step 6 on; the checks are read two steps late, or before anything is kept."""
+    changes = DUE_AT_STEP_6[due]
     image_losses = step.image_losses
 
     def poisoned(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         loss, timesteps = image_losses(trainer, micro_batch)
+        if due == "a stop" and trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
         return (loss * torch.nan if trainer.step == 5 else loss), timesteps
 
     monkeypatch.setattr(step, "image_losses", poisoned)
     monkeypatch.setitem(step.CHECK_LAG, "cpu", step.CHECK_LAG["cuda"])
+    monkeypatch.setattr(step, "to_host", late)
     scored: list[int] = []
     common = {"training__log_every": 100, "checkpoints__every": 100}
     run = settings(tmp_path / "run", **{**common, **changes})

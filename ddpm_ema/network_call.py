@@ -1,0 +1,19 @@
+"""How a network is called: diffusers' U-Net in its way, a network of `model.factory` as (x_t, timesteps, labels) -> prediction."""
+
+from __future__ import annotations
+
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def predict(network: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    """One evaluation, also inside DDP: x_t `[n, C, H, W]`, timesteps and labels int64 `[n]` -> `[n, C or 2C, H, W]`."""
+    inner = network.module if isinstance(network, DistributedDataParallel) else network
+    is_unet = isinstance(inner, UNet2DModel)
+    prediction: Tensor = (
+        network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
+        if is_unet
+        else network(x_t, timesteps, labels)
+    )
+    return prediction

@@ -1,0 +1,152 @@
+"""`model.factory`: a network of one's own goes through every stage, and a stranger's run directory runs no code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from live_runs import settings
+from safetensors.torch import load_file
+from scored import Trained, _classifier, save_classifier
+from torch import nn
+
+import ddpm_ema
+from ddpm_ema import cli, config, model, train
+from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from ddpm_ema.export import export
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.sampling import Sampler, to_uint8
+from examples import dit
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTORY = "examples.dit:small"
+EVALUATION = {"num_images": 40, "sampler": "ddim", "num_inference_steps": 3, "groups": 10, "extractor": "classifier"}
+EVALUATION |= {"kid_subsets": 4, "kid_subset_size": 20, "batch_size": 40}
+
+
+def run_of(folder: Path, **changes: Any) -> config.Config:
+    more = {"training__steps": 2, "model__factory": FACTORY, "evaluation": EVALUATION, **changes}
+    return settings(folder / "run", **more)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
+    """Two steps of the transformer with classes, averages, and a classifier for its features."""
+    run = run_of(tmp_path_factory.mktemp("own"), model__class_conditional=True)
+    train.run(run)
+    save_classifier(run.output_dir / "features.safetensors", Trained(_classifier(), 0.1), fingerprint="none", seed=0)
+    return run
+
+
+def test_it_is_trained_averaged_scored_loaded_and_sampled(trained: config.Config) -> None:
+    assert cli.main(["score", str(trained.output_dir), "--model.factory", FACTORY]) == EXIT_DONE
+    [results] = trained.output_dir.glob("scores/*/results.json")
+    assert {row["weights"] for row in json.loads(results.read_text())["rows"]} == {"raw", "ema_0_9", "power_0_10"}
+    loaded = ddpm_ema.load(trained.output_dir, "power_0_10", factory=FACTORY)
+    assert isinstance(loaded.network, dit.DiT)
+    stored = RunDir(trained.output_dir).checkpoint(2).weights("power_0_10")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.network.state_dict().items())
+    assert ddpm_ema.sample(loaded, 3).shape == (3, 1, 8, 8)
+
+
+def test_its_export_is_safetensors_and_code_that_samples_without_this_package(
+    trained: config.Config, tmp_path: Path
+) -> None:
+    loaded = ddpm_ema.load(trained.output_dir, "ema_0_9", factory=FACTORY)
+    folder = export(trained.output_dir, "ema_0_9", tmp_path / "out", factory=FACTORY)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"README.md", "model.safetensors", "scheduler/scheduler_config.json"}
+    tensors = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.network.state_dict().items())
+    card = (folder / "README.md").read_text()
+    parameters = sum(parameter.numel() for parameter in loaded.network.parameters())
+    assert f"network: `{FACTORY}`, {parameters:,} parameters\n" in card
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.S)[0].replace("path/to/this/folder", str(folder))
+    check = "import sys, numpy\nassert 'ddpm_ema' not in sys.modules\nnumpy.save('made.npy', numpy.stack(images))"
+    seeded = code.replace("x_t = torch.randn", "torch.manual_seed(0)\nx_t = torch.randn")
+    command = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{seeded}\n{check}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    assert np.array_equal(np.load(tmp_path / "made.npy"), _ddim(loaded, torch.randn(16, 1, 8, 8))[:, 0].numpy())
+
+
+def _ddim(loaded: ddpm_ema.from_run.Loaded, x_t: torch.Tensor) -> torch.Tensor:
+    """uint8: three steps of the scoring's own sampler from this noise."""
+    no_label = model.no_label(loaded.network)
+    labels = None if no_label is None else torch.arange(16) % no_label
+    sampler = Sampler(loaded.scheduler.config, loaded.config.evaluation)
+    with torch.inference_mode():
+        for index, timestep in enumerate(sampler.start()):
+            x_t = sampler.step(index, loaded.network(x_t, torch.full((16,), timestep), labels), x_t)
+    return to_uint8(x_t)
+
+
+def test_its_first_weights_are_a_function_of_the_seed_and_leave_the_generator_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = model.build(run_of(tmp_path)).state_dict()
+    before = torch.get_rng_state()
+    second = model.build(run_of(tmp_path)).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = model.build(run_of(tmp_path, seed=1)).state_dict()
+    assert not torch.equal(first["patches.weight"], other["patches.weight"])
+
+
+def wrong_shape(**_: Any) -> nn.Module:
+    class Half(nn.Module):
+        def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            return x_t[:, :, ::2]
+
+    return Half()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("examples.dit:smal", "has no such function; did you mean 'small'"),
+        ("examples.nowhere:small", "No module named 'examples.nowhere'; it must be installed, or lie below"),
+        (f"{__name__}:wrong_shape", r"returned \(2, 1, 4, 8\) for x_t \(2, 1, 8, 8\), expected \(2, 1, 8, 8\)"),
+        ("builtins:dict", "returned dict, no torch.nn.Module"),
+        ("examples.dit", "model.factory: string should match pattern"),
+    ],
+)
+def test_a_factory_that_makes_no_such_network_is_one_message(factory: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        model.build(run_of(tmp_path, model__factory=factory))
+
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nsmall = None\n"
+
+
+def test_a_run_directory_runs_no_code_unless_its_factory_is_named_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stranger's module lies where it would be imported from; it leaves a file when it is."""
+    run = run_of(tmp_path, model__factory="strange:small")
+    rundir = RunDir(run.output_dir)
+    weights = {"raw.safetensors": {"weight": torch.zeros(1)}}
+    rundir.write_checkpoint(2, weights, {"settings": config.to_dict(run), "profiles": {}})
+    rundir.config_path.write_text(config.to_yaml(run))
+    (tmp_path / "strange.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    for command in (["score"], ["sweep", "--evaluation.sweep.stds", "0.1:0.2:2"], ["train"], ["features"], ["export"]):
+        name, *rest = command
+        assert cli.main([name, "run", *(["raw"] if name == "export" else []), *rest]) == EXIT_BAD_INPUT
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "its network comes from strange:small, Python code" in said
+        assert "--model.factory strange:small" in said
+    with pytest.raises(UserError, match="if you trust that code"):
+        ddpm_ema.load("run", "raw")
+    cli.main(["report", "run"])
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["export", "run", "raw", "--model.factory", "strange:small"]) == EXIT_BAD_INPUT
+    assert (tmp_path / "ran").exists(), "named again, it is imported"
