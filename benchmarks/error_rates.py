@@ -218,7 +218,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_yscale("symlog", linthresh=10)
         axes.set_yticks([0, 5, 10, 50], ["0", "5", "10", "50"])
     panels[0].set_ylabel("tables, %")
-    panels[1].legend(fontsize=7)
+    panels[2].legend(*panels[0].get_legend_handles_labels(), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
