@@ -74,11 +74,6 @@ def verdict_of(delta: float, significant: bool) -> str:
     return ("better" if delta < 0 else "worse") if significant else "not significant"
 
 
-def preference(may_be_best: bool, num_images: int, distance: float) -> tuple[bool, int, float]:
-    """Sorts weights, which is recommended first: those that may be the best, of these the most images, then the lowest."""
-    return not may_be_best, -num_images, distance
-
-
 def reading(results: Mapping[str, Any]) -> str:
     """What the distances of a scoring are from: the images of the reference alone, or the population they are a sample of."""
     reference = results.get("reference", "an unknown reference")

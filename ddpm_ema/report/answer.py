@@ -144,14 +144,16 @@ def _decide(scoring: Scoring) -> Answer:
 
 def _average(scoring: Scoring, better: Sequence[Row]) -> Answer:
     """One of those that may be the best, shown to be better than raw where there is such a one."""
-    both = [row for row in better if row.weights in scoring.may_be_best]
-    best = scoring.preferred(both or scoring.entries)
+    by_name, names = {row.weights: row for row in scoring.entries}, [row.weights for row in better]
+    known = [name for name in scoring.may_be_best if name in by_name]
+    both = [name for name in known if name in names]
+    best = by_name[(both or known or names)[0]]
     why = f"Its {scoring.metric_name} is {_size(best)} below that of raw, a significant difference."
     if (
         not both
     ):  # a narrow average may be shown to be better, and a wide one, paired less well with raw, to be lower yet
         are = "is" if len(better) == 1 else "are"
-        why = f"{listed([row.weights for row in better])} {are} significantly better than raw, and others are lower still."
+        why = f"{listed(names)} {are} significantly better than raw, and others are lower still."
     found = _of_set(scoring, best, f"ship {best.weights}. {why}")
     return Answer(found.sentence, tuple(_against(scoring, best)), found.recommended)
 

@@ -41,7 +41,7 @@ def differences(scoring: Scoring, looks: Looks) -> Drawing | None:
         f"{row.weights} {with_error(gap.delta, gap.stderr, signed=True)}, {against_raw(row)}" for row, gap in rows
     )
     caption = (
-        f"{scoring.conditions}, {scoring.against}. Paired over the same noise; each interval leaves out zero where the "
+        f"{scoring.conditions}. Distances {scoring.against}, paired over the same noise; an interval leaves out zero where the "
         "difference is significant at the error rate of the whole table. A hollow mark is a difference that is not."
     )
     svg = to_svg(figure, "differences", f"Difference from raw: {spoken}")
@@ -191,7 +191,7 @@ def _sweep_distance(points: Sequence[Row], key: str, scoring: Scoring, look: Loo
     x = np.array([row.get(key) for row in points], dtype=np.float64)
     y = np.array([row.distance for row in points])
     error = np.array([row.stderr or 0.0 for row in points])
-    best = points.index(scoring.preferred(points))
+    best = points.index(min(points, key=lambda row: (-row.num_images, row.distance)))
     figure, axes = canvas(2.9)
     axes.fill_between(x, y - 2 * error, y + 2 * error, color=look.colour, alpha=0.14, linewidth=0)
     axes.fill_between(x, y - error, y + error, color=look.colour, alpha=0.22, linewidth=0)

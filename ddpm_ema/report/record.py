@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ddpm_ema.numbers import metric_label, preference, reading, sampler_label
+from ddpm_ema.numbers import metric_label, reading, sampler_label
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 3
@@ -158,10 +158,6 @@ class Scoring(Shape):
         """All weights that were scored, candidates of a sweep among them, each name once, the lowest distance first."""
         by_name = {row.weights: row for row in (*self.sweep, *self.rows)}
         return _ranked(by_name.values())
-
-    def preferred(self, rows: Iterable[Row]) -> Row:
-        """That of the rows which is recommended first."""
-        return min(rows, key=lambda row: preference(row.weights in self.may_be_best, row.num_images, row.distance))
 
     @property
     def sampling(self) -> str:

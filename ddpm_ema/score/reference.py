@@ -41,21 +41,17 @@ def floor_split(config: Config) -> str:
 
 
 def reading_of(config: Config) -> str:
-    """What the distances are from: `population`, `training images`, or `images` of whatever else.
+    """What the distances are from: `training images`, `images` of whatever else, or the `population` that they are a sample of.
 
-    The population, where the reference is a sample that the model was not trained on. Not so for a file of statistics, whose
-    images are not at hand, and not for a split that shares images with the one trained on: samples that copy their reference
-    are not independent of it.
+    The last only where the model was trained on none of them (samples that copy their reference are not independent of it), and
+    not for a file of statistics, whose images are not at hand.
     """
-
-    def splits(text: str) -> set[str]:
-        """The splits that `train[:50%]+test` takes images from."""
-        return {part.partition("[")[0].strip() for part in text.split("+")}
-
-    split = reference_split(config)
-    if split == config.data.split:
-        return "training images"
-    return "images" if split is None or splits(split) & splits(config.data.split) else "population"
+    split, trained = reference_split(config), config.data.split
+    if split is None or split == trained:
+        return "images" if split is None else "training images"
+    # `train[:50%]+test` takes images from train and test.
+    ours, theirs = ({part.partition("[")[0].strip() for part in text.split("+")} for text in (split, trained))
+    return "images" if ours & theirs else "population"
 
 
 def compares_with_population(config: Config) -> bool:

@@ -116,7 +116,9 @@ def paired(a: Score, b: Score) -> Estimate | None:
 def compare(
     scores: Sequence[Score], pair: Callable[[Score, Score], Estimate | None] = paired, unseen: int = 0
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of one table with their differences from raw, and the names that may be the best of it, the lowest first.
+    """The rows of one table with their differences from raw, and the names that may be the best of it.
+
+    Of these the ones with the most images come first, and among them the lowest: that is the order in which they are recommended.
 
     Args:
         scores: of all weights in the table.
@@ -149,8 +151,8 @@ def compare(
     rows = [{**score.row, **more} for score, more in zip(scores, found, strict=True)]
     for row in rows:
         row.pop("measures", None)
-    names = (score.row["weights"] for score in sorted(best, key=lambda score: score.estimate.unbiased))
-    return rows, list(dict.fromkeys(names))
+    best.sort(key=lambda score: (-sum(score.estimate.counts), score.estimate.unbiased))
+    return rows, list(dict.fromkeys(score.row["weights"] for score in best))
 
 
 def _measured(a: Score, raw: Score | None, key: str) -> Estimate | None:

@@ -14,7 +14,6 @@ from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Estimate, difference
 from ddpm_ema.named_weights import name_of
-from ddpm_ema.numbers import preference
 from ddpm_ema.score.driver import Jobs
 from ddpm_ema.score.rows import Score, compare, ranked
 from ddpm_ema.score.scorer import Scorer
@@ -183,11 +182,7 @@ def describe(results: Mapping[str, Any]) -> str:
     lines = []
     for kind in dict.fromkeys(row["sweep"] for row in results.get("sweep", ())):
         rows = [row for row in results["sweep"] if row["sweep"] == kind]
-        order = [
-            preference(row["weights"] in results["may_be_best"], row["num_images"], row["frechet_distance_unbiased"])
-            for row in rows
-        ]
-        best = rows[order.index(min(order))]
+        best = min(rows, key=lambda row: (-row["num_images"], row["frechet_distance_unbiased"]))
         lines.append(f"lowest {kind} of the sweep: {best[kind]:.6g} ({best['weights']}, {best['num_images']:,} images)")
         if best[kind] in (rows[0][kind], rows[-1][kind]):
             lines.append("  it lies at the end of the range: a wider range may hold a better one")

@@ -220,12 +220,12 @@ class TestAgainstThePopulation:
         assert Estimate.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
     def test_equal_models_are_called_different_as_often_as_they_should_and_the_reference_adds_no_bias(self) -> None:
-        """400 reference images: held fixed, they make two equally far models differ, and every distance too large."""
-        dim, images, draws = 6, 400, 120
+        """100 reference images: held fixed, they make two equally far models differ, and every distance too large."""
+        dim, images, draws = 6, 400, 60
         different = {"fixed": 0, "both": 0}
         bias = {"fixed": 0.0, "both": 0.0}
         for seed in range(draws):
-            real, shared, fresh = (features(images, dim, 3 * seed + i, 1, 0) for i in range(3))
+            real, shared, fresh = (features(n, dim, 3 * seed + i, 1, 0) for i, n in enumerate((100, images, images)))
             shift = torch.zeros(dim).double()
             shift[0] = 0.2
             pair = shared + shift, 0.9 * shared + (1 - 0.81) ** 0.5 * fresh - shift
@@ -234,9 +234,9 @@ class TestAgainstThePopulation:
                 a, b = (metrics.estimate_distance(x, torch.arange(images), 20, reference, **more) for x in pair)
                 different[name] += metrics.difference(a, b).p_value <= metrics.ALPHA
                 bias[name] += (a.unbiased - 0.04) / draws
-        assert different["both"] <= 0.11 * draws, "5% and three standard errors of 120 draws"
-        assert different["fixed"] > 0.2 * draws
-        assert abs(bias["both"]) < 0.01 < bias["fixed"]
+        assert different["both"] <= 8, "5% of 60, and three standard errors"
+        assert different["fixed"] >= 14
+        assert abs(bias["both"]) < 0.05 < bias["fixed"]
 
     def test_few_reference_images_are_warned_of_like_few_samples(self) -> None:
         samples, real = features(400, 16, 0), features(100, 16, 1)

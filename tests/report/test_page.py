@@ -156,7 +156,7 @@ def test_a_difference_that_is_not_significant_has_a_hollow_mark(tmp_path: Path) 
         ("5% initial weights", 1),  # e^-3 of a plain 0.999 average after 3000 steps
         ("dpm_solver++ 25 steps; a step is one network evaluation per image", 1),
         ("ab" * 32, 1),
-        ("train of digits, 1797 images", 3),
+        ("train of digits, 1797 images", 4),
         ("torch 2.15.0", 1),
         ("Scored at step 3,000: dpm_solver++ 25 steps", 1),
         ("While training: step 1500, ddim 50 steps, the same noise in every row", 1),
@@ -327,7 +327,7 @@ def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) ->
     page = written(tmp_path)
     assert "over the length of the emulated decay" in page.text
     assert "steps of the emulated linear decay of the learning rate" in page.text
-    assert "the ring is the lowest, 1,500 steps" in page.text
+    assert "the ring is the lowest, 1,750 steps" in page.text
 
 
 def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:

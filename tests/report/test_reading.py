@@ -283,7 +283,10 @@ def test_the_report_of_a_real_run_has_no_problem_and_gives_its_answer(real: Path
     assert read(real).problems == []
     assert answer.startswith("With ddim in 4 steps and 60 images per average: ship ")
     page = path.read_text()
-    assert "Step 12, 60 images per average, the same noise for all, against train of digits, 1797 images." in page
+    assert (
+        "Step 12, 60 images per average, the same noise for all, against these training images (train of digits, 1797 images)."
+        in page
+    )
     assert page.count("data:image/png;base64,") == 3
     assert "Averages reconstructed after training." in page
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((real / "config.yaml").stat().st_mode)

@@ -287,7 +287,7 @@ class TestPrecisionOfNoise:
         assert "left out" not in table(below)
 
     def test_it_is_warned_of_in_results_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ddpm_ema.metrics.reference.inside", lambda *_: torch.tensor([0.97]).double())
+        monkeypatch.setattr("ddpm_ema.metrics.reference.inside", lambda *_: torch.tensor([0.97], dtype=torch.float64))
         found = results(make_run(tmp_path / "run", evaluation__weights=["raw"]))
         assert found["precision_of_noise"] == pytest.approx(0.97)
         assert any("uniform noise" in text and "0.97" in text for text in found["warnings"])

@@ -268,7 +268,7 @@ class TestSummary:
     def test_candidates_are_compared_over_the_images_that_both_have(self):
         """A search leaves poor candidates with few images, over which the best may be another distance away."""
         desk = Desk({"0.05": {200: 2.5}, "0.10": {200: 2.4, 400: 2.0}, "0.15": {200: 3.0}})
-        assert desk.found_in()["may_be_best"] == ["0.10", "0.05"]
+        assert desk.found_in()["may_be_best"] == ["0.10", "0.05"], "the one with more images first"
 
     def test_weights_whose_images_are_gone_are_not_left_out(self):
         assert Desk({"0.05": {200: 9.0}, "0.10": {400: 2.0}}).found_in()["may_be_best"] == ["0.10", "0.05"]
@@ -399,4 +399,5 @@ class TestSweepsInOneFolder:
 
     @staticmethod
     def described(found, place):
-        return describe({**found, "may_be_best": [found["sweep"][place]["weights"]]})
+        rows = [{**row, "num_images": 120 + (i == place)} for i, row in enumerate(found["sweep"])]
+        return describe({**found, "sweep": rows})
