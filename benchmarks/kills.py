@@ -1,6 +1,6 @@
 """SIGKILL at random moments of every stage; each time the end must be that of a run that nobody disturbed, bit for bit.
 
-    python benchmarks/kills.py [--kills 100] [--compiled 5] [--seed 0] [--output benchmarks/results/kills.json]
+    python benchmarks/kills.py [--kills 100] [--compiled 5] [--minutes 60] [--seed 0] [--output benchmarks/results/kills.json]
 
 A tiny run of handwritten digits is trained, scored, swept, exported and reported on once, undisturbed. Then each stage is started
 on what it started from, all its processes are killed at a moment that is uniform over its undisturbed length, and it is started
@@ -24,6 +24,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,12 @@ def _timeless(value: Any) -> Any:
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
-def disturb(stage: Stage, folder: Path, before: Path, after: Path, kills: int, chance: random.Random) -> None:
-    """Rounds of one stage until there were so many kills."""
+def disturb(
+    stage: Stage, folder: Path, before: Path, after: Path, kills: int, seconds: float, chance: random.Random
+) -> None:
+    """Rounds of one stage until there were so many kills, or for so long."""
     wanted, began, log = content(after), time.monotonic(), folder.parent / f"{stage.name}.log"
-    while stage.kills < kills:
+    while stage.kills < kills and time.monotonic() < began + seconds:
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
         while not run(stage, log, chance.uniform(0, stage.length) if stage.kills < kills else None):
@@ -156,62 +159,66 @@ def stages(folder: Path, settings: Path) -> list[Stage]:
     ]
 
 
-def measure(base: Path, kills: int, compiled: int, chance: random.Random) -> list[Stage]:
+def measure(base: Path, kills: int, compiled: int, minutes: float, chance: random.Random) -> Iterator[Stage]:
+    """Each stage, when it is done."""
     folder, settings = base / "run", base / "settings.yaml"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(base / "inductor")  # before the server of processes starts
     tree = {**SETTINGS, "output_dir": str(folder), "data": {**SETTINGS["data"], "cache_dir": str(base / "cache")}}
     settings.write_text(json.dumps(tree))
-    features = Stage("features", ["features", "--config", str(settings)], 1, 0)
-    run(features, base / "features.log")
+    run(Stage("features", ["features", "--config", str(settings)], 1, 0), base / "features.log")
     every = stages(folder, settings)
     if compiled:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(base / "inductor")
-        every.insert(0, Stage("train, compiled", [*every[0].arguments, "--training.compile", "true"], 2, 0))
-    states = {"": base / "state"}
-    shutil.copytree(folder, states[""])
-    last = states[""]
+        every.append(Stage("train, compiled", [*every[0].arguments, "--training.compile", "true"], 2, 0))
+    first = last = base / "state"
+    shutil.copytree(folder, first)
     total = sum(stage.share for stage in every)
     for stage in every:
+        if not stage.share:
+            last = first
+            shutil.rmtree(folder)
+            shutil.copytree(first, folder)
         began = time.monotonic()
         run(stage, base / f"{stage.name}.log")
         stage.length = time.monotonic() - began
         after = base / f"state after {stage.name}"
         shutil.copytree(folder, after)
-        share = compiled if stage.share == 0 else round(kills * stage.share / total)
-        disturb(stage, folder, last, after, share, chance)
+        share = round(kills * stage.share / total) if stage.share else compiled
+        disturb(stage, folder, last, after, share, 60 * minutes * (stage.share or total) / total, chance)
+        yield stage
         shutil.rmtree(folder)
-        last = states[""] if stage.share == 0 else after
-        shutil.copytree(last, folder)
-    return every
+        shutil.copytree(after, folder)
+        last = after
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="of train, score, sweep, export and report together")
     parser.add_argument("--compiled", type=int, default=5, help="of compiled training, beside these")
+    parser.add_argument("--minutes", type=float, default=60.0, help="at most, for these; as much again for compiled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kills.json"))
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(PRELOAD)
-    began = time.monotonic()
+    began, chance, kills, done = time.monotonic(), random.Random(arguments.seed), 0, []
     with tempfile.TemporaryDirectory() as base:
-        done = measure(Path(base), arguments.kills, arguments.compiled, random.Random(arguments.seed))
+        for stage in measure(Path(base), arguments.kills, arguments.compiled, arguments.minutes, chance):
+            kills += stage.kills
+            done.append(asdict(stage))
+            machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+            found = {
+                **machine,
+                "seed": arguments.seed,
+                "kills": kills,
+                "seconds": time.monotonic() - began,
+                "stages": done,
+            }
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'stage':<16} processes  length s  kills  rounds  equal  seconds")
     for s in done:
-        equal = "no" if s.different else "yes"
-        print(
-            f"{s.name:<16} {s.world_size:>9}  {s.length:>8.1f}  {s.kills:>5}  {s.rounds:>6}  {equal:>5}  {s.seconds:>7.0f}"
-        )
-    described = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "seed": arguments.seed,
-    }
-    kills, seconds = sum(stage.kills for stage in done), time.monotonic() - began
-    print(f"{kills} kills in {seconds:.0f} s")
-    found = {**described, "kills": kills, "seconds": seconds, "stages": [asdict(stage) for stage in done]}
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    return int(any(stage.different for stage in done))
+        figures = f"{s['world_size']:>9}  {s['length']:>8.1f}  {s['kills']:>5}  {s['rounds']:>6}"
+        print(f"{s['name']:<16} {figures}  {'no' if s['different'] else 'yes':>5}  {s['seconds']:>7.0f}")
+    print(f"{kills} kills in {time.monotonic() - began:.0f} s")
+    return int(any(stage["different"] for stage in done))
 
 
 if __name__ == "__main__":

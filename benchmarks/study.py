@@ -47,6 +47,7 @@ CLAIMS = [
     ("power_0_10", "ema_0_999", "the same at the wider of the two stored widths"),
     ("uniform", "raw", "the mean of all iterates converges fastest (Polyak & Juditsky 1992)"),
     (CYCLICAL, "ema_0_999", "SWA generalises better than EMA alone (Izmailov et al. 2018)"),
+    (CYCLICAL, "power_0_10", "the same, beside an EMA that holds nothing of the first weights"),
     (CYCLICAL, "swa_constant", "SWA needs its cyclical rate"),
     ("hard_copy", "raw", "a periodic hard copy is a steadier network (Mnih et al. 2015)"),
     ("ensemble_checkpoints", "raw", "an ensemble captures diverse solutions (Lakshminarayanan et al. 2017)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.rundir import atomic_write
 
+REAL = "real images"  # the name of a row that is of the data set
 GAP, TARGET, TOP = 2, 48, 24  # pixels: between images; side that small images are enlarged to; height of the title
 
 
@@ -20,8 +22,9 @@ def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: Evalu
     """Writes a PNG: one labelled row per name, under a title that says how the images were sampled.
 
     Args:
-        path: of the PNG; its `Title` entry repeats the title as text.
-        rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere.
+        path: of the PNG. Its `Title` entry repeats the title as text; its `Rows` entry says, as JSON, where the images lie,
+            so that the report can show them otherwise.
+        rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere. REAL, if there, comes first.
         step: of training, for the title.
         settings: what the images were sampled with, for the title.
         note: text behind the sampler.
@@ -33,6 +36,8 @@ def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: Evalu
     font = ImageFont.load_default(size=13)
     margin = 12 + max(int(font.getlength(name)) for name in rows)
     columns = max(len(images) for images in rows.values())
+    places = {"names": list(rows), "columns": columns, "left": margin, "top": TOP, "width": width, "height": height}
+    places |= {"gap": GAP, "scale": scale, "real": REAL in rows}
     total = max(margin + columns * (width + GAP), 12 + int(font.getlength(title)))
     canvas = Image.new("RGB", (total, TOP + len(rows) * (height + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -43,6 +48,7 @@ def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: Evalu
             canvas.paste(_picture(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
     data, entries = io.BytesIO(), PngImagePlugin.PngInfo()
     entries.add_text("Title", title)
+    entries.add_text("Rows", json.dumps(places))
     canvas.save(data, "PNG", pnginfo=entries)
     atomic_write(path, data.getvalue())
 

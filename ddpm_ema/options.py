@@ -9,9 +9,16 @@ from pathlib import Path
 
 def report() -> argparse.ArgumentParser:
     """Options of `ddpm-ema report`."""
-    parser = argparse.ArgumentParser(prog="ddpm-ema report", description="Writes report.html for a run directory.")
-    parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
-    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: RUN/report.html)")
+    parser = argparse.ArgumentParser(
+        prog="ddpm-ema report", description="Writes report.html for a run, or for several side by side."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories, such as runs/digits")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="the file to write (default: RUN/report.html, or comparison.html beside several)",
+    )
     parser.add_argument(
         "--scoring",
         help="folder name or digest of the scoring that answers (default: the newest that compares raw with an average)",

@@ -21,9 +21,9 @@ def train(record: Record) -> str:
     return f"ddpm-ema train {_run(record)}"
 
 
-def report(record: Record, scoring: Scoring | None = None) -> str:
-    chosen = f" --scoring {shlex.quote(scoring.folder)}" if scoring else ""
-    return f"ddpm-ema report {_run(record)}{chosen}"
+def report(*records: Record, scoring: Scoring | None = None) -> str:
+    chosen = ["--scoring", shlex.quote(scoring.folder)] if scoring else []
+    return " ".join(["ddpm-ema report", *map(_run, records), *chosen])
 
 
 def score(record: Record, scoring: Scoring | None = None, **changes: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,89 +14,104 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ddpm_ema import numbers
-from ddpm_ema.report import answer, commands, facts, figures
-from ddpm_ema.report.drawing import Drawing, Look, looks, style
-from ddpm_ema.report.reading import picture
+from ddpm_ema.report import answer, commands, compare, facts, figures
+from ddpm_ema.report.gallery import galleries
+from ddpm_ema.report.plot import COLOURS, Look, Plot, Series, csv_uri, looks
 from ddpm_ema.report.record import Record, Scoring
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
-MAX_IMAGE_BYTES = 24 * 2**20  # a larger page no longer opens well on a phone
 Looks = Mapping[str, Look]
-
-
 FURTHER = (("kid", "KID", 5), ("precision", "Precision", 3), ("recall", "Recall", 3))
 """Further columns of the table of weights: key, title, digits after the point."""
+CURVES = (
+    ("loss", "Training loss", "loss", "Mean over the steps since the previous row.", False),
+    ("grad_norm", "Gradient norm", "global norm", "Before clipping.", False),
+    ("learning_rate", "Learning rate", "learning rate", "", True),
+    ("images_per_second", "Speed", "images/s", "Over all processes.", True),
+)
+"""Plots of metrics.jsonl: key, title, label of y, caption, whether the axis is always linear."""
+POLICY = (
+    "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "style-src 'sha256-{}'; script-src 'sha256-{}'"
+)
 
 
 class Table(NamedTuple):
-    """One scoring's rows, its own answer, and notes on its columns. `differs`: from the settings of the first table."""
+    """The scores of one scoring, as the page shows them."""
 
     scoring: Scoring
-    answer: answer.Answer
-    columns: tuple[tuple[str, str, int], ...]
-    notes: tuple[str, ...]
-    differs: str = ""
+
+    @property
+    def columns(self) -> list[tuple[str, str, int]]:
+        return [column for column in FURTHER if any(row.get(column[0]) is not None for row in self.scoring.rows)]
+
+    @property
+    def notes(self) -> list[str]:
+        noise = _precision_note(self.scoring) if any(key == "precision" for key, _, _ in self.columns) else ""
+        return [*answer.saturation(self.scoring, self.scoring.rows), *([noise] if noise else [])]
+
+    def place(self, value: float) -> float:
+        """Where a difference from raw is drawn, in 0 ... 120: by its square root, because one average may be far worse."""
+        gaps = [end for row in self.scoring.rows if row.versus_raw for end in (row.versus_raw.low, row.versus_raw.high)]
+        low, high, at = (math.copysign(math.sqrt(abs(v)), v) for v in (min(0.0, *gaps), max(0.0, *gaps), value))
+        return round(4 + 112 * (at - low) / (high - low or 1), 1)
+
+    @property
+    def csv(self) -> str:
+        keys = ["weights", "frechet_distance_unbiased", "frechet_distance", "stderr", "delta_vs_raw", "delta_stderr"]
+        keys += [key for key, _, _ in self.columns]
+        rows = [[*(getattr(row, key, "") for key in keys), answer.against_raw(row)] for row in self.scoring.rows]
+        return csv_uri([[*keys, "against_raw"], *rows])
 
 
 def render(record: Record, scoring: Scoring | None) -> str:
     """The page as HTML, with the answer of `scoring`. Every value is escaped by the template."""
     look = looks(record.names)
+    shown = [scoring, *answer.rivals(scoring, record.scorings)] if scoring else []
+    content: dict[str, Any] = {"pictures": galleries(record, shown), "curves": _curves(record, look)}
+    alike, quick = None, _quick(record, look)
+    if scoring is not None:
+        series = [(s.step, s.rows) for s in record.scorings if s.comparable(scoring)]
+        caption, level = f"{scoring.conditions}.", figures.floor(scoring)
+        alike = figures.distance(series, scoring.metric_name, caption, look, level)
+        found = answer.answer(scoring, shown[1:])
+        exports = filter(None, (commands.export(record, scoring, name) for name in found.recommended[:1]))
+        content |= {"answer": found, "exports": "\n".join(exports), "sweep": _sweep(record, scoring)}
+    content |= {
+        "alike": alike,
+        "over_steps": [plot for plot in (alike, quick) if plot],
+        "tables": list(map(Table, shown)),
+    }
+    content["warnings"] = _warnings(record, scoring)  # last: problems found on the way are among them
+    title = record.path.resolve().name
+    return _fill("report.html", [record], title=title, record=record, scoring=scoring, looks=look, **content)
+
+
+def render_runs(compared: Sequence[compare.Run]) -> str:
+    """The page that sets several runs side by side."""
+    look = {run.name: Look(f"c{i % COLOURS}") for i, run in enumerate(compared)}
+    plots = [*compare.plots(compared, look)]
+    for key, title, label, caption, linear in CURVES:
+        series = [Series(run.name, look[run.name], figures.column(run.record.training, key)) for run in compared]
+        plots.append(figures.over_training(series, title, label, caption, linear=linear))
+    content = {"compared": compared, "plots": [plot for plot in plots if plot], "pictures": compare.gallery(compared)}
+    warnings = [f"{run.name}: {text}" for run in compared for text in run.record.problems]
+    title, records = " and ".join(run.name for run in compared), [run.record for run in compared]
+    return _fill("runs.html", records, title=title, warnings=warnings, **content)
+
+
+def _fill(template: str, records: Sequence[Record], **content: Any) -> str:
+    """The template with style sheet, script, and the policy that lets nothing else run."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["names"] = _name_marker(record)
-    environment.globals.update(figure=numbers.figure, with_error=numbers.with_error, decimals=numbers.decimals)
-    environment.globals["against_raw"] = answer.against_raw
-    with style():
-        content = _content(record, look) | _scored(record, scoring, look)
-    content["warnings"] = _warnings(record, scoring)  # last: problems found on the way are among them
-    return environment.get_template("report.html").render(record=record, looks=look, scoring=scoring, **content)
-
-
-def _content(record: Record, look: Looks) -> dict[str, Any]:
-    """The content about the run."""
-    return {
-        "title": record.path.resolve().name,
-        "facts": facts.run(record),
-        "profiles": figures.weightings(record.manifest.weightings, look),
-        "curves": _curves(record, look),
-        "train": commands.train(record),
-        "score": commands.score(record),
-        "report": commands.report(record),
-    }
-
-
-def _scored(record: Record, scoring: Scoring | None, look: Looks) -> dict[str, Any]:
-    """The content about its scorings."""
-    quick = _quick(record, look)
-    if scoring is None:
-        return {"over_steps": [quick] if quick else [], "pictures": _pictures(record, [])}
-    shown = [scoring, *answer.rivals(scoring, record.scorings)]
-    found = answer.answer(scoring, shown[1:])
-    alike = sorted((s for s in record.scorings if s.comparable(scoring)), key=lambda s: s.step)
-    series = [(s.step, s.rows) for s in alike]
-    curve = figures.distance(series, scoring.metric_name, f"{scoring.conditions}.", look, "over-steps")
-    return {
-        "answer": found,
-        "tables": [_table(one, answer.differing(scoring, one) if one is not scoring else "") for one in shown],
-        "differences": figures.differences(scoring, look),
-        "over_steps": [drawing for drawing in (curve, quick) if drawing],
-        "curve": curve,
-        "sweep": _sweep(record, scoring),
-        "pictures": _pictures(record, shown),
-        "made": facts.made(scoring),
-        "others": _others(record, scoring, shown),
-        "exports": list(filter(None, (commands.export(record, scoring, name) for name in found.recommended[:1]))),
-        "sweep_command": commands.sweep(record, scoring),
-        "steps_command": commands.score(record, scoring, steps="all"),
-    }
-
-
-def _table(scoring: Scoring, differs: str) -> Table:
-    columns = tuple(column for column in FURTHER if any(row.get(column[0]) is not None for row in scoring.rows))
-    notes = [*answer.saturation(scoring, scoring.rows)]
-    if any(key == "precision" for key, _, _ in columns):
-        notes += filter(None, [_precision_note(scoring)])
-    return Table(scoring, answer.judge(scoring), columns, tuple(notes), differs)
+    environment.filters["names"] = _name_marker(records)
+    environment.globals |= {"numbers": numbers, "answers": answer, "commands": commands, "compare": compare}
+    environment.globals |= {"facts": facts, "figures": figures}
+    style, script = (Markup((TEMPLATES / name).read_text()) for name in ("page.css", "page.js"))
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return environment.get_template(template).render(
+        style=style, script=script, policy=Markup(POLICY.format(*digests)), records=records, **content
+    )
 
 
 def _precision_note(scoring: Scoring) -> str:
@@ -105,83 +122,37 @@ def _precision_note(scoring: Scoring) -> str:
     return f"Precision says nothing here: images of pure noise reach {reached:.2f} with this extractor and reference."
 
 
-def _quick(record: Record, look: Looks) -> Drawing | None:
+def _quick(record: Record, look: Looks) -> Plot | None:
     """The quick scorings while training."""
     if not record.quick:
         return None
     evaluation, series = record.settings.evaluation, [(row.step, row.scores or ()) for row in record.quick]
     images, sampler, steps = (evaluation.get(key) for key in ("every_num_images", "sampler", "num_inference_steps"))
-    label = f"{'FID' if series[-1][1][0].metric == 'fid' else 'FD'} while training"
+    label = "FID while training" if series[-1][1][0].metric == "fid" else "FD while training"
     label += f" ({images:,} images)" if isinstance(images, int) else ""
-    known = isinstance(sampler, str) and isinstance(steps, int)
-    caption = f"Scored while training{f' (config.yaml: {sampler} in {steps} steps)' if known else ''}."
-    return figures.distance(series, label, caption, look, "quick")
+    known = f" (config.yaml: {sampler} in {steps} steps)" if isinstance(sampler, str) and isinstance(steps, int) else ""
+    return figures.distance(series, label, f"Scored while training{known}.", look)
 
 
 def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
     """The plots of the newest scoring that has a sweep, `scoring` before all others, and the warnings of its rows."""
-    look = looks(["sweep"])["sweep"]
     later = sorted((s for s in record.scorings if s is not scoring), key=lambda s: (s.step, s.finished), reverse=True)
     for source in (scoring, *later):
-        note = _precision_note(source)
-        drawings = [drawing for key in figures.WIDTHS for drawing in figures.sweep(source, key, look, note)]
-        if drawings:
+        plots = [plot for key in figures.WIDTHS for plot in figures.sweep(source, key, _precision_note(source))]
+        if plots:
             texts = [f"{row.weights}: {text}" for row in source.sweep for text in row.warnings]
-            return {"drawings": drawings, "warnings": [*answer.saturation(source, source.sweep), *texts]}
-    return {"drawings": (), "warnings": ()}
+            return {"plots": plots, "warnings": [*answer.saturation(source, source.sweep), *texts]}
+    return {"plots": (), "warnings": ()}
 
 
-def _pictures(record: Record, scorings: Sequence[Scoring]) -> list[tuple[str, str, str]]:
-    """URI, title and text of the scorings' grids, then the first, middle and last grid of training, as far as the page's size allows.
-
-    The picture says how a grid of training was sampled: the settings may have changed since, and previews take fewer steps.
-    """
-    wanted = [(s.grid, f"Scored at step {s.step:,}: {s.sampling}") for s in scorings if s.grid is not None]
-    grids = record.sample_grids
-    chosen = {0, len(grids) // 2, len(grids) - 1} if grids else set()
-    wanted += [(grids[i][1], f"While training, step {grids[i][0]:,}") for i in sorted(chosen, reverse=True)]
-    found, size = [], 0
-    for path, title in wanted:
-        if (read := picture(record, path)) is None:
-            continue
-        data, told = read
-        size += len(data)
-        if size > MAX_IMAGE_BYTES:
-            record.problems.append(f"{path.relative_to(record.path)} was left out of this page: it would be too large")
-            continue
-        if path.parent.name == "samples" and told:
-            title = f"While training: {told}"
-        uri = "data:image/png;base64," + base64.b64encode(data).decode()
-        alt = f"{title}. One labelled row of samples per weights, the same noise in every row"
-        found.append((uri, title, alt))
-    return found
-
-
-def _curves(record: Record, look: Looks) -> list[Drawing]:
+def _curves(record: Record, look: Looks) -> list[Plot]:
     rows = record.training
-    found = [
-        figures.curve(rows, "loss", "Training loss", "loss", "Mean over the steps since the previous row."),
-        figures.quarters(rows, record.settings.num_train_timesteps),
-        figures.distances(rows, look),
-        figures.curve(rows, "grad_norm", "Gradient norm", "global norm", "Before clipping."),
-        figures.curve(rows, "learning_rate", "Learning rate", "learning rate", "", linear=True),
-        figures.curve(rows, "images_per_second", "Speed", "images/s", "Over all processes.", linear=True),
-    ]
+    found = [figures.weightings(record.manifest.weightings, look)] + [figures.curve(rows, *fields) for fields in CURVES]
+    found[2:2] = [figures.quarters(rows, record.settings.num_train_timesteps), figures.distances(rows, look)]
     if any(row.get("skipped_steps") for row in rows):
         caption = "Steps that mixed precision skipped because a gradient overflowed; they changed no average."
         found.append(figures.curve(rows, "skipped_steps", "Skipped steps", "steps", caption))
-    return [drawing for drawing in found if drawing is not None]
-
-
-def _others(record: Record, scoring: Scoring, shown: Sequence[Scoring]) -> list[tuple[str, str]]:
-    """The scorings that the page does not show: differences in settings, recommendation, and the command that shows each."""
-    rest = [s for s in record.scorings if s not in shown]
-    found = []
-    for other in sorted(rest, key=lambda s: (s.step, s.finished), reverse=True):
-        differs = answer.differing(scoring, other)
-        text = f"step {other.step:,}: {answer.judge(other).brief}; settings that differ: {differs}"
-        found.append((text, commands.report(record, other)))
-    return found
+    return [plot for plot in found if plot is not None]
 
 
 def _warnings(record: Record, scoring: Scoring | None) -> list[str]:
@@ -206,10 +177,10 @@ def _whose(scoring: Scoring, text: str) -> str:
     return f"{numbers.listed(names)}: " if 0 < len(names) < len(scoring.rows) else ""
 
 
-def _name_marker(record: Record) -> Callable[[str], Markup]:
+def _name_marker(records: Sequence[Record]) -> Callable[[str], Markup]:
     """A filter that sets the names of weights in a sentence in code type; everything is escaped first."""
-    scored = (row.weights for scoring in record.scorings for row in (*scoring.rows, *scoring.sweep))
-    names = sorted({*record.names, *scored}, key=len, reverse=True)
+    scored = (row.weights for record in records for one in record.scorings for row in (*one.rows, *one.sweep))
+    names = sorted({*(name for record in records for name in record.names), *scored}, key=len, reverse=True)
     pattern = re.compile(r"(?<![\w@&#-])(" + "|".join(re.escape(str(escape(name))) for name in names) + r")(?![\w@-])")
 
     def mark(text: str) -> Markup:

@@ -23,6 +23,7 @@ from ddpm_ema.rundir.layout import weights_file
 
 STEP = re.compile(r"step-(\d{1,18})")
 PNG = b"\x89PNG\r\n\x1a\n"
+MAX_PIXELS = 64 * 2**20
 OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 ADVICE = "give the run directory that training wrote (output_dir in its settings)"
 T = TypeVar("T")
@@ -56,16 +57,19 @@ def _by_step(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in paths if match)
 
 
-def picture(record: Record, path: Path) -> tuple[bytes, str] | None:
-    """A PNG of the run directory and the title that it holds; None, with the reason in `problems`, for anything else."""
+def picture(record: Record, path: Path) -> Image.Image | None:
+    """A decoded PNG of the run directory; None, with the reason in `problems`, for anything else."""
     return _parsed(record, path, _png, embedded=True)
 
 
-def _png(data: bytes) -> tuple[bytes, str]:
+def _png(data: bytes) -> Image.Image:
     if not data.startswith(PNG):
         raise ValueError("it is not a PNG file")
     with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
-        return data, str(opened.info.get("Title", ""))
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels")
+        opened.load()
+        return opened
 
 
 def _parsed(record: Record, path: Path, parse: Callable[[bytes], T], embedded: bool = False) -> T | None:

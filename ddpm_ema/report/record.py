@@ -17,7 +17,7 @@ from ddpm_ema.numbers import metric_label, reading, sampler_label
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 3
-LARGEST = 1e30  # matplotlib overflows far beyond
+LARGEST = 1e30  # a larger figure is not drawn
 # Keys of results.json that are no settings: they differ between two scorings with the same settings.
 NO_SETTINGS = {
     *("schema", "step", "finished", "evaluation", "world_size", "rows", "may_be_best", "warnings", "folder", "grid"),
@@ -115,6 +115,14 @@ Ranked = Annotated[tuple[Row, ...], AfterValidator(_ranked)]
 """Rows from the lowest distance to the highest; those without a distance are left out."""
 
 
+class Floor(Shape):
+    """The distance of real images of `split` from the reference."""
+
+    distance: Number = None
+    stderr: Error = None
+    split: str = ""
+
+
 class Scoring(Shape):
     """results.json of one scoring; `sweep` are reconstructed averages that were scored beside the stored ones."""
 
@@ -135,6 +143,7 @@ class Scoring(Shape):
     extractor_sha256: str = ""
     reference_saturated: Number = None
     precision_of_noise: Number = None
+    floor: Floor | None = None
     reading: str = ""
     may_be_best: tuple[str, ...]
     sweep: Ranked = ()

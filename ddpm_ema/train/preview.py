@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ema import batch_order, diffusion, model, sampling
 from ddpm_ema.config import Config, EvaluationSettings
-from ddpm_ema.image_grid import save_grid
+from ddpm_ema.image_grid import REAL, save_grid
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.sampling_network import SamplingNetwork
 from ddpm_ema.train.checkpointing import full_weights
@@ -73,4 +73,8 @@ class Preview:
         names = ["raw", *trainer.bank.profiles]
         rows = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
         if trainer.processes.is_main:
+            shown = (
+                torch.arange(trainer.config.training.sample_images) * 101 % len(trainer.dataset)
+            )  # of several classes
+            rows = {REAL: trainer.dataset.batch(shown).cpu(), **rows}
             save_grid(trainer.rundir.sample_grid(trainer.step), rows, trainer.step, self.settings, self.note)

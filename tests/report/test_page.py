@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -13,13 +16,14 @@ from typing import Any
 
 import fake_run
 import pytest
+from PIL import Image, PngImagePlugin
 
 from ddpm_ema import report
 from ddpm_ema.errors import UserError
 from ddpm_ema.report.answer import newest
-from ddpm_ema.report.drawing import looks, style
 from ddpm_ema.report.facts import duration
-from ddpm_ema.report.figures import differences
+from ddpm_ema.report.gallery import galleries
+from ddpm_ema.report.plot import looks
 from ddpm_ema.report.reading import read
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -50,7 +54,7 @@ class Page(HTMLParser):
             self.wrong.append(tag)
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.stack:
+        if not {"style", "script"} & set(self.stack):
             self.texts.append(data)
 
 
@@ -79,7 +83,7 @@ def test_the_answer_comes_first_with_what_it_holds_for_its_gain_and_what_may_be_
 
 
 def test_rows_stand_from_the_lowest_corrected_distance_to_the_highest(page: Page) -> None:
-    table = page.text[page.text.index("lowest distance first") : page.text.index("The run")]
+    table = page.text[page.text.index("lowest distance first") : page.text.index("Scorings of this run")]
     order = ["power_0_10", "ema_0_999_debiased", "power_0_05", "ema_0_999", "ema_0_9999_debiased"]
     places = [table.index(text) for text in (*(f"{name} better" for name in order), "raw –")]
     assert places == sorted(places)
@@ -96,19 +100,25 @@ def test_an_interval_has_the_digits_of_its_error(tmp_path: Path) -> None:
     assert "better \u22120.000400 ± 0.000020 \u22120.000442 to \u22120.000358 0.009600" in written(tmp_path).text
 
 
-def test_the_page_needs_no_other_file_and_runs_no_script(run: Path, page: Page) -> None:
+def test_the_page_needs_no_other_file_and_a_policy_lets_its_own_script_and_style_alone_run(
+    run: Path, page: Page
+) -> None:
     source = (run / "report.html").read_text()
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("link", "iframe", "object")
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, name, value)
-        assert not [name for name in attributes if name.startswith("on")]
-    assert not re.search(r"url\((?!#)|@import", source)
-    assert set(re.findall(r"https?://[^\s\"'<]+", source)) <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
+    assert not re.search(r"url\((?!#)|@import|https?://", source)
+    (policy,) = (
+        attributes["content"] for _, attributes in page.tags if "Content-Security-Policy" in attributes.values()
+    )
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in str(policy)
+    assert str(policy).startswith("default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; ")
 
 
 def test_the_markup_nests_and_no_id_stands_twice(page: Page) -> None:
@@ -127,41 +137,72 @@ def test_every_picture_says_what_it_shows(page: Page) -> None:
     assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
 
 
-def test_grids_are_inside_the_page(page: Page) -> None:
+def test_each_grid_is_a_switch_between_the_pictures_of_its_weights_which_begins_with_the_recommended_ones(
+    page: Page,
+) -> None:
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 4  # the scoring's, and the first, middle and last of training
+    assert len(sources) == 4 * (1 + len(fake_run.FIGURES))  # of the scoring, and the first, middle and last of training
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    inputs = [attributes for tag, attributes in page.tags if tag == "input"]
+    names = list(fake_run.FIGURES)
+    assert [place % len(names) for place, one in enumerate(inputs) if "checked" in one] == [
+        names.index("power_0_10")
+    ] * 4
+
+
+def test_a_row_of_a_grid_is_cut_out_at_the_size_of_its_images(tmp_path: Path) -> None:
+    fake_run.grid(tmp_path / "samples" / "step-00000005.png", columns=10)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (shown,) = galleries(read(tmp_path), [])
+    original = Image.open(tmp_path / "samples" / "step-00000005.png").convert("RGB")
+    for row, picture in enumerate(shown.pictures):
+        pixels = Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2])))
+        assert pixels.size == (8 * 9 - 1, 2 * 9 - 1)  # lines of eight images of 8 pixels, one pixel between them
+        assert pixels.getpixel((9 + 3, 9 + 5))[:3] == original.getpixel(
+            (150 + 9 * 34 + 4 * 3 + 2, row * 34 + 4 * 5 + 2)
+        )
+        assert pixels.getpixel((8, 0))[3] == 0
+
+
+@pytest.mark.parametrize("places", ['{"names": ["a"]}', "[" * 9999, None, {"top": 9}, {"columns": 10**6}, {"scale": 0}])
+def test_a_grid_that_does_not_say_where_its_rows_lie_is_shown_as_it_is(tmp_path: Path, places: Any) -> None:
+    path = tmp_path / "samples" / "step-00000005.png"
+    fake_run.grid(path)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    given = json.loads(Image.open(path).info["Rows"])
+    entries = PngImagePlugin.PngInfo()
+    if places is not None:
+        entries.add_text("Rows", places if isinstance(places, str) else json.dumps({**given, **places}))
+    Image.open(path).save(path, pnginfo=entries)
+    (shown,) = galleries(read(tmp_path), [])
+    assert shown.whole
+    assert written(tmp_path).wrong == []
 
 
 def test_a_difference_that_is_not_significant_has_a_hollow_mark(tmp_path: Path) -> None:
     for delta, hollow in ((-0.1, 1), (-3.0, 0)):
         rows = [fake_run.row("raw", 5.0), fake_run.row("a", 5.0 + delta, delta=(delta, 0.2))]
         fake_run.write_results(tmp_path, fake_run.results(rows=rows), str(hollow))
-        scoring = next(one for one in read(tmp_path).scorings if one.folder.endswith(f"-{hollow}"))
-        with style():
-            drawing = differences(scoring, looks(["raw", "a"]))
-        assert drawing is not None
-        assert drawing.svg.count("fill: var(--card)") == hollow
+        report.write(tmp_path, scoring=str(hollow))
+        assert (tmp_path / "report.html").read_text().count('class="mark hollow"') == hollow
 
 
 @pytest.mark.parametrize(
     ("fact", "count"),
     [
         ("digits, 1,797 images, 8×8 grey", 1),
-        ("701 thousand parameters", 1),
+        ("701,000 parameters", 1),
         ("3,000, 64 images per step", 1),
         ("2 min 36 s", 1),
-        ("on 2 processes", 1),
-        ("% initial weights", 1),  # the debiased averages hold none
-        ("5% initial weights", 1),  # e^-3 of a plain 0.999 average after 3000 steps
-        ("dpm_solver++ 25 steps; a step is one network evaluation per image", 1),
+        ("1,214 images/s, 2 processes", 1),
+        ("A step of the sampler is one network evaluation per image; image i has the same noise for all weights.", 1),
         ("ab" * 32, 1),
-        ("train of digits, 1797 images", 4),
+        ("train of digits, 1797 images", 3),
         ("torch 2.15.0", 1),
         ("Scored at step 3,000: dpm_solver++ 25 steps", 1),
         ("While training: step 1500, ddim 50 steps, the same noise in every row", 1),
         ("At step 3,000, dpm_solver++ 25 steps. Averages reconstructed", 1),
-        ("With dpm_solver++ in 25 steps and 6,000 images per average.", 2),  # difference, over training
+        ("With dpm_solver++ in 25 steps and 6,000 images per average.", 1),  # over training
         ("Scored while training (config.yaml: ddim in 50 steps).", 1),
     ],
 )
@@ -173,20 +214,18 @@ def test_the_page_says_what_was_trained_and_how_everything_on_it_was_sampled_and
 
 def test_weights_have_one_colour_in_the_table_and_in_every_legend(run: Path) -> None:
     source = (run / "report.html").read_text()
-    variable = looks(read(run).names)["power_0_10"].variable
-    assert f'background:var({variable})"></span>power_0_10' in source
-    legends = re.findall(r"stroke:var\((--c\d)\)[^<]*/></svg>power_0_10<", source)
-    assert len(legends) >= 3
-    assert set(legends) == {variable}
+    keys = re.findall(r'<svg class="key (\w+)" (?:(?!</svg>).)*</svg>power_0_10<', source)
+    assert len(keys) >= 4
+    assert set(keys) == {looks(read(run).names)["power_0_10"].colour}
 
 
-def test_no_drawing_colour_escapes_the_style_sheet(run: Path) -> None:
+def test_no_colour_stands_outside_the_style_sheet_which_names_every_one(run: Path) -> None:
     """What stayed a literal colour would not follow light and dark."""
-    source = (run / "report.html").read_text()
-    style, body = source.split("</style>", 1)
+    style, body = (run / "report.html").read_text().split("</style>", 1)
     assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'base64,[^"]+', "", body))
-    for variable in set(re.findall(r"var\((--[\w]+)\)", body)):
-        assert f"{variable}:" in style
+    for colour in {look.colour for look in looks([str(i) for i in range(7)]).values()} | {"ink", "q0", "q3"}:
+        assert f".{colour} {{ color: var(--{colour}); }}" in style
+        assert style.count(f" --{colour}:") == 2  # light, dark
 
 
 def test_more_weights_than_colours_are_still_told_apart() -> None:
@@ -214,7 +253,7 @@ def test_names_warnings_and_settings_are_shown_and_never_run(tmp_path: Path) -> 
     fake_run.write_results(run, content, digest="ffff")
     (run / "config.yaml").write_text(f"data: {{source: '{HOSTILE}'}}\n")
     page = written(run)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
+    assert [tag for tag, _ in page.tags if tag in ("script", "b")] == ["script"]  # the page's own
     assert page.wrong == []
     assert page.text.count("alert(") >= 5
 
@@ -226,7 +265,7 @@ def test_names_warnings_and_settings_are_shown_and_never_run(tmp_path: Path) -> 
         ("metrics.jsonl", "metrics.jsonl has no curve yet."),
         ("checkpoints", "ship power_0_10"),
         ("samples", "ship power_0_10"),
-        ("config.yaml", "701 thousand parameters"),
+        ("config.yaml", "701,000 parameters"),
     ],
 )
 def test_whatever_is_missing_the_rest_is_shown(tmp_path: Path, gone: str, says: str) -> None:
@@ -302,7 +341,7 @@ def test_two_scorings_that_contradict_each_other_both_stand_on_the_page_and_noth
     )
     assert "Scored at step 3,000: ddim 25 steps" in text
     assert "ddpm-ema export" not in text
-    assert "step 2,000: power_0_10 (or ema_0_999_debiased ); settings that differ: seed (0, 5)" in text
+    assert "step 2,000 dpm_solver++ 5 power_0_10 (or ema_0_999_debiased )" in text
     assert f"ddpm-ema report {tmp_path} --scoring {earlier.name}" in text
     assert "At step" not in text
     chosen = written(tmp_path, earlier.name).text
@@ -327,13 +366,27 @@ def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) ->
     page = written(tmp_path)
     assert "over the length of the emulated decay" in page.text
     assert "steps of the emulated linear decay of the learning rate" in page.text
-    assert "the ring is the lowest, 1,750 steps" in page.text
+    assert "the ring is the lowest, window_1500_3000." in page.text
 
 
 def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:
     rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1), saturated=0.55)]
     fake_run.write_results(tmp_path, fake_run.results(rows=rows))
     assert written(tmp_path).text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 2
+
+
+def test_real_images_stand_above_every_grid_of_a_run_that_has_them(tmp_path: Path, page: Page) -> None:
+    assert [a["alt"] for tag, a in page.tags if tag == "img"].count("Images of the data set") == 4
+    fake_run.grid(fake_run.write_results(tmp_path, fake_run.results()) / "grid.png")
+    assert "Real images" not in written(tmp_path).text
+
+
+def test_the_distance_of_real_images_is_a_line_in_every_plot_of_distances(tmp_path: Path, page: Page) -> None:
+    assert "real images (" not in page.text
+    floor = {"distance": 1.9, "stderr": 0.2, "interval95": [1.5, 2.3], "num_images": 500, "split": "test"}
+    fake_run.write_results(tmp_path, fake_run.results(2000))
+    fake_run.write_results(tmp_path, fake_run.results(floor=floor, **fake_run.swept()))
+    assert written(tmp_path).text.count("real images (test): 1.90 ± 0.20") == 2  # over the width, over training
 
 
 def test_scorings_made_otherwise_never_stand_on_one_curve(tmp_path: Path) -> None:
@@ -349,7 +402,7 @@ def test_earlier_steps_named_with_at_but_no_ensembles_are_points_of_that_average
     content["rows"] += [fake_run.row("ema_0_999@1500", 19.0), fake_run.row("raw@1500+ema_0_999@1500", 30.0)]
     fake_run.write_results(tmp_path, content)
     assert read(tmp_path).names[-1] == "raw@1500+ema_0_999@1500"
-    assert 'aria-label="FD (classifier) over training of ema_0_999"' in report.write(tmp_path)[0].read_text()
+    assert 'aria-label="FD (classifier) over training: ema_0_999 19 to 9.1"' in report.write(tmp_path)[0].read_text()
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(

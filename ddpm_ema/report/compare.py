@@ -1,0 +1,171 @@
+"""Scorings of one run, or several runs, side by side: in which settings they differ, and what each says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from ddpm_ema.numbers import listed, with_error
+from ddpm_ema.report import commands, facts, figures
+from ddpm_ema.report.answer import LABELS, judge, newest
+from ddpm_ema.report.gallery import Gallery, galleries
+from ddpm_ema.report.plot import Look, Plot, Series
+from ddpm_ema.report.record import Record, Row, Scoring, plain
+
+OF_THE_NETWORK = ("versions.", "model.", "diffusion.", "settings_digest")
+"""Settings of a scoring in which compared runs may differ: their distances mean the same."""
+
+
+class Table(NamedTuple):
+    """`head`: titles of the columns; each of `rows`: its title, then the cells. `commands`: whether the last cell is one."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    commands: bool = False
+
+
+class Run(NamedTuple):
+    """One of the runs that are compared, under a name of its own, and the scoring that speaks for it."""
+
+    name: str
+    record: Record
+    scoring: Scoring | None
+
+    @property
+    def best(self) -> Row | None:
+        """The recommended weights, or those with the lowest distance."""
+        if self.scoring is None or not self.scoring.rows:
+            return None
+        wanted = judge(self.scoring).best
+        return next((row for row in self.scoring.rows if row.weights == wanted), self.scoring.rows[0])
+
+
+def chosen(records: Sequence[Record]) -> list[Run]:
+    """Each run with its newest scoring, if possible of one protocol that all of them were scored by."""
+    names = [record.path.resolve().name for record in records]
+    names = names if len(set(names)) == len(names) else [str(record.path) for record in records]
+    for first in sorted(records[0].scorings, key=lambda s: (s.compares_with_raw, s.step, s.finished), reverse=True):
+        alike = [newest([s for s in record.scorings if _protocol(s) == _protocol(first)]) for record in records]
+        if None not in alike:
+            return list(map(Run, names, records, alike))
+    return [Run(name, record, newest(record.scorings)) for name, record in zip(names, records, strict=True)]
+
+
+def _protocol(scoring: Scoring) -> dict[str, str]:
+    """The settings that must agree if distances of different runs are to be compared."""
+    return {key: value for key, value in scoring.settings.items() if not key.startswith(OF_THE_NETWORK)}
+
+
+def differing(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Name of a setting -> its value in each, for settings that are not the same in all."""
+    keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
+    values = {key: [one.get(key, "none")[:100] for one in settings] for key in keys}
+    return {LABELS.get(key, key): found for key, found in values.items() if len(set(found)) > 1}
+
+
+def scorings(record: Record, scoring: Scoring) -> Table | None:
+    """All scorings of the run, this one first, then the newest."""
+    found = sorted(record.scorings, key=lambda s: (s is scoring, s.step, s.finished), reverse=True)
+    differs = differing([one.settings for one in found])
+    rows = []
+    for i, one in enumerate(found):
+        told = (
+            judge(one).brief,
+            _distance(one, one.rows[0] if one.rows else None),
+            commands.report(record, scoring=one),
+        )
+        rows.append((f"step {one.step:,}", *(values[i] for values in differs.values()), *told))
+    head = ("Scoring", *differs, "Recommended", "Lowest distance", "Page of this scoring")
+    caption = "The one on this page first, with all settings in which they differ"
+    return Table(caption, head, tuple(rows), commands=True) if len(found) > 1 else None
+
+
+def runs(compared: Sequence[Run]) -> Table:
+    """What each run says, then all settings of scoring and training in which the runs differ."""
+    told = [
+        {
+            "Recommended": judge(run.scoring).brief if run.scoring else "not scored",
+            "Its distance": _distance(run.scoring, run.best),
+            "Distance of raw": _distance(run.scoring, run.scoring.raw if run.scoring else None),
+            "Scored step": f"{run.scoring.step:,}" if run.scoring else "none",
+            **{key: value for key, value in facts.run(run.record) if key in ("Steps", "Time")},
+        }
+        for run in compared
+    ]
+    rows = [(key, *(one.get(key, "") for one in told)) for key in told[0]]
+    scored = [run.scoring.settings if run.scoring else {} for run in compared]
+    trained = [dict(_scalars(yaml.safe_load(run.record.config_text or "{}"))) for run in compared]
+    for settings in (scored, [{key: one[key] for key in one if key != "output_dir"} for one in trained]):
+        rows += [(key, *values) for key, values in differing(settings).items()]
+    return Table("The runs, and all settings in which they differ", ("", *(run.name for run in compared)), tuple(rows))
+
+
+def _distance(scoring: Scoring | None, row: Row | None) -> str:
+    return f"{scoring.metric_name} {with_error(row.distance, row.stderr)}" if scoring and row else "none"
+
+
+def _scalars(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, str]]:
+    """Settings by dotted key, only as deep as ours are: a stranger's YAML may unfold to gigabytes."""
+    if isinstance(tree, dict) and depth:
+        for name, value in tree.items():
+            yield from _scalars(value, f"{key}.{name}".lstrip("."), depth - 1)
+    else:
+        items = tree if isinstance(tree, list) else [tree]
+        yield key, ", ".join(plain(item) for item in items if not isinstance(item, (dict, list)))
+
+
+def sentence(compared: Sequence[Run]) -> str:
+    """The run with the lowest distance, or why their distances cannot be compared."""
+    scored = [(run, run.scoring, run.best) for run in compared]
+    known = [
+        (row.distance, run, scoring, row) for run, scoring, row in scored if scoring is not None and row is not None
+    ]
+    if len(known) < 2:
+        return "Fewer than two of these runs have been scored, so there is nothing to compare."
+    if differs := differing([_protocol(scoring) for _, _, scoring, _ in known]):
+        shown = listed([f"{key} ({', '.join(value[:12] for value in values)})" for key, values in differs.items()])
+        return f"The distances of these runs cannot be compared, because they were scored with different settings: {shown}."
+    (_, run, scoring, row), (_, other, _, behind) = sorted(known, key=lambda one: one[0])[:2]
+    gap, error = behind.distance - row.distance, math.hypot(row.stderr or 0.0, behind.stderr or 0.0)
+    return (
+        f"{scoring.conditions}: {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
+        f"{with_error(row.distance, row.stderr)}. That is {with_error(gap, error)} below {behind.weights} of {other.name}, "
+        f"{'more' if gap > 2 * error else 'less'} than two standard errors."
+    )
+
+
+def plots(compared: Sequence[Run], looks: Mapping[str, Look]) -> Iterator[Plot | None]:
+    """Distance of each run's best and raw weights over training, and over the width of its sweep."""
+    over, widths, metric = [], [], ""
+    for run in compared:
+        (name, record, scoring), best = run, run.best
+        if scoring is None or best is None:
+            continue
+        metric = scoring.metric_name
+        points = figures.by_weights((one.step, one.rows) for one in record.scorings if one.comparable(scoring))
+        for weights, dash in {"raw": "2 2", best.name: ""}.items():
+            over.append(Series(f"{name} {weights}", looks[name]._replace(dash=dash), points.get(weights, []), "errors"))
+        swept = figures.swept(scoring, "std", prefix=f"{name} ")
+        widths += [Series(name, looks[name], swept, "band")] if len(swept) > 1 else []
+    yield figures.over_training(over, f"{metric} over training", metric, "Bars are one standard error.")
+    if widths:
+        title, label = figures.WIDTHS["std"]
+        yield Plot(f"{metric} over {title}", label, metric, tuple(widths), "Bands are one and two standard errors.")
+
+
+def gallery(compared: Sequence[Run]) -> list[Gallery]:
+    """The best and the raw weights of each run, at one place."""
+    pictures = []
+    for run in compared:
+        for grid in galleries(run.record, [run.scoring])[:1] if run.scoring and run.best else ():
+            wanted = [one for one in grid.pictures if run.best and one.name in (run.best.weights, "raw")]
+            pictures += [one._replace(name=f"{run.name} {one.name}") for one in wanted]
+    return (
+        [Gallery("Samples of each run, from the same noise where the seed is the same", tuple(pictures))]
+        if pictures
+        else []
+    )

@@ -1,0 +1,83 @@
+"""Several runs on one page: compared only where they were scored alike, with every setting in which they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fake_run
+import pytest
+import yaml
+
+from ddpm_ema import report
+from ddpm_ema.errors import UserError
+from ddpm_ema.report.compare import chosen
+from ddpm_ema.report.reading import read
+
+
+def scored(run: Path, best: float, config: dict[str, Any] | None = None, **changes: Any) -> Path:
+    rows = [fake_run.row("raw", 9.0), fake_run.row("power_0_10", best, 0.3, delta=(best - 9.0, 0.5))]
+    fake_run.write_results(run, fake_run.results(rows=rows, pairs=[], **changes))
+    settings = fake_run.settings()
+    settings["training"] |= config or {}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    return run
+
+
+def test_the_lowest_run_is_named_with_the_error_of_the_difference_of_two_independent_distances(tmp_path: Path) -> None:
+    a, b = scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 3.0, {"learning_rate": 5e-4}, model={"channels": 7})
+    page, sentence = report.write([a, b])
+    assert page == tmp_path / "comparison.html"
+    assert sentence == (  # 0.42 = √(0.3² + 0.3²)
+        "With dpm_solver++ in 25 steps and 6,000 images per average: power_0_10 of b has the lowest FD (classifier), "
+        "3.00 ± 0.30. That is 1.00 ± 0.42 below power_0_10 of a, more than two standard errors."
+    )
+    text = page.read_text()
+    assert (
+        '<th scope="row">training.learning_rate</th><td data-label="a">0.001</td><td data-label="b">0.0005</td>' in text
+    )
+    assert "training.batch_size" not in text
+    assert f"ddpm-ema report {a}</code>" in text
+
+
+def test_runs_that_were_scored_with_different_settings_are_not_compared(tmp_path: Path) -> None:
+    _, sentence = report.write([scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 3.0, sampler="ddim", seed=5)])
+    assert sentence == (
+        "The distances of these runs cannot be compared, because they were scored with different settings: "
+        "sampler (dpm_solver++, ddim) and seed (0, 5)."
+    )
+
+
+def test_of_several_scorings_those_that_were_made_alike_are_compared(tmp_path: Path) -> None:
+    a, b = scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 3.0, sampler="ddim")
+    scored(a, 1.0, step=9000, sampler="ddpm")
+    scored(a, 5.0, step=2000, sampler="ddim")
+    assert [(run.scoring.step, run.scoring.sampler) for run in chosen([read(a), read(b)]) if run.scoring] == [
+        *((2000, "ddim"), (3000, "ddim"))
+    ]
+
+
+def test_a_run_that_was_not_scored_is_shown_without_an_answer(tmp_path: Path) -> None:
+    fake_run.make_run(tmp_path / "b")
+    scored(tmp_path / "a", 4.0)
+    for folder in (tmp_path / "b" / "scores").iterdir():
+        (folder / "results.json").unlink()
+    page, sentence = report.write([tmp_path / "a", tmp_path / "b"])
+    assert sentence == "Fewer than two of these runs have been scored, so there is nothing to compare."
+    assert "b. Not scored yet." in page.read_text()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths_and_a_scoring_is_chosen_for_one_run_alone(
+    tmp_path: Path,
+) -> None:
+    a, b = scored(tmp_path / "x" / "run", 4.0), scored(tmp_path / "y" / "run", 3.0)
+    assert f"power_0_10 of {b} has the lowest" in report.write([a, b])[1]
+    with pytest.raises(UserError, match="give one run directory"):
+        report.write([a, b], scoring="00003000")
+
+
+def test_settings_that_unfold_without_end_are_not_unfolded(tmp_path: Path) -> None:
+    bomb = "a: &a0 [x, x]\n" + "".join(f"k{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+    runs = [scored(tmp_path / name, 4.0) for name in "ab"]
+    (runs[0] / "config.yaml").write_text(bomb + "training: {steps: 3, x: *a12}\nz: {y: {x: *a12}}\n")
+    assert report.write(runs)[0].stat().st_size < 200_000
