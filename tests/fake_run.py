@@ -258,7 +258,11 @@ def make_run(run: Path) -> Path:
     save_file({"conv.weight": np.zeros((701, 1000), np.float32)}, checkpoint / "raw.safetensors")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest()))
     for step in (500, 1500, 3000):
-        grid(run / "samples" / f"step-{step:08d}.png", f"step {step}, ddim 50 steps, the same noise in every row", real=True)
+        grid(
+            run / "samples" / f"step-{step:08d}.png",
+            f"step {step}, ddim 50 steps, the same noise in every row",
+            real=True,
+        )
     for step in (1000, 2000):
         write_results(run, results(step))
     grid(write_results(run, results(**swept())) / "grid.png")
