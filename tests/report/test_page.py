@@ -164,7 +164,7 @@ def test_a_row_of_a_grid_is_cut_out_at_the_size_of_its_images(tmp_path: Path) ->
         assert pixels.getpixel((8, 0))[3] == 0
 
 
-@pytest.mark.parametrize("places", ['{"names": ["a"]}', "[" * 9999, None, {"top": 9}, {"columns": 10**6}, {"scale": 0}])
+@pytest.mark.parametrize("places", ['{"names": ["a"]}', "[" * 9999, None, {"top": 9}, {"columns": 999, "width": 9999}, {"scale": 0}])
 def test_a_grid_that_does_not_say_where_its_rows_lie_is_shown_as_it_is(tmp_path: Path, places: Any) -> None:
     path = tmp_path / "samples" / "step-00000005.png"
     fake_run.grid(path)
