@@ -84,6 +84,7 @@ class AverageBank:
         self._handle: UpdateHandle | None = None
         self._allocate(buffers, None if device is None else torch.device(device))
 
+    @torch.no_grad()
     def _allocate(self, buffers: str, device: torch.device | None) -> None:
         """Choose the tensors that this process follows, and make its averages of them."""
         self._stored_as = _first_names(self._parameters)
@@ -129,6 +130,7 @@ class AverageBank:
             self._mirror.submit(self._current(), lambda: self._move(weights, values))
         self._step = step
 
+    @torch.no_grad()
     def _current(self) -> list[Tensor]:
         """This process's part of the followed tensors, as they are now. FSDP may replace the storage of a shard."""
         return [sharded.local(tensor) for tensor in self._followed.values()]
