@@ -249,11 +249,10 @@ def ultralytics_average(decay: float, tau: float) -> Contender:
 
 def trl_average(alpha: float, every: int) -> Contender:
     def follow(module: nn.Module) -> Average:
-        from accelerate import PartialState
-        from accelerate.state import AcceleratorState
+        from accelerate import Accelerator
         from trl.trainer.callbacks import SyncRefModelCallback
 
-        PartialState(cpu=True), AcceleratorState(cpu=True)
+        Accelerator(cpu=True)  # the callback asks its state for DeepSpeed
         reference = nn.Linear(module.in_features, 1, bias=False)
         reference.load_state_dict(module.state_dict())
         callback, state = SyncRefModelCallback(reference, None), SimpleNamespace(global_step=0)

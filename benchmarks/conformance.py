@@ -12,6 +12,7 @@ between the two weightings, as a share of training). benchmarks/averagers.py has
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -92,28 +93,32 @@ def judge(contender: Contender, steps: int) -> dict[str, Any]:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     columns = min(6, len(rows))
     lines = -(-len(rows) // columns)
+    size = (3.0 * columns, 2.2 * lines + 0.7)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(3.2 * columns, 2.3 * lines + 0.7), sharex=True, sharey=True, squeeze=False
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, row in zip(axes.flat, rows, strict=False):
         times = np.linspace(0, 1, len(row["cumulative"]))
         axis.plot(times, row["cumulative_documented"], color="0.6", linewidth=4, label="documented")
         axis.plot(times, row["cumulative"], color="C0" if row["as_documented"] else "C3", label="measured")
-        axis.set_title(f"{row['name']}\ndisplaced by {row['displacement']:.1%} of training", fontsize=7)
+        name = row["name"].replace("(", "\n(", 1)
+        axis.set_title(f"{name}\ndisplaced by {row['displacement']:.1%} of training", fontsize=6.5)
     for axis in axes.flat[len(rows) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=8)
     figure.supxlabel("time, as a share of training")
     figure.supylabel("weight given to the parameters until then")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
 
 def versions_of(packages: set[str]) -> dict[str, str]:
-    known = importlib.metadata.packages_distributions()
-    return {p: importlib.metadata.version(p) for p in sorted(packages) if p in {d for ds in known.values() for d in ds}}
+    found = {}
+    for package in sorted(packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a module of one's own
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -138,3 +140,20 @@ def test_the_blocks_that_are_not_run_say_why() -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_results_and_benchmarks_are_what_the_recorded_files_say() -> None:
+    study, results = benchmark("study"), json.loads((ROOT / "benchmarks" / "results" / "study.json").read_text())
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert all(line in page.splitlines() for line in study.markdown(results).splitlines())
+    made = benchmark("page")
+    assert "\n".join(made.parts()) == made.PAGE.read_text()

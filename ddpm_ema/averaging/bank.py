@@ -76,9 +76,7 @@ class AverageBank:
         named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
         self._parameters = _checked_parameters(list(named))
         if world_size > 1 and any(map(sharded.is_sharded, self._parameters.values())):
-            raise ValueError(
-                "rank, world_size: the parameters are DTensors, split over processes already: leave both out"
-            )
+            raise ValueError("rank, world_size: the parameters are DTensors, split over processes: leave both out")
         self._profiles = dict(profiles)
         self._rank, self._world_size = rank, world_size
         self._step: int | None = None
@@ -86,6 +84,7 @@ class AverageBank:
         self._handle: UpdateHandle | None = None
         self._allocate(buffers, None if device is None else torch.device(device))
 
+    @torch.no_grad()
     def _allocate(self, buffers: str, device: torch.device | None) -> None:
         """Choose the tensors that this process follows, and make its averages of them."""
         self._stored_as = _first_names(self._parameters)
@@ -131,6 +130,7 @@ class AverageBank:
             self._mirror.submit(self._current(), lambda: self._move(weights, values))
         self._step = step
 
+    @torch.no_grad()
     def _current(self) -> list[Tensor]:
         """This process's part of the followed tensors, as they are now. FSDP may replace the storage of a shard."""
         return [sharded.local(tensor) for tensor in self._followed.values()]
@@ -268,9 +268,9 @@ class AverageBank:
 
     def load_buffers(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Set all buffers of an average. Raises as `load_weights`."""
-        targets, given = self.buffers(name), clean_named(tensors.items(), f"buffers of {name!r}")
-        check_tensors(given, _shapes(targets), f"buffers of {name!r}")
-        _fill(targets, given)
+        given = clean_named(tensors.items(), f"buffers of {name!r}")
+        check_tensors(given, _shapes(self._buffers), f"buffers of {name!r}")
+        _fill(self.buffers(name), given)
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has to store, with the bank's own tensors.
@@ -312,8 +312,7 @@ class AverageBank:
             check_tensors(state["averages"].get(name, {}), _shapes(self._parameters), f"weights of {name!r}")
             check_tensors(state["buffers"].get(name, {}), _shapes(self._buffers), f"buffers of {name!r}")
         for name in self._profiles:
-            _fill(self.weights(name), state["averages"][name])
-            _fill(self.buffers(name), state["buffers"][name])
+            _fill(self.weights(name) | self.buffers(name), {**state["averages"][name], **state["buffers"][name]})
         self._step, self._loaded = state["step"], True
 
     def __reduce__(self) -> NoReturn:

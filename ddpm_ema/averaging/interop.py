@@ -133,7 +133,7 @@ def write_diffusers_ema(
     """Write a folder that `EMAModel.from_pretrained(folder, model_cls)` reads and continues with the same profile.
 
     Args:
-        folder: created if it does not exist.
+        folder: made if need be.
         weights: parameter name -> tensor; stored as fp32.
         profile: `ConstantDecay` or `Warmup`, also `Delayed`, or `DiffusersDecay`: an `EMAModel` has no other.
         step: updates so far.

@@ -30,8 +30,8 @@ def check_parameter(name: str, tensor: Any) -> None:
 
 
 def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor; writing to it writes to the tensor."""
-    found: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor
+    """What this process holds of a tensor; writing to it writes to the tensor. Call it under no_grad, where it is cheap."""
+    found: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return found
 
 

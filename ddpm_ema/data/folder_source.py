@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
@@ -40,11 +39,10 @@ def open_folder(path: Path, split: str) -> Source:
         what = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"data.path: {path} {what}: name the folder that holds the images")
     root = path / _split_folder(path, split)
-    walk = _Walk(root)
-    files = sorted(walk.files(), key=lambda file: os.fsencode(file.relative))
+    files, skipped, num_ignored = _walk(root)
     if not files:
-        found = f"{walk.num_ignored} other files" if walk.num_ignored else "no files"
-        passed = "".join(f"\n  passed over: {line}" for line in walk.skipped[:5])
+        found = f"{num_ignored} other files" if num_ignored else "no files"
+        passed = "".join(f"\n  passed over: {line}" for line in skipped[:5])
         raise UserError(
             f"no images under {root} ({found}): data.path must hold .png, .jpg, .webp, .tif or the like{passed}"
         )
@@ -63,8 +61,8 @@ def open_folder(path: Path, split: str) -> Source:
         stamp=[str(root.resolve()), *(f"{file.relative}\t{file.size}\t{file.modified}" for file in files)],
         labels=labels,
         num_classes=num_classes,
-        skipped=walk.skipped,
-        num_ignored=walk.num_ignored,
+        skipped=skipped,
+        num_ignored=num_ignored,
     )
 
 
@@ -91,55 +89,42 @@ def _split_folder(path: Path, split: str) -> str:
     return ""
 
 
-@dataclass
-class _Walk:
-    """One walk over a folder: yields its images, collects what it skips."""
+def _walk(root: Path) -> tuple[list[_File], list[str], int]:
+    """The images by relative path as bytes, a line for each that is passed over, and the number of other files."""
+    files, skipped, num_ignored = [], list[str](), 0
+    above: dict[str, set[tuple[int, int]]] = {}  # of each folder: those on the way to it, by device and inode
 
-    root: Path
-    skipped: list[str] = field(default_factory=list)
-    num_ignored: int = 0
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {printable(str(error.filename))}: {error.strerror}") from None
 
-    def files(self, relative: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[_File]:
-        """`above` holds (device, inode) of the folders on the way here: a link back to one of them is a loop."""
-        folder = self.root / relative
-        try:
-            here = os.stat(folder)
-            if (here.st_dev, here.st_ino) in above:
-                self.skipped.append(f"{printable(str(folder))}: a link back to a folder above it")
-                return
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"cannot read the folder {printable(str(folder))}: {error.strerror}") from None
-        for entry in entries:
-            inside = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.name.startswith("."):
-                self.num_ignored += 1
-            elif _is_folder(entry):
-                yield from self.files(inside, (*above, (here.st_dev, here.st_ino)))
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here, ancestors = os.stat(folder), above.get(os.path.dirname(folder), set())
+        if (here.st_dev, here.st_ino) in ancestors:
+            skipped.append(f"{printable(folder)}: a link back to a folder above it")
+            subfolders.clear()
+            continue
+        above[folder] = ancestors | {(here.st_dev, here.st_ino)}
+        num_ignored += sum(name.startswith(".") for name in subfolders)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.startswith(".") or not _IMAGE_FILE.fullmatch(os.path.splitext(name)[1]):
+                num_ignored += 1
+            elif isinstance(found := _file(os.path.join(folder, name), root), str):
+                skipped.append(found)
             else:
-                yield from self._file(entry, inside)
-
-    def _file(self, entry: os.DirEntry[str], relative: str) -> Iterator[_File]:
-        if not _IMAGE_FILE.fullmatch(os.path.splitext(entry.name)[1]):
-            self.num_ignored += 1
-            return
-        try:
-            stat = entry.stat()
-        except OSError as error:
-            what = "a broken link" if entry.is_symlink() else error.strerror
-            self.skipped.append(f"{printable(entry.path)}: {what}")
-            return
-        if not S_ISREG(stat.st_mode):  # opening a named pipe would wait for ever
-            self.skipped.append(f"{printable(entry.path)}: not a regular file")
-            return
-        yield _File(relative, stat.st_size, stat.st_mtime_ns)
+                files.append(found)
+    return sorted(files, key=lambda file: os.fsencode(file.relative)), skipped, num_ignored
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _file(path: str, root: Path) -> _File | str:
+    """The file, or why it is passed over."""
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+        stat = os.stat(path)
+    except OSError as error:
+        return f"{printable(path)}: {'a broken link' if os.path.islink(path) else error.strerror}"
+    if not S_ISREG(stat.st_mode):  # opening a named pipe would wait for ever
+        return f"{printable(path)}: not a regular file"
+    return _File(os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns)
 
 
 def printable(path: str) -> str:

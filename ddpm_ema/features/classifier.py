@@ -32,7 +32,6 @@ class Architecture:
     num_classes: int
     width: int = 24
     dim: int = 64
-    turned: bool = False  # trained to tell by how many quarter turns an image is turned: its logits are of no class
 
 
 class Classifier(nn.Module):
@@ -56,8 +55,8 @@ class Classifier(nn.Module):
         self.logits = nn.Linear(architecture.dim, architecture.num_classes)
         self.thumbnail = nn.Linear(architecture.dim, architecture.channels * THUMBNAIL**2)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes] if they mean classes.
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 or float [n, c, h, w] in 0..255 -> features fp32 [n, dim], logits fp32 [n, num_classes].
 
         A network for grey images takes the mean over colour channels; one for colour images repeats the grey channel.
         """
@@ -68,8 +67,6 @@ class Classifier(nn.Module):
         for stage in self.stages:
             x = F.max_pool2d(stage(x), 2)  #                                                  [n, 2·width, ≤8, ≤8], ...
         features = self.standardize(self.features(self.pool(x).flatten(1)))  #                [n, dim]
-        if self.architecture.turned and not self.training:
-            return (features,)
         return features, self.logits(F.relu(features))
 
 
@@ -124,7 +121,7 @@ def train_classifier(
     Raises:
         UserError: fewer than 20 images or 2 classes.
     """
-    turned, classes = labels is None, 4 if labels is None else int(num_classes or int(labels.max()) + 1)
+    classes = 4 if labels is None else int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
         raise UserError(
             f"a feature classifier needs 20 images and 2 classes at least: {len(images)} and {classes} here"
@@ -137,7 +134,7 @@ def train_classifier(
         held_out, kept = ((part + len(images) * torch.arange(4)[:, None]).flatten() for part in (held_out, kept))
         images = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
     dim = 64 if images.shape[2] <= 16 else 128
-    architecture = Architecture(images.shape[1], images.shape[2], classes, dim=dim, turned=turned)
+    architecture = Architecture(images.shape[1], images.shape[2], classes, dim=dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(architecture).to(device).to(memory_format=torch.channels_last)
@@ -145,8 +142,7 @@ def train_classifier(
     _optimize(network, images, labels, _batches(kept, epochs, generator), generator)
     with torch.inference_mode():
         _standardize(network, images, kept)
-        features = [network(images[part].to(device))[0] for part in held_out.split(512)]
-        logits = network.logits(F.relu(torch.cat(features))).cpu()
+        logits = torch.cat([network(images[part].to(device))[1].cpu() for part in held_out.split(512)])
     accuracy = float((logits.argmax(dim=1) == labels[held_out]).double().mean())
     return Trained(network.cpu().requires_grad_(False), accuracy)
 

@@ -150,17 +150,16 @@ def open_extractor(
 def missing(entry: str, output_dir: Path) -> str:
     """What a later scoring will lack, and what to do about it; empty if nothing. No network is opened, nothing downloaded."""
     name, file = split_entry(entry)
-    if name == CLASSIFIER:
-        path = file or Path(output_dir) / "features.safetensors"
-        cure = "ddpm-ema features trains it where images have classes; else name another run's with classifier=FILE"
-        return "" if path.is_file() else f"scoring will need a feature classifier at {path}: {cure}"
-    if name.startswith(TIMM):
-        if not is_installed():
-            return "scoring will need timm: pip install 'ddpm_ema[timm]'"
-        return "" if file is None or file.is_file() else f"scoring will need {file}: put it there"
+    if name.startswith(TIMM) and not is_installed():
+        return "scoring will need timm: pip install 'ddpm_ema[timm]'"
+    cure, path = "put it there", file
     try:
-        path = file or where_inception_lies()
+        if name == CLASSIFIER:
+            path = file or Path(output_dir) / "features.safetensors"
+            cure = "make it with ddpm-ema features, or name another run's with classifier=FILE"
+        elif name == INCEPTION and file is None:
+            path = where_inception_lies()
+            cure = "it is downloaded then, which needs a network; or use evaluation.extractors classifier"
     except ImportError:
         return "scoring will need torch-fidelity: pip install 'ddpm_ema[score]'"
-    cure = "it is downloaded then, which needs a network" if file is None else "put it there"
-    return "" if path.is_file() else f"scoring will need {path}: {cure}; or use evaluation.extractors classifier"
+    return "" if path is None or path.is_file() else f"scoring will need {path}: {cure}"

@@ -16,8 +16,10 @@ def run(record: Record) -> Facts:
     size += {1: " grey", 3: " RGB"}.get(settings.channels or 0, "")
     data = [manifest.data_name or settings.data_name or settings.data_source]
     data += [f"{manifest.data_size:,} images" if manifest.data_size else "", size]
-    network = [f"U-Net of {record.num_parameters:,} parameters" if record.num_parameters else ""]
-    network += [f"channels {', '.join(map(str, settings.block_out_channels))}" if settings.block_out_channels else ""]
+    channels = [] if settings.factory else list(map(str, settings.block_out_channels))
+    kind = settings.factory or "U-Net"
+    network = [f"{kind} of {record.num_parameters:,} parameters" if record.num_parameters else ""]
+    network += [f"channels {', '.join(channels)}" if channels else ""]
     done, planned = record.last_step, settings.training_steps
     steps = ["none yet" if done is None else f"{done:,}" + (f" of {planned:,}" if planned and planned != done else "")]
     steps += [f"{settings.batch_size} images per step" if settings.batch_size and done else ""]

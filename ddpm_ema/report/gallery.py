@@ -53,7 +53,13 @@ class Rows(BaseModel):
     real: bool = False
 
     def cut(self, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-        """Name and images of each row, in lines of LINE, at their own size, with a transparent pixel between them."""
+        """Name and images of each row, in lines of LINE, at their own size, with a transparent pixel between them.
+
+        Raises ValueError for rows outside the picture.
+        """
+        right, bottom = self.columns * (self.width + self.gap), len(self.names) * (self.height + self.gap)
+        if self.left + right > image.width or self.top + bottom > image.height:
+            raise ValueError("rows outside the picture")
         width, height = max(1, self.width // self.scale), max(1, self.height // self.scale)
         size = (min(LINE, self.columns) * (width + 1) - 1, -(-self.columns // LINE) * (height + 1) - 1)
         for row, name in enumerate(self.names):
@@ -94,7 +100,7 @@ def _gallery(image: Image.Image, title: str) -> Gallery:
         rows = Rows.model_validate_json(image.info.get("Rows", ""))
         pictures = [_picture(name, sheet) for name, sheet in rows.cut(image.convert("RGB"))]
         return Gallery(title, tuple(pictures[rows.real :]), pictures[0] if rows.real else None)
-    except ValueError:  # no rows, or rows outside the picture
+    except ValueError:
         return Gallery(title, (_picture("", image),), whole=True)
 
 

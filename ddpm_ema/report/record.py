@@ -231,6 +231,7 @@ class Settings(Shape):
     image_size: Annotated[Step | None, _at("data", "image_size")] = None
     channels: Annotated[Step | None, _at("data", "channels")] = None
     block_out_channels: Annotated[list[Step], _at("model", "block_out_channels")] = []
+    factory: Annotated[str | None, _at("model", "factory")] = None
     num_train_timesteps: Annotated[Step, _at("diffusion", "num_train_timesteps")] = 1000
     training_steps: Annotated[Step | None, _at("training", "steps")] = None
     batch_size: Annotated[Step | None, _at("training", "batch_size")] = None

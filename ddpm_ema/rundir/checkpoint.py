@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
+FILE = re.compile(r"((averages|buffers)/)?[\w-]+\.safetensors")
 
 
 class Checkpoint:
@@ -39,9 +41,9 @@ class Checkpoint:
         except OSError as error:
             self._check_still_there()
             raise UserError(f"{self.path}: no manifest.json ({error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path}/manifest.json: not JSON ({error})") from None
-        if not isinstance(manifest, dict) or manifest.get("step") != self.step or "files" not in manifest:
+        if not isinstance(manifest, dict) or manifest.get("step") != self.step or not _lists_files(manifest):
             raise UserError(f"{self.path}/manifest.json: does not describe step {self.step}")
         if manifest.get("schema") != SCHEMA:
             raise UserError(f"{self.path}: schema {manifest.get('schema')}, this version reads {SCHEMA}")
@@ -79,7 +81,11 @@ class Checkpoint:
             raise UserError(f"{path}: is missing")
         if (size := path.stat().st_size) != entry["bytes"]:
             raise UserError(f"{path}: {size} bytes, {entry['bytes']} were written")
-        if file_sha256(path) != entry["sha256"]:
+        try:
+            sha256 = file_sha256(path)
+        except OSError as error:  # of another user, or a disk that fails
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if sha256 != entry["sha256"]:
             raise UserError(f"{path}: sha256 mismatch, its content changed after it was written")
 
     def _check_still_there(self) -> None:
@@ -88,6 +94,15 @@ class Checkpoint:
                 f"{self.path}: is no longer there. Training deletes old checkpoints while it goes on: raise checkpoints.keep, "
                 "keep some for good with checkpoints.keep_every, or use a newer step"
             )
+
+
+def _lists_files(manifest: Mapping[str, Any]) -> bool:
+    """Whether it names files as checkpoints have them, each with size and sha256; a stranger's may lead anywhere."""
+    files = manifest.get("files")
+    return isinstance(files, dict) and all(
+        FILE.fullmatch(name) and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+        for name, entry in files.items()
+    )
 
 
 def write_checkpoint(

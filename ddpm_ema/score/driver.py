@@ -26,6 +26,8 @@ Jobs: TypeAlias = Generator["Job", None, T]
 """Yields jobs and returns what it made of their features. Every rank may hold one; its body runs on rank 0 alone."""
 Shares: TypeAlias = "list[list[int]]"
 """The images of one round: of each rank, ascending indices."""
+Make: TypeAlias = "Callable[[list[int], Tensor | None, Callable[[], None]], Made]"
+"""A rank's images, or what rank 0 sent of them; what to call after each network evaluation -> what was made of them."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,8 @@ class Driver:
     def _read(self, job: Job, own: list[Job], take: Callable[[Made], None]) -> None:
         """Features of images that exist: every rank has the data sets; what rank 0 kept it sends to all."""
 
-        def send(indices: Tensor) -> Tensor:
-            assert own[0].kept is not None
-            return own[0].kept(indices)
+        def send(indices: Tensor) -> Any:
+            return own[0].kept(indices) if own[0].kept else None
 
         def make(images: list[int], sent: Tensor | None, after_step: Callable[[], None]) -> Made:
             pixels = self.generator.datasets[job.dataset].batch(torch.tensor(images)) if sent is None else sent
@@ -146,7 +147,7 @@ class Driver:
         self,
         title: str,
         rounds: Iterable[Shares],
-        make: Callable[[list[int], Tensor | None, Callable[[], None]], Made],
+        make: Make,
         take: Callable[[Made], None],
         send: Callable[[Tensor], Tensor] | None = None,
     ) -> None:

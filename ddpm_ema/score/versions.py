@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.score.driver import Job, Jobs
-from ddpm_ema.score.feature_store import ImageBatch
 from ddpm_ema.score.generate import IMAGES, Made
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
@@ -44,21 +44,21 @@ def _repeats(sampled: Sampled, weights: NamedWeights) -> Jobs[bool]:
     """Whether the first images come out as they are stored, byte for byte, with the same features to rounding."""
     same = True
     for stored in sampled.images(weights.key).first_batches():
-        made: list[Made] = []
+        found: list[Made] = []
         indices = stored.indices.tolist()
-        yield Job(f"{weights.name} again", indices, sampled.extractors, made.append, weights, at_once=True)
-        same = same and torch.equal(stored.images, made[0][IMAGES].images)
-        same = same and all(_same_features(sampled, weights, stored, made[0], key) for key in sampled.extractors)
+        yield Job(f"{weights.name} again", indices, sampled.extractors, found.append, weights, at_once=True)
+        (made,) = found
+        same = same and torch.equal(stored.images, made[IMAGES].images)
+        for extractor in sampled.extractors:
+            store = sampled.features(weights.key, extractor)
+            if not set(indices) & set(store.missing(indices[-1] + 1)):  # else this extractor is new here
+                before, now = store.read(stored.indices).features, made[extractor].features
+                same = same and before.shape == now.shape and _close(before, now)
     return same
 
 
-def _same_features(sampled: Sampled, weights: NamedWeights, images: ImageBatch, made: Made, extractor: str) -> bool:
-    """Also where this extractor is new here."""
-    store = sampled.features(weights.key, extractor)
-    if set(store.missing(int(images.indices[-1]) + 1)) & set(images.indices.tolist()):
-        return True
-    before, now = store.read(images.indices).features, made[extractor].features
-    return before.shape == now.shape and torch.allclose(before, now, rtol=1e-3, atol=1e-3 * float(now.abs().max()))
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
 def _go_on(sampled: Sampled, versions: Mapping[str, str]) -> None:

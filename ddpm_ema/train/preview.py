@@ -73,8 +73,6 @@ class Preview:
         names = ["raw", *trainer.bank.profiles]
         rows = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
         if trainer.processes.is_main:
-            shown = (
-                torch.arange(trainer.config.training.sample_images) * 101 % len(trainer.dataset)
-            )  # of several classes
-            rows = {REAL: trainer.dataset.batch(shown).cpu(), **rows}
+            places = torch.arange(trainer.config.training.sample_images) * 101  # of several classes
+            rows = {REAL: trainer.dataset.batch(places % len(trainer.dataset)).cpu(), **rows}
             save_grid(trainer.rundir.sample_grid(trainer.step), rows, trainer.step, self.settings, self.note)

@@ -207,6 +207,10 @@ def training_is_followed() -> None:
                 one.copy_(part.full_tensor())
         whole.update(step)
     assert handle.step == 4
+    handle.remove()
+    module.eval()(torch.ones(2, 6))  # FSDP now shows whole copies of the root's parameters, which replace nothing
+    for followed in (bank, whole):
+        followed.update(5)
     for name in SOME:
         same(bank.gather_all(name), whole.weights(name))
 

@@ -456,7 +456,7 @@ def test_parameters_without_a_value_here_are_refused_with_the_cure_and_shards_ar
             ValueError, match=r"'w' is placed as .*Partial.*redistribute\(\) it to Shard or Replicate first"
         ):
             AverageBank([("w", summed)], {"e": ConstantDecay(0.9)})
-        with pytest.raises(ValueError, match="the parameters are DTensors, split over processes already"):
+        with pytest.raises(ValueError, match="the parameters are DTensors, split over processes: leave"):
             AverageBank([("w", distribute_tensor(torch.ones(4), mesh))], {}, rank=0, world_size=2)
         sharded = nn.Module()
         sharded.w = nn.Parameter(distribute_tensor(torch.ones(4), mesh, src_data_rank=None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,23 +29,43 @@ def conformance() -> ModuleType:
 
 
 def test_ours_is_as_documented_also_when_updated_every_100_steps(conformance: ModuleType) -> None:
-    for contender in (
-        conformance.ours(ConstantDecay(0.99)),
-        conformance.ours(PowerFunction(0.10)),
-        conformance.ours(PowerFunction(0.10), every=20),
-    ):
+    from averagers import ours
+
+    for contender in (ours(ConstantDecay(0.99)), ours(PowerFunction(0.10)), ours(PowerFunction(0.10), every=20)):
         assert conformance.judge(contender, 2000)["as_documented"], contender.name
 
 
 def test_a_power_function_that_takes_the_decay_of_one_step_for_many_is_found(conformance: ModuleType) -> None:
-    found = conformance.judge(conformance.karras_average(0.10), 10_000)
+    from averagers import karras_average
+
+    library = ("ema-pytorch", "ema_pytorch.post_hoc_ema")
+    found = conformance.judge(karras_average(*library, 0.10), 10_000)
     assert found["centre_documented"] == pytest.approx(0.888, abs=1e-3)
     assert found["centre_measured"] == pytest.approx(0.073, abs=1e-3)
     assert not found["as_documented"]
-    assert conformance.judge(conformance.karras_average(0.10, update_every=1), 2000)["as_documented"]
+    assert conformance.judge(karras_average(*library, 0.10, update_every=1), 2000)["as_documented"]
 
 
 def test_a_hidden_warm_up_is_found(conformance: ModuleType) -> None:
-    found = conformance.judge(conformance.diffusers_average(0.9999), 2000)
+    from averagers import diffusers_average
+
+    found = conformance.judge(diffusers_average(0.9999), 2000)
     assert not found["as_documented"]
     assert found["centre_measured"] == pytest.approx(0.9, abs=0.01)
+
+
+def test_an_averager_of_ones_own_is_judged_by_its_name(
+    conformance: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "def wrong(module):\n    average = module.weight.detach().clone()\n"
+    code += "    return lambda: average.lerp_(module.weight.detach(), 0.5)\n"
+    (tmp_path / "my_averages.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    picture, results = tmp_path / "found.png", tmp_path / "found.json"
+    arguments = ["my_averages:wrong", "--documented", "{kind: constant, decay: 0.99}", "--steps", "200"]
+    monkeypatch.setattr(sys, "argv", ["conformance.py", *arguments, "--plot", str(picture), "--output", str(results)])
+    conformance.main()
+    assert "!! my_averages:wrong" in capsys.readouterr().out
+    (row,) = json.loads(results.read_text())["rows"]
+    assert row["steps_averaged_measured"] == pytest.approx(3, rel=1e-3)  # (1 + 0.5) / (1 - 0.5)
+    assert picture.stat().st_size > 1000

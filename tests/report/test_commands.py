@@ -87,11 +87,11 @@ def test_the_feature_classifier_is_trained_first_where_it_is_missing(copied: Pat
     assert "features" not in commands.sweep(record, given)
 
 
-def test_what_is_recommended_and_what_the_sweep_found_can_be_exported_as_printed(tmp_path: Path) -> None:
+def test_what_is_recommended_can_be_exported_as_printed_though_only_a_sweep_scored_it(tmp_path: Path) -> None:
     run = fake_run.make_run(tmp_path / "run")
-    page = report.write(run)[0].read_text()
-    for name in ("power_0_10@3000", "power_0_14@3000"):
-        assert f"ddpm-ema export {run} {name}" in page
+    assert f"ddpm-ema export {run} power_0_10@3000" in report.write(run)[0].read_text()
+    fake_run.write_results(run, fake_run.results(4000, **fake_run.swept(), may_be_best=["power_0_14"]))
+    assert f"ddpm-ema export {run} power_0_14@4000" in report.write(run)[0].read_text()
     record = read(run)
     for name in ("raw+ema", "/models/x", "--help", "a b"):
         assert commands.export(record, record.scorings[0], name) == ""

@@ -17,7 +17,7 @@ from ddpm_ema.report.reading import read
 
 def scored(run: Path, best: float, config: dict[str, Any] | None = None, **changes: Any) -> Path:
     rows = [fake_run.row("raw", 9.0), fake_run.row("power_0_10", best, 0.3, delta=(best - 9.0, 0.5))]
-    fake_run.write_results(run, fake_run.results(rows=rows, pairs=[], **changes))
+    fake_run.write_results(run, fake_run.results(rows=rows, **changes))
     settings = fake_run.settings()
     settings["training"] |= config or {}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))

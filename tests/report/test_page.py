@@ -164,7 +164,9 @@ def test_a_row_of_a_grid_is_cut_out_at_the_size_of_its_images(tmp_path: Path) ->
         assert pixels.getpixel((8, 0))[3] == 0
 
 
-@pytest.mark.parametrize("places", ['{"names": ["a"]}', "[" * 9999, None, {"top": 9}, {"columns": 10**6}, {"scale": 0}])
+@pytest.mark.parametrize(
+    "places", ['{"names": ["a"]}', "[" * 9999, None, {"top": 9}, {"columns": 999, "width": 9999}, {"scale": 0}]
+)
 def test_a_grid_that_does_not_say_where_its_rows_lie_is_shown_as_it_is(tmp_path: Path, places: Any) -> None:
     path = tmp_path / "samples" / "step-00000005.png"
     fake_run.grid(path)
@@ -198,7 +200,7 @@ def test_a_difference_that_is_not_significant_has_a_hollow_mark(tmp_path: Path) 
         ("A step of the sampler is one network evaluation per image; image i has the same noise for all weights.", 1),
         ("ab" * 32, 1),
         ("train of digits, 1797 images", 3),
-        ("torch 2.15.0", 1),
+        ("Trained with python 3.11.7, torch 2.15.0", 1),
         ("Scored at step 3,000: dpm_solver++ 25 steps", 1),
         ("While training: step 1500, ddim 50 steps, the same noise in every row", 1),
         ("At step 3,000, dpm_solver++ 25 steps. Averages reconstructed", 1),
@@ -366,7 +368,7 @@ def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) ->
     page = written(tmp_path)
     assert "over the length of the emulated decay" in page.text
     assert "steps of the emulated linear decay of the learning rate" in page.text
-    assert "the ring is the lowest, window_1500_3000." in page.text
+    assert "the ring is the lowest, window_1750_3000." in page.text
 
 
 def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:

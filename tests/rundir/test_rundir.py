@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ddpm_ema.averaging import Uniform, write_snapshot
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
+from ddpm_ema.new_folder import new_folder
 from ddpm_ema.rundir import RunDir, atomic_write, read_tensors
 
 
@@ -104,6 +107,37 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_is_used(rundir: RunDir,
     assert kind != "flipped bit" or "sha256 mismatch" in passed_over[0]
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["raw.safetensors"],
+        None,
+        {"raw.safetensors": {"sha256": "0"}},
+        {"raw.safetensors": 4},
+        {"../../../secret.safetensors": {"sha256": "0", "bytes": 1}},
+        {"averages/../x.safetensors": {"sha256": "0", "bytes": 1}},
+    ],
+)
+def test_a_manifest_of_any_other_shape_is_one_message_and_leads_nowhere(rundir: RunDir, files: object) -> None:
+    path = rundir.checkpoint(3).path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+    newest, passed_over = rundir.newest_whole()
+    assert newest is not None
+    assert newest.step == 2
+    assert "does not describe step 3" in passed_over[0]
+
+
+def test_a_file_that_cannot_be_read_is_named(rundir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a colleague whose umask is 077."""
+
+    def denied(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("ddpm_ema.rundir.checkpoint.file_sha256", denied)
+    with pytest.raises(UserError, match=r"raw\.safetensors: cannot be read \(Permission denied\)"):
+        rundir.checkpoint(3).weights("raw")
+
+
 def test_tensors_of_a_checkpoint_with_a_flipped_bit_are_never_handed_out(rundir: RunDir) -> None:
     path = rundir.checkpoint(3).path / "raw.safetensors"
     data = bytearray(path.read_bytes())
@@ -165,6 +199,15 @@ def test_a_disk_that_fills_up_while_writing_is_reported_the_same_way(
     with pytest.raises(UserError, match="disk is full: 8,000,000 bytes needed"):
         run.write_checkpoint(2, files(size=1_000_000), {})
     assert [p.name for p in (small_disk / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_folder_that_is_exported_onto_a_full_disk_leaves_nothing_and_is_one_message(small_disk: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"out: cannot be written \(.*os error 28.*--output"),
+        new_folder(small_disk / "out", "--output") as partial,
+    ):
+        save_file({"w": torch.zeros(1_000_000)}, partial / "w.safetensors")  # as diffusers writes
+    assert list(small_disk.iterdir()) == []
 
 
 def test_temporaries_lie_beside_their_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,15 @@ class TestWeights:
         for row in found["rows"]:
             assert row["weights_sha256"] == resolver.named(row["weights"]).key
             assert row["protocol"] == sampling.PROTOCOL
-            assert set(row["versions"]) == {"ddpm_ema", "torch", "diffusers", "numpy", "torch-fidelity", "device"}
+            assert set(row["versions"]) == {
+                "ddpm_ema",
+                "torch",
+                "diffusers",
+                "numpy",
+                "timm",
+                "torch-fidelity",
+                "device",
+            }
             assert row["versions"] == found["versions"]
         assert found["protocol"] == sampling.PROTOCOL
         assert found["finished"].endswith("+00:00")
@@ -281,7 +289,7 @@ class TestPrecisionOfNoise:
     def test_it_is_warned_of_in_results_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ddpm_ema.metrics.reference.inside", lambda *_: torch.tensor([0.97], dtype=torch.float64))
         found = results(make_run(tmp_path / "run", evaluation__weights=["raw"]))
-        assert found["precision_of_noise"] == 0.97
+        assert found["precision_of_noise"] == pytest.approx(0.97)
         assert any("uniform noise" in text and "0.97" in text for text in found["warnings"])
 
 
@@ -325,7 +333,7 @@ def test_against_held_out_images_the_reference_is_left_out_in_groups_too(tmp_pat
     found = results(held_out)
     assert found["reading"] == "population"
     assert "against the population of which the reference is a sample (held_out of digits" in heading(found)
-    (record,) = (json.loads(path.read_text()) for path in held_out.output_dir.glob("scores/*/weights/*/score.json"))
+    (record,) = (json.loads(path.read_text()) for path in held_out.output_dir.glob("scores/*/weights/*.json"))
     assert [len(side["counts"]) for side in record["estimates"]["60"]["sides"]] == [10, 10]
     assert found["rows"][0]["stderr"] > alone["stderr"]
 

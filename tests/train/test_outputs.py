@@ -73,7 +73,7 @@ def test_a_run_says_before_its_first_step_which_intervals_are_void_which_images_
         "checkpoints.snapshots_every:",
     ]
     assert any("skipped image: " in line and "broken.png" in line for line in said)
-    assert any("scoring will need a feature classifier at" in line and "classifier=FILE" in line for line in said)
+    assert any("scoring will need" in line and "classifier=FILE" in line for line in said)
 
 
 def test_a_typo_in_the_extractor_is_an_error_before_training(tmp_path: Path) -> None:
