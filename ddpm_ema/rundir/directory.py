@@ -38,16 +38,8 @@ OF_THE_HOLDER = ("checkpoints", "snapshots", "samples", "weights")  # the last o
 LEFTOVER = re.compile(r"\..*\.(partial|deleted)|\.tmp\w{6}")  # safetensors writes into .tmpXXXXXX
 OF_ONE_STEP = ("scores/*", "samples/*", "reconstructed/*")
 STEP_IN_NAME = re.compile(r"(?:step-)?(\d{8,})")
-UNWRITABLE = (
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ELOOP,
-)
+REFUSALS = "EROFS EACCES EPERM ENOTDIR EEXIST ENOSPC EDQUOT ELOOP"
+UNWRITABLE = {getattr(errno, name) for name in REFUSALS.split()}
 
 
 class RunDir(Layout):
