@@ -111,10 +111,8 @@ def sample(
     sampler = sampling.Sampler(loaded.scheduler.config, used)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     same: dict[str, Any] = {"seed": used.seed, "image_shape": shape, "device": device}
-    batches = torch.arange(count).split(used.batch_size)
-    given = [None if labels is None else labels[batch] for batch in batches]
-    made = [
-        sampling.sample(ready.predict, sampler, indices=batch, labels=own, **same)
-        for batch, own in zip(batches, given, strict=True)
-    ]
+    made = []
+    for batch in torch.arange(count).split(used.batch_size):
+        own = None if labels is None else labels[batch]
+        made.append(sampling.sample(ready.predict, sampler, indices=batch, labels=own, **same))
     return torch.cat(made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 import warnings
 from typing import Any
 
@@ -43,35 +42,19 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-class _Lines:
-    """Stands for a bar: a line every LINE_SECONDS, and one at the end of what took as long."""
+class _LineFile:
+    """Takes what tqdm draws, as lines of the log."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit, self.n = title, total, unit, 0.0
-        self._start = self._said = time.monotonic()
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            logger.info(line)
 
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._said > self._start:
-            took = clock(time.monotonic() - self._start)
-            logger.info(f"{self.title}: {self.n:,.0f} of {self.total:,} {self.unit} in {took}")
-
-    def update(self, count: float = 1) -> None:
-        self.n += count
-        if (now := time.monotonic()) - self._said >= LINE_SECONDS:
-            self._said = now
-            rate = self.n / (now - self._start)
-            left = (self.total - self.n) / rate if rate else 0
-            logger.info(f"{self.title}: {self.n:,.0f} of {self.total:,} {self.unit}, {rate:.3g}/s, {clock(left)} left")
+    def flush(self) -> None:
+        pass
 
 
 def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 0) -> Any:
-    """A bar with the time left on a terminal; elsewhere plain lines; nothing if `hidden` or INFO is not logged.
+    """tqdm's bar on a terminal; elsewhere a line every LINE_SECONDS; nothing if `hidden` or INFO is not logged.
 
     Args:
         title: what is done.
@@ -79,18 +62,18 @@ def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 
         unit: plural, such as `images`.
         hidden: for ranks that have nothing to say.
         initial: how many were done before.
-
-    Returns:
-        a context manager with `n`, `total` and `update(count)`; tqdm's on a terminal.
     """
-    shown = logger.isEnabledFor(logging.INFO) and not hidden
-    if shown and not on_terminal():
-        return _Lines(title, total, unit)
     from tqdm import tqdm
 
-    form = f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
-    look: dict[str, Any] = {"leave": False, "delay": 0.5, "dynamic_ncols": True, "bar_format": form, "unit": ""}
-    return tqdm(total=total, initial=initial, desc=title, disable=not shown, **look)
+    look: dict[str, Any] = {"leave": False, "delay": 0.5, "dynamic_ncols": True}
+    look["bar_format"] = (
+        f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
+    )
+    if not on_terminal():
+        look = {"file": _LineFile(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS}
+        look["bar_format"] = f"{{desc}}: {{n:.0f}} of {{total}} {unit}, {{rate_fmt}}, {{remaining}} left"
+    hidden = hidden or not logger.isEnabledFor(logging.INFO)
+    return tqdm(total=total, initial=initial, desc=title, disable=hidden, unit="", **look)
 
 
 def clock(seconds: float) -> str:

@@ -32,15 +32,10 @@ AVERAGES = {
 
 
 def settings(overrides: Mapping[str, list[str]]) -> Config:
-    """The settings of the folder `data.path`: those of its run directory, else chosen by what the images and this machine are.
+    """The settings of the folder `data.path` in a command line's overrides: those of its run directory, else chosen.
 
-    The choice depends on the folder, the overrides and the kind of device alone, so every rank makes the same one.
-
-    Args:
-        overrides: values of the command line by key path; `data.path` is among them.
-
-    Raises:
-        UserError: no such folder, no images in it, or a bad override.
+    The choice depends on the folder, the overrides and the kind of device alone, so every rank makes the same one. Raises UserError
+    for no such folder, no images in it, or a bad override.
     """
     if len(overrides["data.path"]) != 1:
         raise UserError("--data.path: takes one folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -30,10 +31,10 @@ messages.logger.warning("careful")
 
 def test_elsewhere_than_on_a_terminal_progress_is_plain_lines_without_carriage_returns() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    *lines, last, after, warning = done.stderr.splitlines()
+    *lines, after, warning = done.stderr.splitlines()
     assert "\r" not in done.stderr
-    assert [line.split(",")[0] for line in lines] == [f"raw: {n} of 4 images" for n in (1, 2, 3, 4)]
-    assert last == "raw: 4 of 4 images in 0:01"
+    assert all(re.fullmatch(r"raw: [1-4] of 4 images, [ \d.]+/s, \d\d:\d\d left", line) for line in lines)
+    assert lines[-1].startswith("raw: 4 of 4 images")
     assert (after, warning) == ("done", "warning: careful")
 
 
@@ -53,8 +54,7 @@ def on_a_terminal(*arguments: str) -> bytes:
 
 def test_on_a_terminal_progress_is_one_bar_with_the_time_left_that_goes_when_it_ends() -> None:
     shown = on_a_terminal()
-    assert b"/4 images [00:0" in shown
-    assert b"<00:0" in shown
+    assert re.search(rb"[1-4]/4 images \[\d\d:\d\d<\d\d:\d\d,", shown)
     assert b" of 4 images" not in shown
 
 

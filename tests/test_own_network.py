@@ -27,13 +27,12 @@ from examples import dit
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTORY = "examples.dit:small"
-EVALUATION = {"num_images": 40, "sampler": "ddim", "num_inference_steps": 3, "groups": 10, "extractor": "classifier"}
-EVALUATION |= {"kid_subsets": 4, "kid_subset_size": 20, "batch_size": 40}
+EVALUATION = {"num_images": 40, "num_inference_steps": 3, "groups": 10, "kid_subsets": 4, "kid_subset_size": 20}
 
 
 def run_of(folder: Path, **changes: Any) -> config.Config:
-    more = {"training__steps": 2, "model__factory": FACTORY, "evaluation": EVALUATION, **changes}
-    return settings(folder / "run", **more)
+    evaluation = {f"evaluation__{key}": value for key, value in EVALUATION.items()}
+    return settings(folder / "run", **{"training__steps": 2, "model__factory": FACTORY, **evaluation, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -13,21 +14,14 @@ from ddpm_ema.config import Config
 
 def version() -> str:
     """`ddpm_ema 0.1.0 (commit 1a2b3c4, changed), torch 2.15.0, CUDA 13.2`; the commit where the program runs from a checkout."""
-    root = Path(__file__).parents[2]
-    commit = _git(root, "rev-parse", "--short", "HEAD") if (root / ".git").exists() else ""
-    changed = ", changed" if commit and _git(root, "status", "--porcelain", "--untracked-files=no") else ""
-    made = f" (commit {commit}{changed})" if commit else ""
-    return (
-        f"ddpm_ema {ddpm_ema.__version__}{made}, torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
-    )
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
+    root, commit = Path(__file__).parents[2], ""
+    if (root / ".git").exists():
+        describe = ["git", "-C", root, "describe", "--always", "--dirty=, changed", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
+            commit = f" (commit {done.stdout.strip()})"
+    cuda = torch.version.cuda or "not built in"
+    return f"ddpm_ema {ddpm_ema.__version__}{commit}, torch {torch.__version__}, CUDA {cuda}"
 
 
 def intervals(config: Config) -> str:
