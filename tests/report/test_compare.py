@@ -77,7 +77,11 @@ def test_runs_of_one_name_are_told_apart_by_their_paths_and_a_scoring_is_chosen_
 
 
 def test_settings_that_unfold_without_end_are_not_unfolded(tmp_path: Path) -> None:
-    bomb = "a: &a0 [x, x]\n" + "".join(f"k{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+    lists = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+    maps = "".join(
+        f"b{i}: &b{i} {{{', '.join(f'{k}: *a12' if not i else f'{k}: *b{i - 1}' for k in 'pqrstuv')}}}\n"
+        for i in range(12)
+    )
     runs = [scored(tmp_path / name, 4.0) for name in "ab"]
-    (runs[0] / "config.yaml").write_text(bomb + "training: {steps: 3, x: *a12}\nz: {y: {x: *a12}}\n")
+    (runs[0] / "config.yaml").write_text(lists + maps + "training: {steps: 3, x: *a12}\nz: {y: {x: *b11}}\n")
     assert report.write(runs)[0].stat().st_size < 200_000
