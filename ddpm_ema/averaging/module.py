@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from ddpm_ema.averaging.naming import check_tensors, clean_name
 from ddpm_ema.averaging.sharded import is_sharded
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-
-def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+def with_tensors(model: Any, values: Mapping[str, Tensor]) -> nn.Module:
     """A module like `model` in eval mode whose parameters and buffers are these tensors, else the model's own; no tensor is copied.
 
     Args:
@@ -23,10 +22,8 @@ def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: a name or shape that the model does not have, or a sharded model, whose hooks set its parameters themselves.
     """
-    while isinstance(
-        inner := model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None), nn.Module
-    ):
-        model = inner
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if any(is_sharded(tensor) for _, tensor in tensors):
         raise ValueError("module: of a sharded model make a second one, apply fully_shard to it and use copy_to")
@@ -37,4 +34,5 @@ def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in tensors:
         if (value := values.get(clean_name(name))) is not None:
             taken[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(model, taken).eval()
+    found: nn.Module = copy.deepcopy(model, taken).eval()
+    return found

@@ -40,7 +40,7 @@ STEPS = 7
 
 
 def net(seed: int = 0) -> nn.Module:
-    """Rows of 5, 7 and 9: shards of 2 and 3 processes are uneven, and of 9 rows over 4 the last would be empty."""
+    """Rows of 5, 7 and 1: shards of 2 and 3 processes are uneven, and some are empty."""
     torch.manual_seed(seed)
     tied = nn.Linear(7, 7)
     module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 7), tied, nn.Linear(7, 7), nn.Linear(7, 1))
@@ -49,13 +49,11 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def every_profile() -> dict:
-    def required(kind: str) -> dict:
-        fields = PROFILES[kind].__dataclass_fields__
-        needed = {name: f for name, f in fields.items() if name == "decay_per_step" or name in REQUIRED}
-        return {name.removesuffix("_per_step"): REQUIRED[name.removesuffix("_per_step")] for name in needed}
-
-    found = {kind: profile_from_dict({"kind": kind, **required(kind)}) for kind in PROFILES}
-    return {**found, "late": Delayed(PowerFunction(0.05), 4)}
+    found = {"late": Delayed(PowerFunction(0.05), 4)}
+    for kind, rule in PROFILES.items():
+        names = {name.removesuffix("_per_step") for name in rule.__dataclass_fields__} & REQUIRED.keys()
+        found[kind] = profile_from_dict({"kind": kind, **{name: REQUIRED[name] for name in names}})
+    return found
 
 
 def shard(module: nn.Module) -> nn.Module:
