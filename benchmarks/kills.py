@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoints": {"every": 5, "keep": 3, "snapshots_every": 10, "snapshots": ["raw", "ema_0_9", "power_0_10"]},
     "evaluation": {
         "num_images": 96, "batch_size": 16, "sampler": "ddim", "num_inference_steps": 4, "extractor": "classifier",
-        "groups": 10, "kid_subsets": 4, "kid_subset_size": 40, "grid_images": 5,
+        "groups": 10, "grid_images": 5,
     },
 }  # fmt: skip
 SECONDS = ("seconds", "images_per_second", "data_wait", "save_seconds", "peak_memory")

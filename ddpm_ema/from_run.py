@@ -69,7 +69,7 @@ def load(
         raise UserError(f"{name}: --step is {step}; give one step, as NAME@STEP or with --step")
     tensors, pipeline = weights.members[0](), weights.pipeline
     if pipeline is None:
-        where = f"{rundir.path}: weights {name!r}"
+        where = f"{rundir.path}: weights {weights.name!r} of step {weights.step}"
         network = model.fitting(config, tensors, where, lambda: data.load(config.data).num_classes)
     else:
         network = build_unet(pipeline.unet)

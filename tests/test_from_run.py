@@ -14,6 +14,7 @@ from ddpm_ema.distributed import Processes
 from ddpm_ema.errors import UserError
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
+from ddpm_ema.score.generate import IMAGES
 from ddpm_ema.score.run import open_generator
 
 
@@ -24,7 +25,7 @@ def as_scored(run: config.Config, name: str, images: list[int]) -> torch.Tensor:
     resolver = WeightResolver(rundir, rundir.newest_usable(), run, generator.num_classes)
     named = resolver.named(name)
     generator.load(name, named.pipeline, [member() for member in named.members])
-    return generator.generate(images).images
+    return generator.generate(images, [])[IMAGES].images
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from live_runs import settings
 from safetensors.torch import load_file
-from scored import Trained, _classifier, save_classifier
+from scored import Trained, classifier, save_classifier
 from torch import nn
 
 import ddpm_ema
@@ -27,7 +27,7 @@ from examples import dit
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTORY = "examples.dit:small"
-EVALUATION = {"num_images": 40, "num_inference_steps": 3, "groups": 10, "kid_subsets": 4, "kid_subset_size": 20}
+EVALUATION = {"num_images": 40, "num_inference_steps": 3, "groups": 10}
 
 
 def run_of(folder: Path, **changes: Any) -> config.Config:
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
     """Two steps of the transformer with classes, averages, and a classifier for its features."""
     run = run_of(tmp_path_factory.mktemp("own"), model__class_conditional=True)
     train.run(run)
-    save_classifier(run.output_dir / "features.safetensors", Trained(_classifier(), 0.1), fingerprint="none", seed=0)
+    save_classifier(run.output_dir / "features.safetensors", Trained(classifier(), 0.1), fingerprint="none", seed=0)
     return run
 
 

@@ -119,7 +119,7 @@ def test_the_rates_that_the_run_was_trained_at_decide_the_fit(run: RunDir) -> No
 def test_several_targets_go_to_the_folder_named(run: RunDir, tmp_path: Path) -> None:
     paths = main([str(run.path), "--target", "power_0_03", "--target", "uniform", "--out", str(tmp_path / "out")])
     assert [path.name for path in paths] == ["power_0_03.safetensors", "uniform.safetensors"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == sorted(path.name for path in paths)
 
 
 @pytest.mark.parametrize(

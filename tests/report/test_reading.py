@@ -222,6 +222,10 @@ def test_a_run_directory_that_cannot_be_written_gives_one_message_and_output_wor
             raise OSError(30, "Read-only file system")
         real(path, *more, **kwargs)
 
+    def replace(source: Any, target: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(os, "unlink", unlink)
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: unlink(path))
     with pytest.raises(UserError, match=r"report.html: cannot be written \(Read-only file system\); choose another"):
@@ -266,7 +270,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = live_runs.settings(
         tmp_path_factory.mktemp("real") / "digits",
         averages={name: fake_run.AVERAGES[name] for name in ("ema_0_999", "power_0_05", "power_0_10")},
-        evaluation={**scored.EVALUATION, "sweep": {"stds": "0.06:0.2:3", "num_images": 30}},
+        evaluation={**scored.EVALUATION, "sweep": {"stds": "0.06:0.2:3"}},
         checkpoints={"every": 4, "keep": 3, "snapshots_every": 4},
         data__cache_dir=str(tmp_path_factory.mktemp("cache")),
         training__sample_every=6,

@@ -85,7 +85,7 @@ class TestStopAndGoOn:
     def test_a_second_scoring_of_the_same_folder_is_refused_while_the_first_runs(self, tmp_path):
         run = make_run(tmp_path / "run", evaluation__weights=["raw"])
         results(run)
-        folder = next((run.output_dir / "scores").glob("*-*"))
+        folder = min((run.output_dir / "scores").glob("*-*"), key=lambda path: len(path.name))  # of the images
         with RunDir(folder).lock():
             second = start(run)
             assert second.wait() == [EXIT_BAD_INPUT]
