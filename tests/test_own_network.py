@@ -14,7 +14,7 @@ import pytest
 import torch
 from live_runs import settings
 from safetensors.torch import load_file
-from scored import Trained, _classifier, save_classifier
+from scored import Trained, classifier, save_classifier
 from torch import nn
 
 import ddpm_ema
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
     """Two steps of the transformer with classes, averages, and a classifier for its features."""
     run = run_of(tmp_path_factory.mktemp("own"), model__class_conditional=True)
     train.run(run)
-    save_classifier(run.output_dir / "features.safetensors", Trained(_classifier(), 0.1), fingerprint="none", seed=0)
+    save_classifier(run.output_dir / "features.safetensors", Trained(classifier(), 0.1), fingerprint="none", seed=0)
     return run
 
 
