@@ -28,6 +28,7 @@ MARKERS = (  # circle, square, triangle, diamond, triangle
 )
 MOST_POINTS = 300  # of one line that are drawn; the CSV has all
 MOST_TICKS = 6
+TINY = 1e-300  # smaller figures lose their digits
 
 
 class Look(NamedTuple):
@@ -80,16 +81,15 @@ class Axis:
         self.start, self.end, self.log = start, end, log
         lengths = [self._length(value) for value in values]
         self.low, self.high = min(lengths), max(lengths)
-        margin = 0.05 * ((self.high - self.low) or abs(self.high) or 1.0)
+        margin = max(0.05 * ((self.high - self.low) or abs(self.high) or 1.0), TINY)
         self.low, self.high = self.low - margin, self.high + margin
 
     def _length(self, value: float) -> float:
-        return math.log10(value) if self.log else value
+        return math.log10(max(value, TINY)) if self.log else value
 
     def __call__(self, value: float) -> float:
         """Where a value is drawn; what lies outside is drawn at the end."""
-        length = self._length(value) if value > 0 or not self.log else self.low
-        share = (length - self.low) / (self.high - self.low)
+        share = (self._length(value) - self.low) / (self.high - self.low)
         return round(self.start + (self.end - self.start) * min(1.0, max(0.0, share)), 1)
 
     @cached_property

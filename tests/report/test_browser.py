@@ -20,7 +20,8 @@ QUIET = ("gpu", "quic", "background-networking", "component-update", "sync")
 OUTSIDE = """() => [...document.querySelectorAll("body *:not(svg *), svg text")].filter(element => {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element);
     const cut = style.overflowX !== "visible" && element.scrollWidth > element.clientWidth + 1;
-    return box.width && (cut || box.left < -1 || box.right > document.documentElement.clientWidth + 1);
+    const around = (element.closest(".card") ?? document.body).getBoundingClientRect();
+    return box.width && (cut || box.left < around.left - 1 || box.right > around.right + 1);
 }).map(element => element.outerHTML.slice(0, 80))"""
 
 
@@ -38,8 +39,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run with a sweep, a floor and two scorings of its last step; two runs."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [fake_run.make_run(folder / name) for name in ("a_run_with_a_long_name", "b")]
+    name = "a_folder/of_weights_with_a_name_that_is_long_and_has_no_space"
+    rows = [fake_run.row(name, 12345.678, 0.01234, delta=(12340.0, 0.5)), *fake_run.results()["rows"]]
     floor = {"distance": 1.9, "stderr": 0.2, "interval95": [1.5, 2.3], "num_images": 500, "split": "test"}
-    fake_run.write_results(runs[0], fake_run.results(sampler="ddim", floor=floor, **fake_run.swept()), "odd")
+    fake_run.write_results(runs[0], fake_run.results(rows=rows, sampler="ddim", floor=floor, **fake_run.swept()), "odd")
     return {"one": report.write(runs[0])[0], "two": report.write(runs)[0]}
 
 

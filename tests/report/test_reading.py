@@ -215,19 +215,12 @@ def test_a_run_directory_that_cannot_be_written_gives_one_message_and_output_wor
 ) -> None:
     """A read-only file system refuses even to unlink what is not there."""
     fake_run.write_results(tmp_path / "run", fake_run.results())
-    real = os.unlink
 
-    def unlink(path: Any, *more: Any, **kwargs: Any) -> None:
-        if Path(path).parent == tmp_path / "run":
-            raise OSError(30, "Read-only file system")
-        real(path, *more, **kwargs)
-
-    def replace(source: Any, target: Any) -> None:
+    def refused(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(os, "unlink", unlink)
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: unlink(path))
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
     with pytest.raises(UserError, match=r"report.html: cannot be written \(Read-only file system\); choose another"):
         report.write(tmp_path / "run")
     monkeypatch.undo()
