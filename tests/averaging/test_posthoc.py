@@ -129,15 +129,20 @@ def test_an_average_that_is_only_compared_with_may_lie_elsewhere(tmp_path) -> No
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9], ids=["constant rate", "rate decays to a tenth"])
-def test_the_white_noise_of_raw_checkpoints_is_estimated_and_shrinks_with_the_rate(tmp_path, decay: float) -> None:
-    """It has the standard deviation of five steps: 25 times v(t)."""
+def test_the_white_noise_of_raw_checkpoints_is_estimated_and_shrinks_with_the_rate(
+    tmp_path, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the standard deviation of five steps: 25 times v(t). Every file is read once."""
 
     def rate(step: int) -> float:
         return 0.1 * (1 - decay * step / 400)
 
     kept = walking_run(tmp_path, 10, {"raw": RAW}, {"target": BiasCorrected(0.98)}, noise=5.0, rate=rate)
     raw, variance = find_snapshots(tmp_path), lambda t: rate(t + 1) ** 2
+    read, tensors = [], Snapshot.tensors
+    monkeypatch.setattr(Snapshot, "tensors", lambda self, names: read.append(self.step) or tensors(self, names))
     assert estimate_white_noise(raw, variance) == pytest.approx(25.0, rel=0.1)
+    assert read == [snapshot.step for snapshot in raw]
     assert estimate_white_noise(raw[:2], variance) == 0.0
     got = reconstruct(raw, 400, BiasCorrected(0.98), step_variance=variance)
     actual = (got.weights["weight"] - kept["target"]).norm() / (kept["target"] - kept["raw"]).norm()

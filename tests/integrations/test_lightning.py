@@ -147,12 +147,16 @@ def test_a_checkpoint_that_is_saved_during_validation_holds_the_raw_weights(tmp_
     assert not torch.equal(module.seen[-1], module.layer[0].weight)
 
 
-def test_a_step_that_the_gradient_scaler_skipped_is_not_counted() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_skipped_is_not_counted(fused: bool) -> None:
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     class Overflows(Module):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 3 else 1.0)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.05, fused=fused)
 
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     callback = WeightAverages(PROFILES)
