@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ddpm_ema.numbers import listed, with_error
+from ddpm_ema.numbers import figure, listed, verdict_of, with_error
 from ddpm_ema.report import commands, facts, figures
 from ddpm_ema.report.answer import LABELS, judge, newest
 from ddpm_ema.report.gallery import Gallery, galleries
@@ -98,14 +98,50 @@ def runs(compared: Sequence[Run]) -> Table:
     ]
     rows = [(key, *(one.get(key, "") for one in told)) for key in told[0]]
     scored = [run.scoring.settings if run.scoring else {} for run in compared]
-    trained = [dict(_scalars(yaml.safe_load(run.record.config_text or "{}"))) for run in compared]
-    for settings in (scored, [{key: one[key] for key in one if key != "output_dir"} for one in trained]):
+    for settings in (scored, list(map(_trained, compared))):
         rows += [(key, *values) for key, values in differing(settings).items()]
     return Table("The runs, and all settings in which they differ", ("", *(run.name for run in compared)), tuple(rows))
 
 
+def seeds(compared: Sequence[Run]) -> Table | None:
+    """What runs that differ in their training seed alone say together; None for other runs."""
+    scored = [run.scoring for run in compared if run.scoring is not None and run.scoring.raw is not None]
+    if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["seed"]:
+        return None
+    if differing(list(map(_protocol, scored))):
+        return None
+    from ddpm_ema.metrics.across_runs import across_runs  # loads torch, which no other page needs
+
+    found = across_runs([{row.weights: _figures(row) for row in scoring.rows} for scoring in scored])
+    rows = []
+    for name, one in sorted(found.items(), key=lambda item: item[1].distance.mean):
+        gap, size = one.difference, with_error(one.distance.mean, one.distance.stderr)
+        verdict = "" if gap is None else verdict_of(gap.mean, bool(one.holds))
+        delta = "" if gap is None else with_error(gap.mean, gap.stderr, signed=True)
+        rows.append((name, verdict, delta, size, figure(one.distance.training_std)))
+    caption = (
+        f"Means over {len(compared)} training seeds, \N{PLUS-MINUS SIGN} one standard error of the mean. Better and worse hold over "
+        "seeds: Student's t, corrected for the number of averages (Holm). What a seed adds is a standard deviation, without the part "
+        "of sampling"
+    )
+    head = ("Weights", "Over seeds", "Difference from raw", scored[0].metric_name, "What a seed adds")
+    return Table(caption, head, tuple(rows))
+
+
+def _figures(row: Row) -> dict[str, float]:
+    gap = row.versus_raw
+    paired = {} if gap is None else {"delta_vs_raw": gap.delta, "delta_stderr": gap.stderr}
+    return {"frechet_distance_unbiased": row.distance, "stderr": row.stderr or 0.0, **paired}
+
+
 def _distance(scoring: Scoring | None, row: Row | None) -> str:
     return f"{scoring.metric_name} {with_error(row.distance, row.stderr)}" if scoring and row else "none"
+
+
+def _trained(run: Run) -> dict[str, str]:
+    """The run's config.yaml by dotted key, without the place."""
+    found = dict(_scalars(yaml.safe_load(run.record.config_text or "{}")))
+    return {key: value for key, value in found.items() if key != "output_dir"}
 
 
 def _scalars(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, str]]:
@@ -119,7 +155,15 @@ def _scalars(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, st
 
 
 def sentence(compared: Sequence[Run]) -> str:
-    """The run with the lowest distance, or why their distances cannot be compared."""
+    """What seeds say together; else the run with the lowest distance, or why their distances cannot be compared."""
+    if (table := seeds(compared)) is not None:
+        by_word = {word: [row[0] for row in table.rows if row[1] == word] for word in ("better", "worse")}
+        told = [
+            f"{listed(names)} {'is' if len(names) == 1 else 'are'} {word} than raw"
+            for word, names in by_word.items()
+            if names
+        ]
+        return f"Over {len(compared)} training seeds: {listed(told) or 'no average is shown to be better or worse than raw'}."
     scored = [(run, run.scoring, run.best) for run in compared]
     known = [
         (row.distance, run, scoring, row) for run, scoring, row in scored if scoring is not None and row is not None

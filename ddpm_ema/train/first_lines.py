@@ -16,7 +16,7 @@ def version() -> str:
     """`ddpm_ema 0.1.0 (commit 1a2b3c4, changed), torch 2.15.0, CUDA 13.2`; the commit where the program runs from a checkout."""
     root, commit = Path(__file__).parents[2], ""
     if (root / ".git").exists():
-        describe = ["git", "-C", root, "describe", "--always", "--dirty=, changed", "--exclude=*"]
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty=, changed", "--exclude=*"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
             commit = f" (commit {done.stdout.strip()})"

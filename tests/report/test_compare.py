@@ -85,3 +85,32 @@ def test_settings_that_unfold_without_end_are_not_unfolded(tmp_path: Path) -> No
     runs = [scored(tmp_path / name, 4.0) for name in "ab"]
     (runs[0] / "config.yaml").write_text(lists + maps + "training: {steps: 3, x: *a12}\nz: {y: {x: *b11}}\n")
     assert report.write(runs)[0].stat().st_size < 200_000
+
+
+def seeded(folder: Path, seed: int, gap: float, **changes: Any) -> Path:
+    rows = [fake_run.row("raw", 9.0 + seed), fake_run.row("power_0_10", 9.0 + seed + gap, delta=(gap, 0.5))]
+    fake_run.write_results(folder, fake_run.results(rows=rows, **changes))
+    (folder / "config.yaml").write_text(yaml.safe_dump(fake_run.settings() | {"seed": seed}))
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_alone_are_read_together(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / str(seed), seed, gap) for seed, gap in enumerate((-3.0, -3.2, -2.9, -3.1))]
+    page, sentence = report.write(runs)
+    assert sentence == "Over 4 training seeds: power_0_10 is better than raw."
+    text = page.read_text()
+    assert "\N{MINUS SIGN}3.050 ± 0.065" in text  # mean of the four, and its standard error
+    assert "The distances of these runs cannot be compared" not in text
+
+
+def test_a_difference_that_does_not_hold_over_seeds_is_not_called_one(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / str(seed), seed, gap) for seed, gap in enumerate((-3.0, 2.0, -1.0))]
+    assert report.write(runs)[1] == "Over 3 training seeds: no average is shown to be better or worse than raw."
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_no_seeds_of_one_run(tmp_path: Path) -> None:
+    a, b = seeded(tmp_path / "a", 0, -3.0), seeded(tmp_path / "b", 1, -3.0)
+    settings = yaml.safe_load((b / "config.yaml").read_text())
+    settings["training"]["batch_size"] = 32
+    (b / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "Over 2 training seeds" not in report.write([a, b])[1]
