@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def clear_rests(target: Path) -> None:
-    """Delete the temporaries, files or folders, that processes which are gone left beside `target`; raises OSError."""
+    """Delete temporaries of `target`, files or folders, that no process of this host is writing any more; raises OSError."""
     for path in target.absolute().parent.glob(f".{glob.escape(target.name)}.*.partial"):
         process = path.name.split(".")[-2]
         if process == str(os.getpid()) or not os.path.exists(f"/proc/{process}"):
