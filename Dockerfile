@@ -55,7 +55,6 @@ ENV HOME=/cache \
     TORCH_HOME=/cache/torch \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     TRITON_CACHE_DIR=/cache/triton \
-    MPLCONFIGDIR=/cache/matplotlib \
     XDG_CACHE_HOME=/cache \
     HF_HUB_DISABLE_TELEMETRY=1
 

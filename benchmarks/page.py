@@ -136,7 +136,38 @@ def posthoc() -> str:
     )
 
 
-PARTS = (averaging, training, sampling, checkpoints, startup, posthoc)
+def shards() -> str:
+    found = read("averaging_shards")
+    names = list(next(iter(found["averages"].values())))
+    rows = [[name, *(f"{of[name]['times_ours']:.1f}" for of in found["averages"].values())] for name in names]
+    return section(
+        "Averages over sharded parameters",
+        "averaging_shards.py",
+        table(["times ours", *(f"K = {count}" for count in found["averages"])], rows),
+        f"{found['processes']} gloo processes on two cores, under load {found['load_before']:.0f} to {found['load_after']:.0f} of "
+        "other programs: orders of magnitude.",
+    )
+
+
+def conformance() -> str:
+    found = read("conformance")
+    rows = [
+        [row["name"], row["documented"], "yes" if row["as_documented"] else f"displaced by {row['displacement']:.1%}"]
+        for row in found["rows"]
+        if row["package"] != "ddpm_ema"
+    ]
+    ours = [row for row in found["rows"] if row["package"] == "ddpm_ema"]
+    return section(
+        "Does an average weight the steps as its documentation says?",
+        "conformance.py",
+        table(["averager", "documented as", "is so"], rows),
+        f'Measured with one-hot parameters over {found["steps"]:,} steps; "displaced" is the share of the weight that lies on other steps. '
+        f"Of ours {sum(row['as_documented'] for row in ours)} of {len(ours)} are as documented. "
+        "[averaging.md](averaging.md) has the cause of each deviation.",
+    )
+
+
+PARTS = (averaging, shards, conformance, training, sampling, checkpoints, startup, posthoc)
 
 
 def parts() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Options of the commands that take no settings: apart from their modules, so that `--help` does not wait for torch or matplotlib."""
+"""Options of the commands that take no settings: apart from their modules, so that `--help` does not wait for torch."""
 
 from __future__ import annotations
 
