@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["accelerate", "torch_fidelity", "ddpm_ema.cli", "ddpm_ema.train", "ddpm_ema.score", "ddpm_ema.export"]
@@ -42,11 +43,11 @@ SETTINGS: dict[str, Any] = {
     "averages": {"ema_0_9": {"kind": "constant", "decay": 0.9}, "power_0_10": {"kind": "power_function", "std": 0.10}},
     "checkpoints": {"every": 5, "keep": 3, "snapshots_every": 10, "snapshots": ["raw", "ema_0_9", "power_0_10"]},
     "evaluation": {
-        "num_images": 96, "batch_size": 16, "sampler": "ddim", "num_inference_steps": 4, "extractor": "classifier",
+        "num_images": 96, "batch_size": 16, "sampler": "ddim", "num_inference_steps": 4, "extractors": ["classifier"],
         "groups": 10, "grid_images": 5,
     },
 }  # fmt: skip
-SECONDS = ("seconds", "images_per_second", "data_wait", "save_seconds", "peak_memory")
+SECONDS = ("seconds", "seconds_of", "finished", "images_per_second", "data_wait", "save_seconds", "peak_memory")
 
 
 @dataclass
@@ -109,13 +110,18 @@ def run(stage: Stage, log: Path, seconds: float | None = None) -> bool:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Path of each file -> digest of what does not depend on clocks."""
-    return {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Path of each file -> digest of what does not depend on clocks. Grids of lost steps are set aside in previous-N, as they say."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    kept = [path for path in paths if not path.relative_to(folder).parts[0].startswith("previous-")]
+    return {str(path.relative_to(folder)): _digest(path) for path in kept}
 
 
 def _digest(path: Path) -> str:
     data = path.read_bytes()
-    if path.name in ("results.json", "score.json"):
+    if path.suffix == ".safetensors":
+        tensors = {name: tensor for name, tensor in load(data).items() if name not in SECONDS}
+        data = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
+    if path.suffix == ".json":
         data = json.dumps(_timeless(json.loads(data))).encode()
     if path.name == "metrics.jsonl":
         data = json.dumps([_timeless(json.loads(line)) for line in data.splitlines()]).encode()

@@ -263,7 +263,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = live_runs.settings(
         tmp_path_factory.mktemp("real") / "digits",
         averages={name: fake_run.AVERAGES[name] for name in ("ema_0_999", "power_0_05", "power_0_10")},
-        evaluation={**scored.EVALUATION, "sweep": {"stds": "0.06:0.2:3"}},
+        evaluation={**scored.EVALUATION, "sweep": {"stds": "0.06:0.2:3", "num_images": 30}},
         checkpoints={"every": 4, "keep": 3, "snapshots_every": 4},
         data__cache_dir=str(tmp_path_factory.mktemp("cache")),
         training__sample_every=6,
