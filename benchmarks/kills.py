@@ -47,7 +47,16 @@ SETTINGS: dict[str, Any] = {
         "groups": 10, "grid_images": 5,
     },
 }  # fmt: skip
-SECONDS = ("seconds", "seconds_of", "finished", "images_per_second", "data_wait", "save_seconds", "peak_memory")
+SECONDS = (
+    "seconds",
+    "sampling_seconds",
+    "seconds_of",
+    "finished",
+    "images_per_second",
+    "data_wait",
+    "save_seconds",
+    "peak_memory",
+)
 
 
 @dataclass
