@@ -89,7 +89,7 @@ def choose(
             "extractors": ["classifier"],
         },
     }
-    tree["training"] |= {"warmup_steps": "5%", "log_every": "1%", "sample_every": "10%"}
+    tree["training"] |= {"warmup_steps": "5%", "log_every": "1%", "sample_every": "25%"}
     sides = f"{min(short)}" if min(short) == max(short) else f"{min(short)} to {max(short)}"
     classes = "no classes" if num_classes is None else f"{num_classes} classes"
     return tree, f"{count:,} {'grey' if grey else 'colour'} images, shorter side {sides} pixels, {classes}"
