@@ -161,8 +161,8 @@ def conformance() -> str:
         "Does an average weight the steps as its documentation says?",
         "conformance.py",
         table(["averager", "documented as", "is so"], rows),
-        f'Measured with one-hot parameters over {found["steps"]:,} steps; "displaced" is the share of the weight that lies on '
-        f"other steps. Of ours {sum(row['as_documented'] for row in ours)} of {len(ours)} are as documented. "
+        f"Measured with one-hot parameters over {found['steps']:,} steps; displaced is the mean distance between documented and "
+        f"measured place of the weight, as a share of training. Of ours {sum(row['as_documented'] for row in ours)} of {len(ours)} are as documented. "
         "[averaging.md](averaging.md) has the cause of each deviation.",
     )
 
