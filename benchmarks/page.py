@@ -162,7 +162,8 @@ def conformance() -> str:
         "conformance.py",
         table(["averager", "documented as", "is so"], rows),
         f"Measured with one-hot parameters over {found['steps']:,} steps; displaced is the mean distance between documented and "
-        f"measured place of the weight, as a share of training. Of ours {sum(row['as_documented'] for row in ours)} of {len(ours)} are as documented. "
+        f"measured place of the weight, as a share of training. Of ours {sum(row['as_documented'] for row in ours)} of "
+        f"{len(ours)} are as documented. "
         "[averaging.md](averaging.md) has the cause of each deviation.",
     )
 
