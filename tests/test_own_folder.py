@@ -59,7 +59,7 @@ def test_an_image_size_that_was_asked_for_gets_a_network_that_fits() -> None:
 def test_a_few_images_make_one_batch_and_intervals_are_shares_of_whatever_steps_there_are() -> None:
     settings, _ = chosen([photo(16, 16)], count=40, training__steps="200")
     assert settings.training.batch_size == 32
-    assert (settings.checkpoints.every, settings.training.sample_every, settings.training.warmup_steps) == (10, 20, 10)
+    assert (settings.checkpoints.every, settings.training.sample_every, settings.training.warmup_steps) == (10, 50, 10)
 
 
 @pytest.fixture
