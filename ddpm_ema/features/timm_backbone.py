@@ -48,7 +48,7 @@ def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
         file: safetensors; None means those of timm's repository on the Hugging Face Hub, downloaded once.
 
     Raises:
-        UserError: timm is not installed or knows no such model; the file cannot be had or does not fit.
+        UserError: timm is not installed, timm knows no such model, the file cannot be read or downloaded, or it does not fit.
     """
     if not is_installed():
         raise UserError("evaluation.extractors: timm is not installed: pip install 'ddpm_ema[timm]'")

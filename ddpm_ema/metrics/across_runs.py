@@ -67,13 +67,12 @@ def spread(values: Sequence[float], errors: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)), (total / len(values)) ** 0.5, sampling**0.5, training**0.5)
 
 
-def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]], rate: float = ALPHA) -> dict[str, AcrossRuns]:
+def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, AcrossRuns]:
     """What R runs say together, by weights, of those that every run scored; raw must be among them.
 
     Args:
         runs: of each run, the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw
             `delta_vs_raw`, `delta_stderr`).
-        rate: family-wise error rate of `holds`.
 
     Raises:
         ValueError: fewer than two runs, or no raw.
@@ -88,7 +87,7 @@ def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]], rate: float =
     found = {name: AcrossRuns(distance) for name, distance in distances.items()}
     for name in averages:
         shared = _shared(distances[name], distances["raw"], differences[name])
-        found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= rate, shared)
+        found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= ALPHA, shared)
     return found
 
 
