@@ -94,8 +94,8 @@ def render_runs(compared: Sequence[compare.Run]) -> str:
     for key, title, label, caption, linear in CURVES:
         series = [Series(run.name, look[run.name], figures.column(run.record.training, key)) for run in compared]
         plots.append(figures.over_training(series, title, label, caption, linear=linear))
-    content = {"compared": compared, "plots": [plot for plot in plots if plot], "pictures": compare.gallery(compared)}
-    content["seeds"] = compare.seeds(compared)
+    content: dict[str, Any] = {"compared": compared, "plots": [plot for plot in plots if plot]}
+    content |= {"pictures": compare.gallery(compared), "seeds": compare.seeds(compared)}
     warnings = [f"{run.name}: {text}" for run in compared for text in run.record.problems]
     title, records = " and ".join(run.name for run in compared), [run.record for run in compared]
     return _fill("runs.html", records, title=title, warnings=warnings, **content)
