@@ -81,6 +81,12 @@ def _split_folder(path: Path, split: str) -> str:
         if split not in names:
             raise UserError(f"data.split: {path} has no split {split!r}, only {', '.join(sorted(names))}")
         return split
+    if len(splits := sorted(names & SPLIT_NAMES)) > 1:  # as classes they would mix what is held out into the training
+        others = ", ".join(sorted(map(printable, names - SPLIT_NAMES))[:5])
+        raise UserError(
+            f"data.path: {path} has the splits {', '.join(splits)} beside other folders ({others}): move those elsewhere, or "
+            f"give the folder of one split, {path}/{splits[-1]}"
+        )
     if split != "train":
         raise UserError(
             f"data.split: {path} is not divided into splits, so there is no {split!r}: put the images into "

@@ -118,6 +118,16 @@ def test_a_folder_of_splits_gives_the_split_that_was_asked_for(folder: Path, tmp
         load(folder, split="test")
 
 
+def test_splits_beside_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    """As classes they would mix the test images into the training, and nobody would notice."""
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("train", "test", "runs"):
+        (both / name).symlink_to(folder)
+    with pytest.raises(UserError, match=r"has the splits test, train beside other folders \(runs\).*both/train$"):
+        load(both)
+
+
 def test_a_class_that_is_called_train_is_no_split(folder: Path) -> None:
     (folder / "a").rename(folder / "train")
     dataset = load(folder)
