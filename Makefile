@@ -62,7 +62,7 @@ study: install   ## every rule of averaging over several seeds of digits; STUDY=
 	$(BIN)/python benchmarks/study.py runs/study $(if $(filter full,$(STUDY)),--seeds 4 --output benchmarks/results/study.json)
 
 bench: install   ## every benchmark; ratios from interleaved runs, as JSON under benchmarks/results
-	for script in averaging averaging_shards conformance train_step sampling; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in averaging averaging_shards conformance train_step sampling scoring checkpoints startup; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 docs-check: install  ## run the code blocks of the documentation
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_averaging.py -s -m "slow or not slow"
