@@ -116,7 +116,9 @@ def _nearest(record: Record, scoring: Scoring | None, name: str, count: int) -> 
         return None
     path = record.path / "scores" / scoring.folder / "nearest" / f"{key[:16]}-{count}.png"
     image = picture(record, path) if path.exists() else None
-    return None if image is None else _gallery(image, image.info.get("Title") or path.stem).pictures[0]
+    if image is None:
+        return None
+    return _gallery(image, "").pictures[0]._replace(name=image.info.get("Title") or "Nearest training images")
 
 
 def _gallery(
