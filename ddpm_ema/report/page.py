@@ -195,12 +195,13 @@ def _whose(rows: Sequence[Row], text: str) -> str:
 
 
 def _name_marker(records: Sequence[Record]) -> Callable[[str], Markup]:
-    """A filter that sets the names of weights in a sentence in code type; everything is escaped first."""
+    """A filter that sets the names of weights in a sentence in code type, and begins no line with ±; all is escaped first."""
     scored = (row.weights for record in records for one in record.scorings for row in (*one.rows, *one.sweep))
     names = sorted({*(name for record in records for name in record.names), *scored}, key=len, reverse=True)
     pattern = re.compile(r"(?<![\w@&#-])(" + "|".join(re.escape(str(escape(name))) for name in names) + r")(?![\w@-])")
 
     def mark(text: str) -> Markup:
-        return Markup(pattern.sub(r"<code>\1</code>", str(escape(text))))
+        kept = str(escape(text)).replace(" \N{PLUS-MINUS SIGN}", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}")
+        return Markup(pattern.sub(r"<code>\1</code>", kept))
 
     return mark

@@ -100,7 +100,7 @@ def test_runs_that_differ_in_their_seed_alone_are_read_together(tmp_path: Path) 
     page, sentence = report.write(runs)
     assert sentence == "Over 4 training seeds: power_0_10 is better than raw."
     text = page.read_text()
-    assert "\N{MINUS SIGN}3.050 ± 0.065" in text  # mean of the four, and its standard error
+    assert "\N{MINUS SIGN}3.050\N{NO-BREAK SPACE}± 0.065" in text  # mean of the four, and its standard error
     assert "The distances of these runs cannot be compared" not in text
 
 
@@ -134,3 +134,11 @@ def test_a_run_whose_best_is_a_candidate_of_a_sweep_speaks_by_its_distance(tmp_p
     (run, _) = chosen([read(a), read(scored(tmp_path / "b", 4.2))])
     assert run.best is not None
     assert (run.best.weights, run.best.distance) == ("power_0_12", 3.5)
+
+
+def test_the_samples_of_several_runs_begin_with_the_first_one_s_best_and_have_what_lies_nearest(tmp_path: Path) -> None:
+    text = report.write([fake_run.make_run(tmp_path / name) for name in "ab"])[0].read_text()
+    assert ' checked><label for="gallery1-2">a power_0_10</label>' in text
+    assert text.count(" checked>") == 1
+    assert text.count(fake_run.NEAREST) == 4
+    assert "a. With dpm_solver++ in 25 steps and 6,000 images per average: ship <code>power_0_10</code>." in text
