@@ -19,17 +19,22 @@ GAP, TARGET, TOP = 2, 48, 24  # pixels: between images; side that small images a
 
 
 def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: EvaluationSettings, note: str = "") -> None:
-    """Writes a PNG: one labelled row per name, under a title that says how the images were sampled.
+    """Writes the rows under a title that says how they were sampled: at which step of training, by which settings.
+
+    `note`: text behind the sampler.
+    """
+    save_rows(path, rows, f"step {step}, {sampler_label(settings.model_dump())}{note}, the same noise in every row")
+
+
+def save_rows(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
+    """Writes a PNG: one labelled row per name, under a title.
 
     Args:
         path: of the PNG. Its `Title` entry repeats the title as text; its `Rows` entry says, as JSON, where the images lie,
             so that the report can show them otherwise.
         rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere. REAL, if there, comes first.
-        step: of training, for the title.
-        settings: what the images were sampled with, for the title.
-        note: text behind the sampler.
+        title: one line.
     """
-    title = f"step {step}, {sampler_label(settings.model_dump())}{note}, the same noise in every row"
     sample = next(iter(rows.values()))
     scale = max(1, round(TARGET / sample.shape[-1]))
     height, width = sample.shape[-2] * scale, sample.shape[-1] * scale

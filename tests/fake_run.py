@@ -201,9 +201,16 @@ def metrics(steps: int = STEPS, every: int = 50) -> str:
     return "\n".join(lines) + "\n"
 
 
-def grid(path: Path, title: str = "", columns: int = 16, cell: int = 34, real: bool = False) -> None:
+def grid(
+    path: Path,
+    title: str = "",
+    columns: int = 16,
+    cell: int = 34,
+    real: bool = False,
+    names: tuple[str, ...] = tuple(FIGURES),
+) -> None:
     """A labelled grid of blobs, with the title that a picture holds, and where its rows lie."""
-    labels = ("real images",) * real + tuple(FIGURES)
+    labels = ("real images",) * real + names
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(1)
     image = Image.new("RGB", (150 + columns * cell, len(labels) * cell), "white")
@@ -219,6 +226,16 @@ def grid(path: Path, title: str = "", columns: int = 16, cell: int = 34, real: b
     if title:
         entries.add_text("Title", title)
     image.save(path, pnginfo=entries)
+
+
+NEAREST = "Nearest training image of each sample, by Euclidean distance between features of classifier"
+
+
+def nearest(folder: Path, name: str, columns: int = 16) -> Path:
+    """The nearest training images to a row of a scoring's grid."""
+    path = folder / "nearest" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{columns}.png"
+    grid(path, NEAREST, columns, names=(name,))
+    return path
 
 
 def manifest(step: int = STEPS) -> dict[str, Any]:
@@ -259,5 +276,8 @@ def make_run(run: Path) -> Path:
         )
     for step in (1000, 2000):
         write_results(run, results(step))
-    grid(write_results(run, results(**swept())) / "grid.png")
+    scored = write_results(run, results(**swept()))
+    grid(scored / "grid.png")
+    for name in FIGURES:
+        nearest(scored, name)
     return run

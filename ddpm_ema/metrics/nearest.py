@@ -1,9 +1,11 @@
-"""Whether samples lie nearer to the training images than images that training never saw (Meehan, Chaudhuri & Dasgupta 2020).
+"""Which training images samples lie nearest to, and whether nearer than images that training never saw.
 
-Distances are Euclidean, between features.
+The latter is Meehan, Chaudhuri & Dasgupta 2020. Distances are Euclidean, between features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,6 +20,26 @@ def nearest(features: Tensor, reference: Tensor) -> Tensor:
     """
     reference = reference.to(features.device)
     return torch.cat([torch.cdist(rows, reference).amin(dim=1).cpu() for rows in features.split(ROWS)])
+
+
+def nearest_of(points: Tensor, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Distance and place of the nearest neighbour of each of a few `points` [n, d]: float64 [n], int64 [n], on the CPU.
+
+    Works on the points' device in float64, in which a copy has distance 0 but for rounding.
+
+    Args:
+        points: features, or pixels as numbers.
+        batches: [m, d] each; a place counts through all of them.
+    """
+    points = points.double()
+    distances = points.new_full((len(points),), torch.inf)
+    places, start = torch.zeros(len(points), dtype=torch.int64, device=points.device), 0
+    for batch in batches:
+        found = torch.cdist(points, batch.to(points)).min(dim=1)
+        nearer = found.values < distances
+        distances[nearer], places[nearer] = found.values[nearer], found.indices[nearer] + start
+        start += len(batch)
+    return distances.cpu(), places.cpu()
 
 
 def nearer_to_training(samples: Tensor, held_out: Tensor) -> float:

@@ -41,7 +41,7 @@ class Run(NamedTuple):
         if self.scoring is None or not self.scoring.rows:
             return None
         wanted = judge(self.scoring).best
-        return next((row for row in self.scoring.rows if row.weights == wanted), self.scoring.rows[0])
+        return next((row for row in self.scoring.entries if row.weights == wanted), self.scoring.rows[0])
 
 
 def chosen(records: Sequence[Record]) -> list[Run]:
@@ -75,7 +75,7 @@ def scorings(record: Record, scoring: Scoring) -> Table | None:
     for i, one in enumerate(found):
         told = (
             judge(one).brief,
-            _distance(one, one.rows[0] if one.rows else None),
+            _distance(one, one.entries[0] if one.entries else None),
             commands.report(record, scoring=one),
         )
         rows.append((f"step {one.step:,}", *(values[i] for values in differs.values()), *told))
@@ -154,10 +154,10 @@ def _scalars(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, st
         yield key, ", ".join(plain(item) for item in items if not isinstance(item, (dict, list)))
 
 
-def sentence(compared: Sequence[Run]) -> str:
-    """What seeds say together; else the run with the lowest distance, or why their distances cannot be compared."""
-    if (table := seeds(compared)) is not None:
-        by_word = {word: [row[0] for row in table.rows if row[1] == word] for word in ("better", "worse")}
+def sentence(compared: Sequence[Run], together: Table | None) -> str:
+    """What `seeds` says; else the run with the lowest distance, or why their distances cannot be compared."""
+    if together is not None:
+        by_word = {word: [row[0] for row in together.rows if row[1] == word] for word in ("better", "worse")}
         told = [
             f"{listed(names)} {'is' if len(names) == 1 else 'are'} {word} than raw"
             for word, names in by_word.items()

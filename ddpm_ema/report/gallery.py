@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from PIL import Image
@@ -20,10 +22,13 @@ Offset = Annotated[int, Field(ge=0, le=2**14)]
 
 
 class Picture(NamedTuple):
+    """`near`: of the training images nearest to its images, if known; its name says by which distance."""
+
     name: str
     uri: str
     width: int
     height: int
+    near: Picture | None = None
 
 
 class Gallery(NamedTuple):
@@ -33,6 +38,11 @@ class Gallery(NamedTuple):
     pictures: tuple[Picture, ...]
     real: Picture | None = None
     whole: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the page."""
+        return sum(len(one.uri) + len(one.near.uri if one.near else "") for one in self.pictures)
 
 
 class Rows(BaseModel):
@@ -76,29 +86,50 @@ def galleries(record: Record, scorings: Sequence[Scoring]) -> list[Gallery]:
 
     The picture says how a grid of training was sampled: the settings may have changed since, and previews take fewer steps.
     """
-    wanted = [(s.grid, f"Scored at step {s.step:,}: {s.sampling}") for s in scorings if s.grid is not None]
+    wanted: list[tuple[Path, str, Scoring | None]] = [
+        (s.grid, f"Scored at step {s.step:,}: {s.sampling}", s) for s in scorings if s.grid is not None
+    ]
     grids = record.sample_grids
     chosen = sorted({0, len(grids) // 2, len(grids) - 1} if grids else (), reverse=True)
-    wanted += [(grids[i][1], "") for i in chosen]
+    wanted += [(grids[i][1], "", None) for i in chosen]
     found, size = [], 0
-    for path, title in wanted:
+    for path, title, scoring in wanted:
         if (image := picture(record, path)) is None:
             continue
         title = title or f"While training: {image.info.get('Title') or path.stem}"
-        gallery = _gallery(image, title)
-        size += sum(len(one.uri) for one in gallery.pictures)
-        if size > MAX_BYTES:
-            record.problems.append(f"{path.relative_to(record.path)} was left out of this page: it would be too large")
-        else:
-            found.append(gallery)
+        full = _gallery(image, title, partial(_nearest, record, scoring))
+        bare = full._replace(pictures=tuple(one._replace(near=None) for one in full.pictures))
+        shown = [one for one in (full, bare) if size + one.size <= MAX_BYTES][:1]
+        found += shown
+        size += sum(one.size for one in shown)
+        if full not in shown:
+            what = "" if not shown else "what lies nearest to the samples of "
+            record.problems.append(f"{what}{path.relative_to(record.path)} was left out: the page would be too large")
     real = next((gallery.real for gallery in found if gallery.real), None)  # a scoring's grid has none of its own
     return [gallery if gallery.real or gallery.whole else gallery._replace(real=real) for gallery in found]
 
 
-def _gallery(image: Image.Image, title: str) -> Gallery:
+def _nearest(record: Record, scoring: Scoring | None, name: str, count: int) -> Picture | None:
+    """The training images nearest to the `count` samples of these weights, where the scoring kept them."""
+    key = next((row.weights_sha256 for row in scoring.rows if row.weights == name), "") if scoring else ""
+    if scoring is None or not key:
+        return None
+    path = record.path / "scores" / scoring.folder / "nearest" / f"{key[:16]}-{count}.png"
+    image = picture(record, path) if path.exists() else None
+    if image is None:
+        return None
+    return _gallery(image, "").pictures[0]._replace(name=image.info.get("Title") or "Nearest training images")
+
+
+def _gallery(
+    image: Image.Image, title: str, nearest: Callable[[str, int], Picture | None] = lambda name, count: None
+) -> Gallery:
     try:
         rows = Rows.model_validate_json(image.info.get("Rows", ""))
-        pictures = [_picture(name, sheet) for name, sheet in rows.cut(image.convert("RGB"))]
+        pictures = [
+            _picture(name, sheet)._replace(near=nearest(name, rows.columns))
+            for name, sheet in rows.cut(image.convert("RGB"))
+        ]
         return Gallery(title, tuple(pictures[rows.real :]), pictures[0] if rows.real else None)
     except ValueError:
         return Gallery(title, (_picture("", image),), whole=True)

@@ -7,8 +7,10 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -17,7 +19,7 @@ from ddpm_ema import numbers
 from ddpm_ema.report import answer, commands, compare, facts, figures
 from ddpm_ema.report.gallery import galleries
 from ddpm_ema.report.plot import COLOURS, Look, Plot, Series, csv_uri, looks
-from ddpm_ema.report.record import Record, Scoring
+from ddpm_ema.report.record import Record, Row, Scoring
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 Looks = Mapping[str, Look]
@@ -36,23 +38,34 @@ POLICY = (
 )
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table:
     """The scores of one scoring, as the page shows them."""
 
     scoring: Scoring
+    swept_look = Look("ink")
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All weights but candidates of sweeps, and of those the ones that the answer names."""
+        shown = {*(row.weights for row in self.scoring.rows), *answer.judge(self.scoring).recommended}
+        return [row for row in self.scoring.entries if row.weights in shown]
+
+    def is_swept(self, row: Row) -> bool:
+        return row.weights not in {own.weights for own in self.scoring.rows}
 
     @property
     def columns(self) -> list[tuple[str, str, int]]:
-        return [column for column in FURTHER if any(row.get(column[0]) is not None for row in self.scoring.rows)]
+        return [column for column in FURTHER if any(row.get(column[0]) is not None for row in self.rows)]
 
     @property
     def notes(self) -> list[str]:
         noise = _precision_note(self.scoring) if any(key == "precision" for key, _, _ in self.columns) else ""
-        return [*answer.saturation(self.scoring, self.scoring.rows), *([noise] if noise else [])]
+        return [*answer.saturation(self.scoring, self.rows), *([noise] if noise else [])]
 
     def place(self, value: float) -> float:
         """Where a difference from raw is drawn, in 0 ... 120: by its square root, because one average may be far worse."""
-        gaps = [end for row in self.scoring.rows if row.versus_raw for end in (row.versus_raw.low, row.versus_raw.high)]
+        gaps = [end for row in self.rows if row.versus_raw for end in (row.versus_raw.low, row.versus_raw.high)]
         low, high, at = (math.copysign(math.sqrt(abs(v)), v) for v in (min(0.0, *gaps), max(0.0, *gaps), value))
         return round(4 + 112 * (at - low) / (high - low or 1), 1)
 
@@ -60,7 +73,7 @@ class Table(NamedTuple):
     def csv(self) -> str:
         keys = ["weights", "frechet_distance_unbiased", "frechet_distance", "stderr", "delta_vs_raw", "delta_stderr"]
         keys += [key for key, _, _ in self.columns]
-        rows = [[*(getattr(row, key, "") for key in keys), answer.against_raw(row)] for row in self.scoring.rows]
+        rows = [[*(getattr(row, key, "") for key in keys), answer.against_raw(row)] for row in self.rows]
         return csv_uri([[*keys, "against_raw"], *rows])
 
 
@@ -87,18 +100,19 @@ def render(record: Record, scoring: Scoring | None) -> str:
     return _fill("report.html", [record], title=title, record=record, scoring=scoring, looks=look, **content)
 
 
-def render_runs(compared: Sequence[compare.Run]) -> str:
-    """The page that sets several runs side by side."""
+def render_runs(compared: Sequence[compare.Run]) -> tuple[str, str]:
+    """The page that sets several runs side by side, and its sentence."""
     look = {run.name: Look(f"c{i % COLOURS}") for i, run in enumerate(compared)}
     plots = [*compare.plots(compared, look)]
     for key, title, label, caption, linear in CURVES:
         series = [Series(run.name, look[run.name], figures.column(run.record.training, key)) for run in compared]
         plots.append(figures.over_training(series, title, label, caption, linear=linear))
     content: dict[str, Any] = {"compared": compared, "plots": [plot for plot in plots if plot]}
-    content |= {"pictures": compare.gallery(compared), "seeds": compare.seeds(compared)}
+    seeds = compare.seeds(compared)
+    content |= {"pictures": compare.gallery(compared), "seeds": seeds, "sentence": compare.sentence(compared, seeds)}
     warnings = [f"{run.name}: {text}" for run in compared for text in run.record.problems]
     title, records = " and ".join(run.name for run in compared), [run.record for run in compared]
-    return _fill("runs.html", records, title=title, warnings=warnings, **content)
+    return _fill("runs.html", records, title=title, warnings=warnings, **content), content["sentence"]
 
 
 def _fill(template: str, records: Sequence[Record], **content: Any) -> str:
@@ -162,8 +176,10 @@ def _warnings(record: Record, scoring: Scoring | None) -> list[str]:
     if not (record.path / "config.yaml").is_file():
         found.append("config.yaml is missing; the commands on this page need it.")
     if scoring is not None:
-        texts = dict.fromkeys((*scoring.warnings, *(text for row in scoring.rows for text in row.warnings)))
-        found += [f"{_whose(scoring, text)}{text}" for text in texts]
+        rows = Table(scoring).rows
+        texts = dict.fromkeys((*scoring.warnings, *(text for row in rows for text in row.warnings)))
+        known = answer.SATURATED if any(answer.saturation(scoring, rows)) else "\n"
+        found += [f"{_whose(rows, text)}{text}" for text in texts if known not in text]
         if record.last_step is not None and scoring.step < record.last_step:
             found.append(
                 f"Step {scoring.step:,} was scored, and training has gone on to step {record.last_step:,}: "
@@ -172,19 +188,20 @@ def _warnings(record: Record, scoring: Scoring | None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _whose(scoring: Scoring, text: str) -> str:
+def _whose(rows: Sequence[Row], text: str) -> str:
     """`raw and ema_0_999: ` before a warning of some rows; nothing before one of all rows, or of the scoring itself."""
-    names = [row.weights for row in scoring.rows if text in row.warnings]
-    return f"{numbers.listed(names)}: " if 0 < len(names) < len(scoring.rows) else ""
+    names = [row.weights for row in rows if text in row.warnings]
+    return f"{numbers.listed(names)}: " if 0 < len(names) < len(rows) else ""
 
 
 def _name_marker(records: Sequence[Record]) -> Callable[[str], Markup]:
-    """A filter that sets the names of weights in a sentence in code type; everything is escaped first."""
+    """A filter that sets the names of weights in a sentence in code type, and begins no line with ±; all is escaped first."""
     scored = (row.weights for record in records for one in record.scorings for row in (*one.rows, *one.sweep))
     names = sorted({*(name for record in records for name in record.names), *scored}, key=len, reverse=True)
     pattern = re.compile(r"(?<![\w@&#-])(" + "|".join(re.escape(str(escape(name))) for name in names) + r")(?![\w@-])")
 
     def mark(text: str) -> Markup:
-        return Markup(pattern.sub(r"<code>\1</code>", str(escape(text))))
+        kept = str(escape(text)).replace(" \N{PLUS-MINUS SIGN}", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}")
+        return Markup(pattern.sub(r"<code>\1</code>", kept))
 
     return mark

@@ -75,6 +75,7 @@ class Row(Shape):
     """One scored entry of `rows`, `sweep`, or a quick scoring. What was not computed is None."""
 
     weights: Annotated[str, Field(min_length=1)]
+    weights_sha256: str = ""
     num_images: Step = 0
     frechet_distance: Number = None
     frechet_distance_unbiased: Number = None

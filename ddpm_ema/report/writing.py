@@ -40,7 +40,7 @@ def write(
     if len(records) > 1:
         compared = compare.chosen(records)
         target = Path(os.path.commonpath([record.path.absolute().parent for record in records])) / "comparison.html"
-        content, found = render_runs(compared), compare.sentence(compared)
+        content, found = render_runs(compared)
     else:
         (record,) = records
         target = record.path / "report.html"

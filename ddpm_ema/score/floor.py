@@ -15,7 +15,7 @@ from ddpm_ema import metrics
 from ddpm_ema.config import Config
 from ddpm_ema.metrics import Reference
 from ddpm_ema.metrics.nearest import nearer_to_training, nearest
-from ddpm_ema.score.reference import floor_split, reference_split
+from ddpm_ema.score.reference import floor_split, trained_on
 from ddpm_ema.score.rows import RowBuilder
 
 
@@ -55,10 +55,8 @@ class Floor:
     @property
     def _seen(self) -> Tensor | None:
         """Features of the images that were trained on."""
-        trained_on = self.config.data.split
-        if reference_split(self.config) == trained_on:
-            return self.reference.features
-        return self.images.features if floor_split(self.config) == trained_on else None
+        sides = {"reference": self.reference.features, "floor": self.images.features}
+        return sides.get(trained_on(self.config) or "")
 
     @cached_property
     def _unseen(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 weights/<first digits of their sha256>.json     rows and estimates of one set of weights
 results.json  grid.png                          written anew from these at every start
+nearest/<the same digits>-<number of images>.png   the training image nearest to each that the grid shows
 
 Images and features lie in `scores/<step>-<digest of the samples>/`: see `sampled`.
 """
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_ema.config import EvaluationSettings
-from ddpm_ema.image_grid import save_grid
+from ddpm_ema.image_grid import save_grid, save_rows
 from ddpm_ema.metrics import Estimate
 from ddpm_ema.rundir import as_user_error, atomic_write
 from ddpm_ema.score.feature_store import KEPT
@@ -98,6 +99,16 @@ class ScoreFolder:
             with as_user_error(self.grid_path, sum(some.nbytes for some in images.values()), KEPT):
                 save_grid(self.grid_path, images, step, evaluation)
         self._write(self.results_path, json.dumps(results, indent=1, allow_nan=False))
+
+    def nearest_path(self, key: str, count: int) -> Path:
+        """Of the training images nearest to the first `count` images of the weights with this key."""
+        return self.path / "nearest" / f"{key[:16]}-{count}.png"
+
+    def keep_nearest(self, key: str, name: str, images: Tensor, title: str) -> None:
+        """A picture with one row, uint8 `[n, C, H, W]`."""
+        path = self.nearest_path(key, len(images))
+        with as_user_error(path, images.nbytes, KEPT):
+            save_rows(path, {name: images}, title)
 
     def _write(self, path: Path, text: str) -> None:
         with as_user_error(path, len(text), KEPT):

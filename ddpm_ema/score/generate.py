@@ -30,8 +30,8 @@ class Generator:
         config: the settings; `evaluation` says how images are sampled.
         extractors: images → features, by their keys; all on one device, where the network runs, too.
         batch_size: the most images that are sampled at once.
-        trained: the data set that was trained on, for its classes; None where it is not needed.
-        datasets: real images by name: `reference`, unless that is a file, and `floor`, where there are any.
+        trained: the data set that was trained on; None where its classes are not needed.
+        datasets: real images by name: `reference`, unless that is a file, `floor`, where there are any, and `trained`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Generator:
         datasets: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.batch_size, self.datasets = config, batch_size, dict(datasets or {})
+        self.datasets |= {"trained": trained} if trained is not None else {}
         self.extractors = {extractor.key: extractor for extractor in extractors}
         self.device = extractors[0].device
         self.num_classes: int | None = trained.num_classes if trained is not None else None

@@ -40,6 +40,13 @@ def floor_split(config: Config) -> str:
     return "test" if split in (None, config.data.split) else config.data.split
 
 
+def trained_on(config: Config) -> str | None:
+    """Which of `reference` and `floor` are all images that were trained on; None for neither."""
+    if reference_split(config) == config.data.split:
+        return "reference"
+    return "floor" if floor_split(config) == config.data.split else None
+
+
 def reading_of(config: Config) -> str:
     """What the distances are from: `training images`, `images` of whatever else, or the `population` that they are a sample of.
 

@@ -25,11 +25,12 @@ from ddpm_ema.score.driver import Driver, Jobs, even_batch
 from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import ScoreFolder
 from ddpm_ema.score.generate import Generator
-from ddpm_ema.score.reference import floor_split, open_references, reference_split
+from ddpm_ema.score.reference import floor_split, open_references, reference_split, trained_on
 from ddpm_ema.score.results import heading, sampling_settings, settings_of, table
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
 from ddpm_ema.score.sweep import Sweep, candidates, describe, summary
+from ddpm_ema.score.training_images import TrainingImages
 from ddpm_ema.score.versions import check_versions
 
 
@@ -50,6 +51,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         found = processes.on_main(lambda: checkpoints(config), "reading checkpoints")
         generator = open_generator(config, processes)
         generator.datasets |= open_floor(config, processes)
+        generator.datasets |= open_trained(config, processes, generator.datasets)
         results: list[dict[str, Any]] = []
         jobs = _score_all(config, generator, found, processes.world_size, results)
         Driver(processes, generator, stop).run(jobs)
@@ -92,6 +94,18 @@ def open_floor(config: Config, processes: Processes) -> dict[str, Any]:
         return {}
 
 
+def open_trained(config: Config, processes: Processes, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """The images that were trained on, unless they are `opened`; empty where they are not at hand."""
+    if "trained" in opened or trained_on(config) == "floor":
+        return {"trained": opened.get("trained", opened.get("floor"))}
+    try:
+        return {"trained": load_split(config, processes, config.data.split)}
+    except UserError as error:
+        if processes.is_main:
+            logger.info(f"no training images, of which the report shows the nearest to samples: {error}")
+        return {}
+
+
 def load_split(config: Config, processes: Processes, split: str) -> Any:
     return processes.main_first(lambda: data.load(config.data, split=split))
 
@@ -103,16 +117,23 @@ def _score_all(
     references = yield from open_references(config, generator)
     images = (yield from open_references(config, generator, "floor")) if "floor" in generator.datasets else {}
     floors = {key: Floor(config, images[key], references[key], generator.device) for key in images}
+    seen = {"reference": references, "floor": images}.get(trained_on(config) or "", {})
+    trained = {
+        key: TrainingImages(generator.datasets["trained"], extractor, seen[key].features if key in seen else None)
+        for key, extractor in generator.extractors.items()
+        if "trained" in generator.datasets
+    }
+    real = {key: (floors.get(key), trained.get(key)) for key in generator.extractors}
     logger.info(_description(config, generator, references, world_size))
     for checkpoint in found:
-        yield from _score(config, generator, references, floors, checkpoint, world_size, results)
+        yield from _score(config, generator, references, real, checkpoint, world_size, results)
 
 
 def _score(
     config: Config,
     generator: Generator,
     references: Mapping[str, Reference],
-    floors: Mapping[str, Floor],
+    real: Mapping[str, tuple[Floor | None, TrainingImages | None]],
     checkpoint: Checkpoint | None,
     world_size: int,
     results: list[dict[str, Any]],
@@ -130,7 +151,7 @@ def _score(
             origin = {**references[key].origin, "size": references[key].statistics.count}
             settings = settings_of(config, extractor, origin, generator.known_labels)
             folder = ScoreFolder(target.score_dir(step, f"{samples}-{digest(settings)}"))
-            tables = (sampled, folder, settings, world_size, floors.get(key))
+            tables = (sampled, folder, settings, world_size, *real[key])
             scorers.append(Scorer(config, generator, extractor, references[key], resolver, *tables))
         wanted = scorers[0].named()  # all names first: a wrong one is an error at once
         kinds = candidates(config.evaluation.sweep, step).values()

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ddpm_ema.averaging import profile_from_dict
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
@@ -24,6 +27,7 @@ from ddpm_ema.score.reference import compares_with_population
 from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score
 from ddpm_ema.score.sampled import Sampled, made_with
+from ddpm_ema.score.training_images import TrainingImages
 
 
 class Scorer:
@@ -42,6 +46,7 @@ class Scorer:
         settings: those that change the numbers, from `settings_of`.
         world_size: how many processes generate, for results.json.
         floor: real images beside the reference's; None where there are none.
+        trained: the images that were trained on; None where they are not at hand.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class Scorer:
         settings: Mapping[str, Any],
         world_size: int = 1,
         floor: Floor | None = None,
+        trained: TrainingImages | None = None,
     ) -> None:
         self.config, self.generator, self.extractor, self.resolver = config, generator, extractor, resolver
-        self.sampled, self.folder, self.floor = sampled, folder, floor
+        self.sampled, self.folder, self.floor, self.trained = sampled, folder, floor, trained
         self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
         population = compares_with_population(config)
         self.builder = RowBuilder(reference, config.evaluation, extractor.device, population)
@@ -190,4 +196,23 @@ class Scorer:
         }
         shown = {name: some for name, some in images.items() if some is not None}
         self.folder.write(results, shown, self.step, self.config.evaluation)
+        self._keep_nearest({name: (keys[name], some) for name, some in shown.items()})
         return results
+
+    def _keep_nearest(self, shown: Mapping[str, tuple[str, Tensor]]) -> None:
+        """The training image nearest to each that the grid shows (name -> key and images), where it is not kept yet."""
+        if self.trained is None:
+            return
+
+        def is_wanted(key: str, count: int) -> bool:
+            stores = self.features(key), self.sampled.images(key)  # of either, a user may have deleted some
+            return not self.folder.nearest_path(key, count).exists() and not any(s.missing(count) for s in stores)
+
+        wanted = {name: (key, some) for name, (key, some) in shown.items() if is_wanted(key, len(some))}
+        if not wanted:
+            return
+        features = [self.features(key).join(len(some)).features for key, some in wanted.values()]
+        images = torch.cat([some for _, some in wanted.values()])
+        found = self.trained.nearest(images, torch.cat(features))  # one pass for all weights
+        for (name, (key, _)), near in zip(wanted.items(), found.split([len(one) for one in features]), strict=True):
+            self.folder.keep_nearest(key, name, near, self.trained.title)

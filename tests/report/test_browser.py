@@ -76,17 +76,21 @@ def test_a_switch_shows_one_average_at_a_time_at_the_same_place_by_mouse_and_by_
     page = opened(browser, pages["one"], java_script_enabled=script)
     switch = page.locator(".switch").first
 
-    def shown() -> tuple[list[str], Any]:
+    def shown() -> tuple[str, list[Any]]:
+        """Whose samples, and where they and the nearest training images lie."""
         images = [image for image in switch.locator("img").all() if image.is_visible()]
-        box, around = images[0].bounding_box(), switch.bounding_box()
-        return [image.get_attribute("alt") for image in images], {**box, "y": box["y"] - around["y"]}
+        first, second = (image.get_attribute("alt") for image in images)
+        assert second == "The training image nearest to each of these samples"
+        boxes, around = [image.bounding_box() for image in images], switch.bounding_box()
+        return first, [{**box, "y": box["y"] - around["y"]} for box in boxes]
 
-    (first,), place = shown()
+    first, places = shown()
     assert first == "Samples of power_0_10"
+    assert places[1]["y"] > places[0]["y"] + places[0]["height"]
     switch.get_by_text("ema_0_999", exact=True).click()
-    assert shown() == (["Samples of ema_0_999"], place)
+    assert shown() == ("Samples of ema_0_999", places)
     page.keyboard.press("ArrowRight")
-    assert shown() == (["Samples of ema_0_999_debiased"], place)
+    assert shown() == ("Samples of ema_0_999_debiased", places)
     page.emulate_media(media="print")
     assert all(image.is_visible() for image in switch.locator("img").all())
     page.context.close()

@@ -11,6 +11,7 @@ import yaml
 
 from ddpm_ema import report
 from ddpm_ema.errors import UserError
+from ddpm_ema.report import compare
 from ddpm_ema.report.compare import chosen
 from ddpm_ema.report.reading import read
 
@@ -99,7 +100,7 @@ def test_runs_that_differ_in_their_seed_alone_are_read_together(tmp_path: Path) 
     page, sentence = report.write(runs)
     assert sentence == "Over 4 training seeds: power_0_10 is better than raw."
     text = page.read_text()
-    assert "\N{MINUS SIGN}3.050 ± 0.065" in text  # mean of the four, and its standard error
+    assert "\N{MINUS SIGN}3.050\N{NO-BREAK SPACE}± 0.065" in text  # mean of the four, and its standard error
     assert "The distances of these runs cannot be compared" not in text
 
 
@@ -114,3 +115,30 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_seeds_of_one_run(tmp_pa
     settings["training"]["batch_size"] = 32
     (b / "config.yaml").write_text(yaml.safe_dump(settings))
     assert "Over 2 training seeds" not in report.write([a, b])[1]
+
+
+def test_what_seeds_say_is_computed_once_for_page_and_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, asked = [seeded(tmp_path / str(seed), seed, -3.0 + seed / 10) for seed in range(3)], []
+    monkeypatch.setattr(compare, "seeds", lambda compared, real=compare.seeds: asked.append(compared) or real(compared))
+    page, sentence = report.write(runs)
+    assert sentence == "Over 3 training seeds: power_0_10 is better than raw."
+    assert (
+        "<h1>Over 3 training seeds: <code>power_0_10</code> is better than <code>raw</code>.</h1>" in page.read_text()
+    )
+    assert len(asked) == 1
+
+
+def test_a_run_whose_best_is_a_candidate_of_a_sweep_speaks_by_its_distance(tmp_path: Path) -> None:
+    swept = [fake_run.row("power_0_12", 3.5, 0.3, delta=(-5.5, 0.5), sweep="std", std=0.12)]
+    a = scored(tmp_path / "a", 4.0, sweep=swept, may_be_best=["power_0_12"])
+    (run, _) = chosen([read(a), read(scored(tmp_path / "b", 4.2))])
+    assert run.best is not None
+    assert (run.best.weights, run.best.distance) == ("power_0_12", 3.5)
+
+
+def test_the_samples_of_several_runs_begin_with_the_first_one_s_best_and_have_what_lies_nearest(tmp_path: Path) -> None:
+    text = report.write([fake_run.make_run(tmp_path / name) for name in "ab"])[0].read_text()
+    assert ' checked><label for="gallery1-2">a power_0_10</label>' in text
+    assert text.count(" checked>") == 1
+    assert text.count(fake_run.NEAREST) == 4
+    assert "a. With dpm_solver++ in 25 steps and 6,000 images per average: ship <code>power_0_10</code>." in text

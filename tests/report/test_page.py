@@ -13,6 +13,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fake_run
 import pytest
@@ -141,13 +142,41 @@ def test_each_grid_is_a_switch_between_the_pictures_of_its_weights_which_begins_
     page: Page,
 ) -> None:
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 4 * (1 + len(fake_run.FIGURES))  # of the scoring, and the first, middle and last of training
+    # Of the scoring, with what lies nearest, and the first, middle and last of training.
+    assert len(sources) == 4 * (1 + len(fake_run.FIGURES)) + len(fake_run.FIGURES)
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     inputs = [attributes for tag, attributes in page.tags if tag == "input"]
     names = list(fake_run.FIGURES)
     assert [place % len(names) for place, one in enumerate(inputs) if "checked" in one] == [
         names.index("power_0_10")
     ] * 4
+
+
+def test_what_lies_nearest_to_samples_stands_below_them_and_belongs_to_their_weights_and_number(tmp_path: Path) -> None:
+    folder = fake_run.write_results(tmp_path, fake_run.results())
+    fake_run.grid(folder / "grid.png")
+    for name, columns in (("raw", 16), ("ema_0_999", 5)):
+        fake_run.nearest(folder, name, columns)
+    (shown,) = galleries(read(tmp_path), read(tmp_path).scorings)
+    found = {one.name: one.near for one in shown.pictures if one.near is not None}
+    assert [(name, near.name) for name, near in found.items()] == [("raw", fake_run.NEAREST)]
+    source = report.write(tmp_path)[0].read_text()
+    after = source[source.index('alt="Samples of raw">') :].partition("</div>")[0]
+    assert f'<p class="small">{fake_run.NEAREST}</p><img src="{found["raw"].uri}"' in after
+    assert source.count(fake_run.NEAREST) == 1
+
+
+def test_where_they_would_make_the_page_too_large_the_samples_stay(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = fake_run.write_results(tmp_path, fake_run.results())
+    fake_run.grid(folder / "grid.png")
+    (alone,) = galleries(read(tmp_path), read(tmp_path).scorings)
+    fake_run.nearest(folder, "raw")
+    for room, left in ((alone.size, "what lies nearest to the samples of "), (alone.size - 1, "")):
+        monkeypatch.setattr("ddpm_ema.report.gallery.MAX_BYTES", room)
+        record = read(tmp_path)
+        assert galleries(record, record.scorings) == ([alone] if left else [])
+        place = f"scores/{folder.name}/grid.png"
+        assert record.problems == [f"{left}{place} was left out: the page would be too large"]
 
 
 def test_a_row_of_a_grid_is_cut_out_at_the_size_of_its_images(tmp_path: Path) -> None:
@@ -371,10 +400,37 @@ def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) ->
     assert "the ring is the lowest, window_1750_3000." in page.text
 
 
+def test_a_candidate_of_a_sweep_that_the_answer_names_has_a_row_and_its_warnings_are_the_page_s(tmp_path: Path) -> None:
+    swept = fake_run.swept()["sweep"]
+    swept[5] |= {"num_images": 2000, "warnings": ["reconstructed poorly"]}
+    best = [swept[5]["weights"], "power_0_10"]
+    fake_run.write_results(tmp_path, fake_run.results(sweep=swept, may_be_best=best))
+    page = written(tmp_path)
+    assert f"ship {best[0]} . Its FD" in page.text
+    assert f"{best[0]} of a sweep, 2,000 images better" in page.text
+    assert page.text.count("of a sweep, ") == 1  # of the twelve
+    assert f"{best[0]} : reconstructed poorly" in page.text or f"{best[0]}: reconstructed poorly" in page.text
+    assert best[0] in unquote(next(a["href"] for tag, a in page.tags if a.get("download") == "scores.csv"))
+
+
+def test_better_means_closer_to_these_training_images_where_the_distance_is_from_them(tmp_path: Path) -> None:
+    for reading, says in (
+        ("training images", "is better, which here means closer to these training images."),
+        ("population", "is better. "),
+    ):
+        fake_run.write_results(tmp_path, fake_run.results(reading=reading), reading[0])
+        assert f"A lower FD (classifier) {says}" in written(tmp_path, f"00003000-{reading[0]}").text
+
+
 def test_saturation_is_warned_of_beside_the_table_and_under_the_answer(tmp_path: Path) -> None:
-    rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1), saturated=0.55)]
+    says = "90.0% of the channel values of these samples are at 0 or 255, 50.0% of the reference's"
+    rows = [fake_run.row("raw", 5.0, saturated=0.9, warnings=[says]), fake_run.row("a", 4.0, delta=(-1.0, 0.1))]
     fake_run.write_results(tmp_path, fake_run.results(rows=rows))
-    assert written(tmp_path).text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 2
+    text = written(tmp_path).text
+    assert text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 2
+    assert says not in text  # the same once more, for every row
+    fake_run.write_results(tmp_path, fake_run.results(4000, rows=rows, reference_saturated=None))
+    assert f"raw: {says}" in written(tmp_path).text
 
 
 def test_real_images_stand_above_every_grid_of_a_run_that_has_them(tmp_path: Path, page: Page) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -34,6 +35,9 @@ def problems(run: Path) -> str:
     return "\n".join(read(run).problems)
 
 
+NEAREST = f"scores/00003000-a/nearest/{hashlib.sha256(b'raw').hexdigest()[:16]}-16.png"
+
+
 @pytest.mark.parametrize("place", ["config.yaml", "samples/step-00000500.png", "scores/00003000-a/grid.png"])
 def test_what_lies_outside_the_run_directory_is_not_carried_away(tmp_path: Path, place: str) -> None:
     secret, run = tmp_path / "id_ed25519", tmp_path / "run"
@@ -56,6 +60,24 @@ def test_a_picture_is_embedded_only_if_it_is_a_png_and_a_text_only_if_it_is_sett
     assert "config.yaml was skipped: it is not a mapping of settings" in page
     assert "data:image" not in page
     assert SECRET not in page
+
+
+def test_nearest_training_images_are_embedded_by_the_rules_of_all_pictures(tmp_path: Path) -> None:
+    folder = fake_run.write_results(tmp_path / "run", fake_run.results(), digest="a")
+    fake_run.grid(folder / "grid.png")
+    near = fake_run.nearest(folder, "raw")
+    assert problems(tmp_path / "run") == ""
+    outside = near.rename(tmp_path / "outside.png")
+    near.symlink_to(outside)
+    assert f"{NEAREST} was skipped: it lies outside the run directory" in written(tmp_path / "run")
+    near.unlink()
+    near.write_text(SECRET)
+    page = written(tmp_path / "run")
+    assert f"{NEAREST} was skipped: it is not a PNG file" in page
+    assert SECRET not in page
+    near.unlink()
+    os.mkfifo(near)
+    assert f"{NEAREST} was skipped: it is not a regular file" in written(tmp_path / "run")
 
 
 @pytest.mark.parametrize("place", ["metrics.jsonl", "config.yaml", "scores/00003000-b/results.json"])
