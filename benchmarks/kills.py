@@ -1,17 +1,25 @@
 """SIGKILL at random moments of every stage; each time the end must be that of a run that nobody disturbed, bit for bit.
 
-    python benchmarks/kills.py [--kills 100] [--compiled 5] [--minutes 60] [--seed 0] [--output benchmarks/results/kills.json]
+    python benchmarks/kills.py [--kills 100] [--compiled 12] [--minutes 60] [--seed 0] [--output benchmarks/results/kills.json]
 
-A tiny run of handwritten digits is trained, scored, swept, exported and reported on once, undisturbed. Then each stage is started
-on what it started from, all its processes are killed at a moment that is uniform over its undisturbed length, and it is started
-again, until it ends by itself: a round. After each round every file must be there and equal (but for the seconds that some hold),
-and no other: what a kill left must be gone. Training, score and sweep run on two processes. Prints a table and writes JSON; ends
-with 1 if a round did not end equal.
+A tiny run of handwritten digits is trained, scored, swept, reconstructed from, exported and reported on once, undisturbed. Then each
+stage is started on what it started from, all its processes are killed at a moment that is uniform over its undisturbed length, and
+it is started again, until it ends by itself: a round. A kill counts if a process was alive. After each round every file must be
+there and equal (but for the seconds that some hold), and no other: what a kill left must be gone. Training, score and sweep run on
+two processes.
+
+Compiled training is two stages. In one each round begins with an empty cache of torch.compile, so that kills hit the compiler; every
+second one waits for a library that the linker has not finished, and leaves it torn. In the other the cache is full, so that
+kills hit the steps. Compilers are killed with the processes that started them, as a scheduler would.
+
+Prints a table and writes JSON, in place of what the file held of the same stages; ends with 1 if a round did not end equal.
+`--kills 0`, `--compiled 0` and `--only NAME` leave stages undisturbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -19,7 +27,6 @@ import os
 import platform
 import random
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -29,8 +36,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load
+from torch import Tensor, nn
+
+from ddpm_ema.compiling import _is_whole
+from ddpm_ema.train.first_lines import version
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["accelerate", "torch_fidelity", "ddpm_ema.cli", "ddpm_ema.train", "ddpm_ema.score", "ddpm_ema.export"]
@@ -59,31 +71,53 @@ SECONDS = (
 )
 
 
+class Tiny(nn.Module):
+    """Two convolutions: x_t `[n, C, H, W]`, timesteps int64 `[n]` -> `[n, outputs, H, W]`."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels + 1, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, outputs, 3, padding=1)
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        time = (timesteps / 100)[:, None, None, None].expand_as(x_t[:, :1])
+        return self.last(nn.functional.silu(self.first(torch.cat([x_t, time], dim=1))))
+
+
+def tiny(image_size: int, channels: int, out_channels: int, num_classes: int | None) -> nn.Module:
+    """What `model.factory` calls."""
+    return Tiny(channels, out_channels)
+
+
 @dataclass
 class Stage:
-    """One command, and what happened to it. `share` is its part of all kills."""
+    """One command, and what happened to it. `share` is its part of the kills in percent, 0 for compiled training."""
 
     name: str
     arguments: list[str]
     world_size: int
     share: int
+    cache: str | None = None
+    cold: bool = False
     length: float = 0.0
     kills: int = 0
+    torn: int = 0
     rounds: int = 0
     different: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def start(arguments: list[str], world_size: int, log: Path) -> list[Any]:
-    """The command on so many processes, each as a launcher would start it."""
+def start(stage: Stage, log: Path) -> list[Any]:
+    """The command of a stage on its processes, each as a launcher would start it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    processes = []
+    processes, world_size = [], stage.world_size
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         given = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(CONTEXT.Process(target=_work, args=(arguments, given if world_size > 1 else {}, str(log))))
+        given = (given if world_size > 1 else {}) | ({"TORCHINDUCTOR_CACHE_DIR": stage.cache} if stage.cache else {})
+        processes.append(CONTEXT.Process(target=_work, args=(stage.arguments, given, str(log))))
         processes[-1].start()
     return processes
 
@@ -101,21 +135,41 @@ def _work(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os._exit(code)
 
 
-def run(stage: Stage, log: Path, seconds: float | None = None) -> bool:
-    """Runs a stage, and kills it after so many seconds; whether it ended by itself."""
-    processes = start(stage.arguments, stage.world_size, log)
+def run(stage: Stage, log: Path, seconds: float | None = None, tear: bool = False) -> bool:
+    """Runs a stage, and kills it after so many seconds, or later at a torn library; whether it ended by itself."""
+    processes = start(stage, log)
     deadline = time.monotonic() + (seconds if seconds is not None else 3600)
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
+    while tear and any(process.is_alive() for process in processes) and not torn(stage):
+        time.sleep(0.001)
     killed = [process for process in processes if process.is_alive()]
     for process in killed:
-        os.kill(process.pid, signal.SIGKILL)
+        _kill(process.pid)
     for process in processes:
         process.join()
     codes = [process.exitcode for process in processes]
     if not killed and codes != [0] * stage.world_size:
         raise SystemExit(f"{stage.name} ended with {codes}:\n{log.read_text(errors='replace')[-3000:]}")
     return not killed
+
+
+def _kill(pid: int) -> None:
+    """The linker first, because it may be at work on what is to be torn."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [*reversed(process.children(recursive=True)), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def torn(stage: Stage) -> bool:
+    """Whether a library in the stage's cache of torch.compile is not whole."""
+    for path in Path(stage.cache or "").rglob("*.so"):
+        with contextlib.suppress(FileNotFoundError):
+            if not _is_whole(path):
+                return True
+    return False
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -151,8 +205,16 @@ def disturb(
     while stage.kills < kills and time.monotonic() < began + seconds:
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
-        while not run(stage, log, chance.uniform(0, stage.length) if stage.kills < kills else None):
+        if stage.cold:
+            stage.cache = tempfile.mkdtemp(dir=folder.parent)
+        while not run(
+            stage,
+            log,
+            chance.uniform(0, stage.length) if stage.kills < kills else None,
+            tear=stage.cold and stage.kills % 2 == 1 and stage.kills < kills,
+        ):
             stage.kills += 1
+            stage.torn += stage.cold and torn(stage)
             if stage.name == "export" and content(folder) == wanted:
                 break  # killed after its last write; a folder that holds a pipeline is refused
         stage.rounds += 1
@@ -166,74 +228,79 @@ def disturb(
 
 
 def stages(folder: Path, settings: Path) -> list[Stage]:
-    run = str(folder)
+    run, train = str(folder), ["train", "--config", str(settings)]
+    targets = [word for name in ("power_0_06", "power_0_12", "bias_corrected_0_9") for word in ("--target", name)]
     return [
-        Stage("train", ["train", "--config", str(settings)], 2, 40),
-        Stage("score", ["score", run], 2, 20),
-        Stage("sweep", ["sweep", run, "--evaluation.sweep.stds", "0.06:0.15:3"], 2, 20),
-        Stage("export", ["export", run, "power_0_10"], 1, 10),
-        Stage("report", ["report", run], 1, 10),
+        Stage("train", train, 2, 30),
+        Stage("score", ["score", run], 2, 15),
+        Stage("sweep", ["sweep", run, "--evaluation.sweep.stds", "0.06:0.15:3"], 2, 15),
+        Stage("reconstruct", ["reconstruct", run, *targets], 1, 15),
+        Stage("export", ["export", run, "power_0_10"], 1, 12),
+        Stage("report", ["report", run], 1, 13),
     ]
 
 
-def measure(base: Path, kills: int, compiled: int, minutes: float, chance: random.Random) -> Iterator[Stage]:
-    """Each stage, when it is done."""
+def compiled(settings: Path, cache: Path) -> list[Stage]:
+    """Of `tiny`, because compiling a U-Net takes minutes where cores are busy. The first stage's undisturbed run fills the cache."""
+    short = ["--training.steps", "20", "--training.sample_every", "0"]
+    small = ["--training.compile", "true", "--model.factory", "benchmarks.kills:tiny", *short]
+    train = ["train", "--config", str(settings), *small]
+    return [
+        Stage("train, compiled, cold", train, 2, 0, str(cache), cold=True),
+        Stage("train, compiled, warm", train, 2, 0, str(cache)),
+    ]
+
+
+def measure(arguments: argparse.Namespace, base: Path, chance: random.Random) -> Iterator[Stage]:
+    """Each stage, when it is done: compiled training first, then the others, each on what the one before it left."""
+    kills, extra, minutes = arguments.kills, arguments.compiled, arguments.minutes
     folder, settings = base / "run", base / "settings.yaml"
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(base / "inductor")  # before the server of processes starts
     tree = {**SETTINGS, "output_dir": str(folder), "data": {**SETTINGS["data"], "cache_dir": str(base / "cache")}}
     settings.write_text(json.dumps(tree))
     run(Stage("features", ["features", "--config", str(settings)], 1, 0), base / "features.log")
-    every = stages(folder, settings)
-    if compiled:
-        every.append(Stage("train, compiled", [*every[0].arguments, "--training.compile", "true"], 2, 0))
     first = last = base / "state"
     shutil.copytree(folder, first)
-    total = sum(stage.share for stage in every)
+    every = compiled(settings, base / "inductor") * bool(extra) + stages(folder, settings) * bool(kills)
     for stage in every:
-        if not stage.share:
-            last = first
-            shutil.rmtree(folder)
-            shutil.copytree(first, folder)
         began = time.monotonic()
         run(stage, base / f"{stage.name}.log")
         stage.length = time.monotonic() - began
         after = base / f"state after {stage.name}"
         shutil.copytree(folder, after)
-        share = round(kills * stage.share / total) if stage.share else compiled
-        disturb(stage, folder, last, after, share, 60 * minutes * (stage.share or total) / total, chance)
-        yield stage
+        if not arguments.only or stage.name in arguments.only:
+            part, wanted = (stage.share / 100, kills) if stage.share else (1 / 2, extra)
+            disturb(stage, folder, last, after, round(wanted * part), 60 * minutes * part, chance)
+            yield stage
+        last = after if stage.share else first
         shutil.rmtree(folder)
-        shutil.copytree(after, folder)
-        last = after
+        shutil.copytree(last, folder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="of train, score, sweep, export and report together")
-    parser.add_argument("--compiled", type=int, default=5, help="of compiled training, beside these")
+    parser.add_argument("--kills", type=int, default=100, help="of the stages but compiled training")
+    parser.add_argument("--compiled", type=int, default=12, help="of compiled training, beside these")
     parser.add_argument("--minutes", type=float, default=60.0, help="at most, for these; as much again for compiled")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the stages to kill (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kills.json"))
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(PRELOAD)
-    began, chance, kills, done = time.monotonic(), random.Random(arguments.seed), 0, []
+    began, chance, kills = time.monotonic(), random.Random(arguments.seed), 0
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "version": version(), "seed": arguments.seed}
+    before = json.loads(arguments.output.read_text())["stages"] if arguments.output.exists() else []
+    done: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as base:
-        for stage in measure(Path(base), arguments.kills, arguments.compiled, arguments.minutes, chance):
-            kills += stage.kills
-            done.append({key: value for key, value in asdict(stage).items() if key != "arguments"})
-            machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-            found = {
-                **machine,
-                "seed": arguments.seed,
-                "kills": kills,
-                "seconds": time.monotonic() - began,
-                "stages": done,
-            }
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{'stage':<16} processes  length s  kills  rounds  equal  seconds")
+        for stage in measure(arguments, Path(base), chance):
+            done.append({key: value for key, value in asdict(stage).items() if key not in ("arguments", "cache")})
+            done[-1] |= machine
+            every = [one for one in before if one["name"] not in {own["name"] for own in done}] + done
+            kills = sum(one["kills"] for one in every)
+            arguments.output.write_text(json.dumps({"kills": kills, "stages": every}, indent=1) + "\n")
+    print(f"{'stage':<21} processes  length s  kills  torn  rounds  equal  seconds")
     for s in done:
-        figures = f"{s['world_size']:>9}  {s['length']:>8.1f}  {s['kills']:>5}  {s['rounds']:>6}"
-        print(f"{s['name']:<16} {figures}  {'no' if s['different'] else 'yes':>5}  {s['seconds']:>7.0f}")
+        figures = f"{s['world_size']:>9}  {s['length']:>8.1f}  {s['kills']:>5}  {s['torn']:>4}  {s['rounds']:>6}"
+        print(f"{s['name']:<21} {figures}  {'no' if s['different'] else 'yes':>5}  {s['seconds']:>7.0f}")
     print(f"{kills} kills in {time.monotonic() - began:.0f} s")
     return int(any(stage["different"] for stage in done))
 

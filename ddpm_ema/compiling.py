@@ -7,8 +7,10 @@ truncated libraries are deleted before anything is compiled.
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +35,14 @@ def prepare(setting: str, tell: Callable[[str], object] = logger.info) -> None:
         if _is_cut_off(path):
             path.unlink(missing_ok=True)
             tell(f"{path}: was cut off by a kill while torch.compile wrote it; deleted, to be compiled again")
+    # Two remarks of torch that ask nothing of a user would stand among the first lines of every log.
+    warnings.filterwarnings("ignore", message=r"Dynamo detected a call to a `functools\.lru_cache`-wrapped")
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
     tell(f"compiling the network ({setting}): the first step may take minutes, on busy cores many")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def _is_cut_off(path: Path) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import numpy
 import psutil
 import pytest
+import torch
 
 from ddpm_ema import compiling
 from ddpm_ema.errors import StoppedError, UserError
@@ -53,6 +57,27 @@ def test_a_library_whose_linker_may_be_at_work_gets_time(tmp_path: Path, monkeyp
     monkeypatch.setattr(time, "sleep", lambda seconds: path.write_bytes(library) if seconds > 5 else None)
     compiling.prepare("training.compile")
     assert path.read_bytes() == library
+
+
+def test_two_remarks_of_torch_are_not_shown_and_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(cpp_extension.logger, "handlers", [handler])
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        compiling.prepare("training.compile")
+        half = functools.lru_cache(lambda: 0.5)
+        torch.compile(lambda x: x * half(), backend="eager")(torch.ones(2))
+        cpp_extension._find_cuda_home()
+        warnings.warn("Dynamo detected something else", stacklevel=1)
+        cpp_extension.logger.warning("the compiler is %s", "old")
+    assert [str(warning.message) for warning in shown] == ["Dynamo detected something else"]
+    assert [record.getMessage() for record in records] == ["the compiler is old"]
 
 
 def test_a_compiler_killed_by_a_stop_is_a_stop() -> None:

@@ -30,7 +30,7 @@ STEPS = 60
 TIMEOUT = 10
 # What a launcher and a rank need besides the timeout: the roll call of the ranks, and leaving Python.
 GRACE = 30
-START = 120
+START = 600  # with other work on the same cores
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -143,10 +143,13 @@ def test_a_preempted_job_saves_goes_back_into_the_queue_and_finishes_under_its_o
 
 def test_a_job_near_its_time_limit_is_told_to_save_and_goes_back_into_the_queue(cluster: Cluster, tmp_path: Path):
     output = tmp_path / "run"
-    near = ("--time=2", "--signal=TERM@60")  # Slurm counts in minutes, and looks every half minute
+    near = (
+        "--time=3",
+        "--signal=TERM@60",
+    )  # Slurm counts in minutes, looks every half minute, and a rank may take one to start
     arguments = settings(output, steps=100_000, checkpoints__every=50_000)[1:]
     job, log = cluster.submit("configs/slurm/train.sbatch", *arguments, options=near)
-    cluster.wait_for(job, log, "PENDING", "RUNNING", restarts=1, seconds=240)
+    cluster.wait_for(job, log, "PENDING", "RUNNING", restarts=1, seconds=400)
     cluster.command("scancel", job)
     assert "back into the queue" in log.read_text()
     assert 0 < newest(output) < 50_000, "saved out of turn, because it was told to"
