@@ -62,6 +62,7 @@ everything("another")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+@pytest.mark.slow
 def test_another_user_scores_reports_exports_and_loads_what_root_wrote_under_umask_022() -> None:
     with tempfile.TemporaryDirectory() as base:  # pytest's own folders are closed to others
         os.chmod(base, 0o777)
