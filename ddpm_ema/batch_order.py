@@ -1,7 +1,5 @@
 """Which images each step trains on, and which process takes which: functions of (seed, step), with nothing to restore."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

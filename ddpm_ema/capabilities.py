@@ -1,7 +1,5 @@
 """What this machine can do, asked before any data is read."""
 
-from __future__ import annotations
-
 import os
 import shutil
 

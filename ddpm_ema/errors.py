@@ -1,7 +1,5 @@
 """Errors that a user can cause, with their exit codes. One message: what, where, what to do."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Draws labelled rows of images as one picture."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ with their exit code: 0 done, 2 bad input, 3 diverged, 75 saved and to be starte
 crash. Options, rendezvous and environment are torchrun's. The scheduler restarts: leave --max-restarts at 0.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """What a stage tells a person goes to the logger `ddpm_ema`, which a caller can configure or silence like any other; and its bar."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Settings to a network: the U-Net of Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B, or one of `model.factory`."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import math

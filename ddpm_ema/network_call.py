@@ -1,7 +1,5 @@
 """How a network is called: diffusers' U-Net in its way, a network of `model.factory` as (x_t, timesteps, labels) -> prediction."""
 
-from __future__ import annotations
-
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -1,7 +1,5 @@
 """Options of the commands that take no settings: apart from their modules, so that `--help` does not wait for torch."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batch-norm statistics of averaged weights: estimated anew, on training images noised as in training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command `ddpm-ema reconstruct`: a run's snapshots → files of averages that were not stored, and plans of what to store."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Image i is a function of (seed, i, weights, sampler) alone. Nothing here touches
 processes, the batch size and the order of the images change an image by rounding at most.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 

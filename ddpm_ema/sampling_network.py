@@ -1,7 +1,5 @@
 """The network that samples, in scoring and in previews: compiled once, weights loaded into it in place, predictions guided."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias

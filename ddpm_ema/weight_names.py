@@ -6,8 +6,6 @@ A name is `raw`, an average's, that of a profile to reconstruct, or a diffusers 
 `+` averages the predictions of several (an ensemble). A number has one spelling: `power_0_1` is read as `power_0_10`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Collection, Mapping

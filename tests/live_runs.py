@@ -4,8 +4,6 @@ A process gets the environment that torchrun would give it, runs what `scripts/t
 so it can be killed, stopped and restarted like one. Tests of the launchers themselves start the launchers.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

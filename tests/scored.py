@@ -1,7 +1,5 @@
 """Run directories to score, made by hand: a tiny network, weights that differ, snapshots, a classifier nobody trained."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

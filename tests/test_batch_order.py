@@ -1,7 +1,5 @@
 """Each image comes once per epoch, and no batch depends on how it is split over processes and micro-batches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

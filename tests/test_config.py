@@ -1,7 +1,5 @@
 """Settings: every error at once, with its key path and the nearest name, and nothing written before they hold."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

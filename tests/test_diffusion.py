@@ -1,7 +1,5 @@
 """The objective, against closed forms, diffusers' own formulas and computations done another way."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Every command and code block of the documentation runs as printed, or says why it does not."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

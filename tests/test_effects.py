@@ -1,7 +1,5 @@
 """What must agree is said at each setting, and the three comparisons follow it: resuming, scoring a run, naming a scoring."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

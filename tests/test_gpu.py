@@ -1,7 +1,5 @@
 """What can only be seen on a CUDA device. Never needed to pass elsewhere."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Keyed random numbers: the published generator, right distributions, and no dependence on how work is split."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The launcher ends with the exit code of its ranks, and lets them save before it does."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """scripts/reconstruct.py: snapshots of a run → files of averages that training did not store, and how far each can be trusted."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

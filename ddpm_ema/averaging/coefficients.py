@@ -10,8 +10,6 @@ here. Karras et al. 2024 (arXiv 2312.02696, section 3.2) introduced combining st
 weightings (appendix C.3), which is the expected error if the parameters are white noise.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Collect tensors that are split over ranks, one at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

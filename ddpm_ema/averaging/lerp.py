@@ -1,7 +1,5 @@
 """The arithmetic of an update, over many tensors and many averages at once. Nothing here waits for a device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A module that computes with an average's weights, beside the model that is trained."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Named tensors: names without wrapper prefixes, shares of ranks, bounded parts, and strict comparison."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 

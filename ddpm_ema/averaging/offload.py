@@ -1,7 +1,5 @@
 """Averages in host memory of a model on an accelerator; the transfer overlaps the next step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any

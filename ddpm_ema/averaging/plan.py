@@ -1,7 +1,5 @@
 """What to store of a future training run: which averages, how often, and the predicted errors of reconstructions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

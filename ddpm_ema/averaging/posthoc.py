@@ -3,8 +3,6 @@
 `coefficients.py` computes the coefficients. Tensors are read one file at a time, a bounded part of the model at a time.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

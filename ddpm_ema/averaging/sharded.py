@@ -1,7 +1,5 @@
 """Tensors that `fully_shard` or DTensor split over processes: local shards, whole tensors, and copies between the two."""
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any

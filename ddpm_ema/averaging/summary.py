@@ -1,7 +1,5 @@
 """A table of averages as they will be at the end of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from ddpm_ema.averaging.profiles import Profile

@@ -4,8 +4,6 @@ A configuration is YAML validated by pydantic: an unknown key is an error, and v
 file, `parse` for a command line.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.config.agreement import chosen, differing, effects
 from ddpm_ema.config.command_line import parse, resolve, show_help, split
 from ddpm_ema.config.loading import digest, load, require_named, to_dict, to_yaml, validate

@@ -1,7 +1,5 @@
 """`python -m ddpm_ema.config > docs/settings.md`: the page of settings, made from the settings."""
 
-from __future__ import annotations
-
 from ddpm_ema.config.agreement import effects
 from ddpm_ema.config.command_line import flat, kind, written
 from ddpm_ema.config.settings import Config, sections

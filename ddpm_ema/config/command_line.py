@@ -1,7 +1,5 @@
 """The command line of a stage: `[RUN] [--config FILE] [--section.setting VALUE ...]` → settings, and the settings → `--help`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import textwrap

@@ -3,8 +3,6 @@
 Every error has its key path, the nearest name, and the place its value came from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

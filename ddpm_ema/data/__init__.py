@@ -4,8 +4,6 @@
 pixels; `decode` reads all images once, `cache` keeps them in a file; `dataset` is what the rest of the program holds.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.data.dataset import HELD_OUT, ImageDataset, load
 
 __all__ = ["HELD_OUT", "ImageDataset", "load"]

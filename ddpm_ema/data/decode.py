@@ -1,7 +1,5 @@
 """Decodes every image of a source once, in order, with one thread per core."""
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

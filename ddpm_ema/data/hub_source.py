@@ -1,7 +1,5 @@
 """Hugging Face Hub image sets, through `datasets` (the extra `hub`): by name, a local folder, or one saved to disk."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A data source: images by index, labels, and what identifies them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """torchvision's image sets by name. Importing this imports torchvision, which takes seconds."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import re

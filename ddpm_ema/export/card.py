@@ -1,7 +1,5 @@
 """The model card (README.md) of an exported pipeline: what the weights are, how they were made, how good they are, how to use them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`export`: named weights of a run → a diffusers pipeline folder, which appears whole or not at all."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

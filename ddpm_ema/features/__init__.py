@@ -4,8 +4,6 @@
 recorded), `classifier` (our own network and its training).
 """
 
-from __future__ import annotations
-
 from ddpm_ema.features.classifier import (
     Architecture,
     Classifier,

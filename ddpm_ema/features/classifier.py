@@ -1,7 +1,5 @@
 """A small classifier trained on the data set itself: features for images unlike ImageNet's, without a download."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Images → features: one object for Inception, any timm backbone, and our own classifier."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The published file is a pickle, and torch-fidelity opens it without restriction.
 those bytes are handed over. Other weights are taken only as safetensors, which hold no code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import urllib.error

@@ -3,8 +3,6 @@
 The file is read once: its sha256 is that of the very bytes that become the network. No code is fetched from anywhere.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import re

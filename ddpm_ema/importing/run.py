@@ -4,8 +4,6 @@ Every file becomes a snapshot. Where settings can express the network, the newes
 sweeps, report and export work. For any other network averages can be reconstructed.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

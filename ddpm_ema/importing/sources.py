@@ -1,7 +1,5 @@
 """What other programs stored: which files, of which step, averaged by which profile, and how to read their tensors."""
 
-from __future__ import annotations
-
 import glob
 import pickle
 import re

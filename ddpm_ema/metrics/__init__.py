@@ -5,8 +5,6 @@
 and recall), `reference` (what samples are compared with, cached by content).
 """
 
-from __future__ import annotations
-
 from ddpm_ema.metrics.comparisons import ALPHA, Verdict, against_raw, may_be_best
 from ddpm_ema.metrics.frechet import FrechetReference
 from ddpm_ema.metrics.jackknife import Estimate, Side, difference, estimate_distance

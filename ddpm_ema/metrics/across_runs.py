@@ -12,8 +12,6 @@ A difference holds across runs where Student's t of its R values, with R - 1 deg
 averages, says so. Sampling errors need no term of their own there: they are part of the spread of the R values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

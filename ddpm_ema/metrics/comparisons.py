@@ -8,8 +8,6 @@ another average is below it at ALPHA / (K − 1), one-sided, in a table of K wei
 it where some average is better. That an average is not in the set does not make it worse than any particular other one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -3,8 +3,6 @@
 k(x, y) = (x·y / d + 1)³. The mean over subsets that published figures are is an estimate of the same number, from fewer pairs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

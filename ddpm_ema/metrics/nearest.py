@@ -3,8 +3,6 @@
 The latter is Meehan, Chaudhuri & Dasgupta 2020. Distances are Euclidean, between features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

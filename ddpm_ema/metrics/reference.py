@@ -1,7 +1,5 @@
 """What samples are compared with: statistics of a whole data set, cached by content, or a published file of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

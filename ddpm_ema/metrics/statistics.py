@@ -1,7 +1,5 @@
 """Means and covariances of features, in float64."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

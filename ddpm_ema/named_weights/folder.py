@@ -4,8 +4,6 @@ Nothing in such a folder is trusted: the files that count are named, a pickle is
 once its size is known to be that of the weights beside it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

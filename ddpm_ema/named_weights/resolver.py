@@ -1,7 +1,5 @@
 """Names → weights: raw, averages, reconstructed ones, earlier steps, diffusers folders, and ensembles of them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Importing this loads no torch; reading or writing tensors does.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.rundir.checkpoint import Checkpoint
 from ddpm_ema.rundir.directory import RunDir
 from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors

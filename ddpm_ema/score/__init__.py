@@ -7,8 +7,6 @@
 on), `checkpoints`, `quick`.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.score.quick import while_training
 from ddpm_ema.score.run import run
 

@@ -4,8 +4,6 @@ A batch is what all processes finished in one round. It says which images it hol
 processes and any batch size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

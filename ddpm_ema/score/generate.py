@@ -1,7 +1,5 @@
 """Weights → features of the images that they generate, on one process, which knows nothing of the others."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property

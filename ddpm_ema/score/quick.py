@@ -1,7 +1,5 @@
 """Quick scorings while a run trains: few images, all processes, and only the rows are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """What samples are compared with: every image of a split, once, unflipped; or a file of statistics."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The content of results.json, and the table that a person sees."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """Features of one set of weights → its row of results.json: distance with error bars, KID, precision, recall."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

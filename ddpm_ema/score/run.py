@@ -1,7 +1,5 @@
 """`run`: from settings to results.json, grid and table, for every checkpoint asked for."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Scores the weights of one checkpoint, on one process: says which images are missing, takes their features, keeps rows."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Which width is best, with few images on poor candidates and many on close ones: a bracketing search on a grid."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 

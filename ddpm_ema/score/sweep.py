@@ -1,7 +1,5 @@
 """Averages of other widths, reconstructed from snapshots and scored: the sweep, or a search for its best."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

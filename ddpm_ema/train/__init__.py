@@ -4,8 +4,6 @@ Everything random is a function of (seed, step, position in the global batch), s
 process, eight, or micro-batches of one image see the same numbers (docs/training.md has the exact guarantees).
 """
 
-from __future__ import annotations
-
 from ddpm_ema.train.dry_run import dry_run
 from ddpm_ema.train.loop import run
 from ddpm_ema.train.step import train_step

@@ -1,7 +1,5 @@
 """Checkpoints and snapshots of a run: collected from all ranks, copied to host memory, written in the background by rank 0."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from pathlib import Path

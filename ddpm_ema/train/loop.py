@@ -1,7 +1,5 @@
 """A run from its last checkpoint to its end, or to the step at which it is asked to stop."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The metrics of a run: means over the steps since the last row, rows of metrics.jsonl, trackers, and progress for a person."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import time

@@ -1,7 +1,5 @@
 """The optimizer, and its state as tensors with names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """One optimizer step: micro-batches, the loss of every image, clipping, and the check that all of it is finite."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from typing import Any

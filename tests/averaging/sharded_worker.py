@@ -3,8 +3,6 @@
 Each scenario compares with the bank of an unsharded model in the same process. What went wrong is written to FOLDER/RANK.json.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import traceback

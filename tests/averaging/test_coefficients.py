@@ -1,7 +1,5 @@
 """Which combination of stored averages is nearest to another: the fit, its predictions, its warnings, and refused input."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A pickle is told by its first bytes, and no safetensors file is taken for one."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 

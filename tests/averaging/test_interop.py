@@ -1,7 +1,5 @@
 """Other libraries' averages: read with the profile they really have, written so that those libraries go on with ours."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

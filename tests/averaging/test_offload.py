@@ -1,7 +1,5 @@
 """Averages in host memory: the same numbers, later; nothing lost between the caller and the thread."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

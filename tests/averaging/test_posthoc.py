@@ -1,7 +1,5 @@
 """Any average after the fact, from files: snapshots, streaming, the check of what was predicted, and refused input."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

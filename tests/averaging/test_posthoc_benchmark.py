@@ -1,7 +1,5 @@
 """benchmarks/posthoc.py on made-up runs: its figures are those of the averages it compares."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

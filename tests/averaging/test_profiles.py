@@ -1,7 +1,5 @@
 """Profiles: decays and weightings against closed forms, composition, meaning, and refused values."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -1,7 +1,5 @@
 """A bank over shards equals the unsharded bank bit for bit, on 2 and 3 processes; see sharded_worker.py for the scenarios."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """A bank split over ranks: balanced, equal to the unsplit one bit for bit, and brought together by name."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Named weights become a diffusers pipeline folder: the same weights, loadable, described, whole or not there at all."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Our classifier as a torch-fidelity feature extractor. Imported where it is needed only: torch-fidelity takes a second to load."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

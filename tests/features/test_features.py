@@ -1,7 +1,5 @@
 """Extractors: the classifier and its training, weights checked before they are opened, and agreement with torch-fidelity."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

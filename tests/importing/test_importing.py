@@ -1,7 +1,5 @@
 """Runs that other programs trained: imported as a run directory that reconstructs, sweeps, reports and exports."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

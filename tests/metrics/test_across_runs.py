@@ -1,7 +1,5 @@
 """Runs of several training seeds: hand-computed tables, and simulations whose truth is known."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The jackknife on Gaussian features whose true distances are known: bias, standard errors, pairing, coverage."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

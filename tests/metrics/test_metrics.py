@@ -1,7 +1,5 @@
 """Statistics, the Fréchet distance, KID, precision and recall, and reference statistics kept by content."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A name → weights: what each means, what its key holds, and that every stage finds the same ones under it."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

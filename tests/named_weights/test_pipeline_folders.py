@@ -1,7 +1,5 @@
 """Other people's pipelines: scored as what they are, from their folder alone; anything odd in one is a message."""
 
-from __future__ import annotations
-
 import gc
 import json
 import pickle

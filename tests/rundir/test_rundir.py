@@ -1,7 +1,5 @@
 """The run directory: files that appear whole or not at all, checkpoints in order of their steps, results set aside."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Real images beside the reference's: what a perfect generator would reach, and what nearness to training images means."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from scored import again, make_run, results

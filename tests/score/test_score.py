@@ -1,7 +1,5 @@
 """Scoring: what a name means, what a row says, and what does and does not change the numbers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

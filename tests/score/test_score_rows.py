@@ -1,7 +1,5 @@
 """A scoring's book-keeping: a row belongs to the bytes of its weights, to versions and device, and to the images it is of."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

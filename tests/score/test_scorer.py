@@ -1,7 +1,5 @@
 """What a scorer asks for and what it keeps, without processes: features come from a formula, not from a network."""
 
-from __future__ import annotations
-
 import shutil
 from types import SimpleNamespace
 

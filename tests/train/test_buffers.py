@@ -1,7 +1,5 @@
 """A network with buffers: every stage carries them, and averages get batch-norm statistics of their own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

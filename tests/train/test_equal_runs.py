@@ -1,7 +1,5 @@
 """One run is the same run on any number of processes, in micro-batches, under any launcher, and whatever else it makes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A run that is killed goes on bit equal; one that is asked to stop saves and ends with 75."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
