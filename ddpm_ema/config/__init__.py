@@ -17,27 +17,3 @@ from ddpm_ema.config.settings import (
     SweepSettings,
     TrainingSettings,
 )
-
-__all__ = [
-    "Config",
-    "DataSettings",
-    "DiffusionSettings",
-    "Effect",
-    "EvaluationSettings",
-    "MachineSettings",
-    "SweepSettings",
-    "TrainingSettings",
-    "chosen",
-    "differing",
-    "digest",
-    "effects",
-    "load",
-    "parse",
-    "require_named",
-    "resolve",
-    "show_help",
-    "split",
-    "to_dict",
-    "to_yaml",
-    "validate",
-]

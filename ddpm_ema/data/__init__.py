@@ -5,5 +5,3 @@ pixels; `decode` reads all images once, `cache` keeps them in a file; `dataset` 
 """
 
 from ddpm_ema.data.dataset import HELD_OUT, ImageDataset, load
-
-__all__ = ["HELD_OUT", "ImageDataset", "load"]

@@ -8,23 +8,8 @@ from ddpm_ema.features.classifier import (
     Architecture,
     Classifier,
     Trained,
-    load_classifier,
     read_metadata,
     save_classifier,
     train_classifier,
 )
-from ddpm_ema.features.extractor import CLASSIFIER, Extractor, full_precision, open_extractor
-
-__all__ = [
-    "CLASSIFIER",
-    "Architecture",
-    "Classifier",
-    "Extractor",
-    "Trained",
-    "full_precision",
-    "load_classifier",
-    "open_extractor",
-    "read_metadata",
-    "save_classifier",
-    "train_classifier",
-]
+from ddpm_ema.features.extractor import Extractor, full_precision, open_extractor

@@ -20,31 +20,3 @@ from ddpm_ema.metrics.reference import (
     reference_of,
 )
 from ddpm_ema.metrics.statistics import Statistics, check_finite, not_finite, statistics_of
-
-__all__ = [
-    "ALPHA",
-    "Estimate",
-    "FrechetReference",
-    "KernelReference",
-    "Reference",
-    "Side",
-    "Statistics",
-    "Verdict",
-    "against_raw",
-    "check_finite",
-    "content_key",
-    "difference",
-    "estimate_distance",
-    "inside",
-    "installed_version",
-    "keep",
-    "load_cached",
-    "may_be_best",
-    "neighbour_radii",
-    "not_finite",
-    "precision",
-    "read_published",
-    "recall",
-    "reference_of",
-    "statistics_of",
-]

@@ -9,5 +9,3 @@ on), `checkpoints`, `quick`.
 
 from ddpm_ema.score.quick import while_training
 from ddpm_ema.score.run import run
-
-__all__ = ["run", "while_training"]

@@ -7,6 +7,4 @@ process, eight, or micro-batches of one image see the same numbers (docs/trainin
 from ddpm_ema.train.dry_run import dry_run
 from ddpm_ema.train.loop import run
 from ddpm_ema.train.step import train_step
-from ddpm_ema.train.trainer import Trainer, build
-
-__all__ = ["Trainer", "build", "dry_run", "run", "train_step"]
+from ddpm_ema.train.trainer import build
