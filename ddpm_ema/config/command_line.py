@@ -69,14 +69,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
 
 
 def show_help(program: str, summary: str, config: Config, first: Sequence[str] = ()) -> None:
-    """Prints every setting with its type, its meaning, its default, and its value where that differs.
-
-    Args:
-        program: start of the usage line.
-        summary: what the stage does.
-        config: the values.
-        first: key paths of the sections to print first.
-    """
+    """Prints every setting with its type, its meaning, its default, and its value where that differs; sections of `first` first."""
     width = min(120, shutil.get_terminal_size().columns)
     values, defaults = flat(config), flat(Config())
     print(f"usage: {program} [RUN] [--config FILE] [--section.setting VALUE ...]\n\n{summary}\n")

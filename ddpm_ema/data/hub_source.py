@@ -15,12 +15,8 @@ from ddpm_ema.errors import UserError
 def open_hub(name: str, split: str) -> Source:
     """Opens a Hub data set: its first column of images, and its first ClassLabel column as labels.
 
-    Args:
-        name: `owner/set`, `owner/set:subset`, or a local folder that `datasets` reads.
-        split: one of its splits.
-
-    Raises:
-        UserError: the extra `hub` is not installed, or the set, the split or an image column is missing.
+    `name` is `owner/set`, `owner/set:subset`, or a local folder that `datasets` reads. Raises UserError where the extra `hub` is
+    not installed, or the set, the split or an image column is missing.
     """
     try:
         import datasets

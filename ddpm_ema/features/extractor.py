@@ -59,21 +59,7 @@ class Extractor:
         return f"{re.sub(r'[^A-Za-z0-9_.]+', '_', self.name)}-{self.sha256[:12]}"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: uint8 [n, 1 or 3, h, w]; n may be 0.
-
-        Returns:
-            fp32 [n, dim], on the extractor's device.
-
-        Raises:
-            ValueError: another dtype or shape.
-        """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images must be uint8 [n, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}")
-        if not len(images):
-            return torch.zeros(0, self.dim, device=self.device)
+        """uint8 images [n, 1 or 3, h, w], at least one -> features fp32 [n, dim], on the extractor's device."""
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         return torch.cat([self._features(batch) for batch in images.split(self.batch_size)])
@@ -110,17 +96,10 @@ def split_entry(entry: str) -> tuple[str, Path | None]:
 def open_extractor(
     entry: str, output_dir: Path, device: torch.device | str = "cpu", batch_size: int = 256
 ) -> Extractor:
-    """The extractor that an entry of `evaluation.extractors` names.
+    """The extractor that an entry of `evaluation.extractors` names; without a file the classifier lies in `output_dir`.
 
-    Args:
-        entry: `classifier`, `inception-v3-compat` or `timm:MODEL`, with `=FILE` for a weights file.
-        output_dir: where the classifier lies without a file.
-        device: where it runs.
-        batch_size: most images per pass.
-
-    Raises:
-        UserError: an unknown name, missing weights that cannot be downloaded, a damaged file or a wrong sha256. Nothing is
-            unpickled before its sha256 is checked.
+    Raises UserError for an unknown name, missing weights that cannot be downloaded, a damaged file or a wrong sha256. Nothing is
+    unpickled before its sha256 is checked.
     """
     name, file = split_entry(entry)
     network: nn.Module

@@ -24,12 +24,8 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 def open_inception(path: Path | None) -> tuple[nn.Module, str, str, bool]:
     """The network, the sha256 of its file, its layer, and whether its weights are the published ones.
 
-    Args:
-        path: a weights file; None means the published one in torch's hub folder, which is downloaded once.
-
-    Raises:
-        UserError: torch-fidelity is not installed; the file is missing and cannot be downloaded, is of another network, or is
-            no safetensors file and its sha256 is not the published one.
+    A `path` of None means the published file in torch's hub folder, which is downloaded once. Raises UserError where torch-fidelity
+    is not installed, or the file is missing, of another network, or neither safetensors nor the published one.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception

@@ -23,19 +23,12 @@ from ddpm_ema.metrics.comparisons import ALPHA, holm
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over R runs, with the variance between them split.
-
-    Attributes:
-        mean: over the runs.
-        stderr: of the mean, from the spread of the runs.
-        sampling_std: root mean square of the standard errors within a run.
-        training_std: what the training seed adds; 0 where the runs spread no more than sampling explains.
-    """
+    """Mean over R runs, with the variance between them split."""
 
     mean: float
-    stderr: float
-    sampling_std: float
-    training_std: float
+    stderr: float  # of the mean, from the spread of the runs
+    sampling_std: float  # root mean square of the standard errors within a run
+    training_std: float  # what the training seed adds; 0 where the runs spread no more than sampling explains
 
 
 @dataclass(frozen=True)

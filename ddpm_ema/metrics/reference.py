@@ -82,16 +82,9 @@ def installed_version(package: str) -> str:
 def reference_of(
     features: Tensor, key: Mapping[str, Any], saturated: float | None = None, noise: Tensor | None = None
 ) -> Reference:
-    """The reference of all images of a set, each once, unflipped.
+    """The reference of all images of a set, each once, unflipped: their features, float32 `[n, d]`, and those of pure `noise`.
 
-    Args:
-        features: of the images, float32 `[n, d]`.
-        key: from `content_key`.
-        saturated: share of the images' channel values at 0 or 255.
-        noise: features of images of pure noise, float32 `[k, d]`.
-
-    Raises:
-        UserError: fewer than 2 images.
+    `key` is of `content_key`. Raises UserError for fewer than 2 images.
     """
     count, dim = features.shape
     notes = (f"the reference has {count} images for {dim} feature dimensions",) if count <= dim else ()

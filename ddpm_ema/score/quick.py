@@ -27,12 +27,7 @@ def while_training(
     """Prepares quick scorings of raw and every average over `evaluation.every_num_images` images, the same at every step.
 
     They have a network of their own and touch no random generator, so training goes on bit-equal to a run that does not score.
-    Only the first of `evaluation.extractors` is used.
-
-    Args:
-        config: the settings.
-        processes: all ranks call this and the function that it returns.
-        dataset: what the run trains on.
+    Only the first of `evaluation.extractors` is used. All ranks call this and the function that it returns.
 
     Returns:
         (completed steps, a collective that gives full fp32 CPU weights by name) -> rows as in results.json, on every rank.

@@ -20,11 +20,9 @@ SCHEMA = 3
 
 
 def sampling_settings(config: Config, labels: Tensor | None = None) -> dict[str, Any]:
-    """The settings that change the images sampled from given weights. Their digest names the folder of the images.
+    """The settings that change the images sampled from given weights, those marked SAMPLES; an inert one counts as None.
 
-    Args:
-        config: of whose settings those count that are marked SAMPLES; an inert one counts as None.
-        labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
+    Their digest names the folder of the images. `labels`: classes that samples are drawn from, int64 `[size]`.
     """
     settings = {"protocol": PROTOCOL, **_marked(config, Effect.SAMPLES)}
     if settings["sampler"] != "ddim":
@@ -50,10 +48,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that change the scores: those of the samples, and those marked SCORES. Their digest names a table's folder.
 
-    Args:
-        config, labels: as in `sampling_settings`.
-        extractor: what makes the features.
-        origin: what the samples are compared with, as in results.json.
+    `origin`: what the samples are compared with, as in results.json.
     """
     return {
         **sampling_settings(config, labels),

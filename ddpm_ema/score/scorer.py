@@ -31,20 +31,9 @@ from ddpm_ema.score.training_images import TrainingImages
 class Scorer:
     """Scores weights of one checkpoint by one extractor, one set after another. Its caller holds the lock of `sampled`.
 
-    It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on.
-
-    Args:
-        config: the settings.
-        generator: asked about the network and the sampler; the scorer generates nothing itself.
-        extractor: whose features are compared.
-        reference: what samples are compared with.
-        resolver: finds the weights that a name means.
-        sampled: images and features.
-        folder: the table.
-        settings: those that change the numbers, from `settings_of`.
-        world_size: how many processes generate, for results.json.
-        floor: real images beside the reference's; None where there are none.
-        trained: the images that were trained on; None where they are not at hand.
+    It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on. The
+    `generator` is asked about network and sampler alone; `folder` keeps the table, `settings` are those of `settings_of`;
+    `floor` are real images beside the reference's, `trained` those that were trained on, each None where there are none.
     """
 
     def __init__(

@@ -22,11 +22,7 @@ from ddpm_ema.train.trainer import Evaluator, MakeEvaluator, MicroBatch, Trainer
 
 
 def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
-    """Trains to `training.steps`, from the last checkpoint of `output_dir`.
-
-    Args:
-        config: the settings.
-        evaluate: builds what scores while training (`evaluation.every`); None scores nothing.
+    """Trains to `training.steps`, from the last checkpoint of `output_dir`; `evaluate` builds what scores while training.
 
     Raises:
         UserError: bad settings or input, an unusable folder, or a lost rank.
