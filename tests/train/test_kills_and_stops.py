@@ -44,20 +44,6 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_one_never_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_killed_twenty_times_ends_bit_equal_to_one_never_killed(tmp_path: Path, world_size: int) -> None:
-    whole = settings(tmp_path / "whole", training__steps=120, checkpoints__every=5)
-    finish(whole, world_size)
-    run = settings(tmp_path / "run", training__steps=120, checkpoints__every=5)
-    chance = random.Random(world_size)
-    for kill in range(20):
-        kill_at(start(run, world_size), run, 5 * kill + chance.randrange(6), delay=chance.uniform(0, 0.12))
-    finish(run, world_size)
-    assert_bit_equal(state(run), state(whole))
-    assert exact(run) == exact(whole)
-
-
-@pytest.mark.slow
 def test_with_dropout_a_resumed_run_is_still_bit_equal(tmp_path: Path) -> None:
     whole = settings(tmp_path / "whole", training__steps=12, model__dropout=0.2)
     finish(whole)
