@@ -22,19 +22,12 @@ COUNTS = (5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True)
 class Plan:
-    """Averages to store every `every` steps and at the last one, and the initial weights once.
-
-    Attributes:
-        stored: their profiles.
-        every: steps between snapshots.
-        num_files: number of files, initial weights included.
-        errors: predicted relative error of each target at the last step; None where it is raw.
-    """
+    """Averages to store every `every` steps and at the last one, and the initial weights once."""
 
     stored: tuple[Profile, ...]
     every: int
-    num_files: int
-    errors: tuple[float | None, ...]
+    num_files: int  # initial weights included
+    errors: tuple[float | None, ...]  # predicted relative error of each target at the last step; None where it is raw
 
     def beyond(self, error: float) -> list[int]:
         """Indices of the targets whose error is not below this."""

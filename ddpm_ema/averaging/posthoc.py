@@ -39,16 +39,9 @@ MIN_CHECKED_ERROR = 0.01
 
 @dataclass(frozen=True)
 class Check:
-    """A stored average, reconstructed from the others and compared with itself.
+    """A stored average, reconstructed from the others and compared with itself; errors are shares of its distance from raw."""
 
-    Attributes:
-        name: its file's name.
-        profile: its profile.
-        predicted: predicted error, as a share of its distance from the raw weights.
-        actual: the error, as a share of the same.
-    """
-
-    name: str
+    name: str  # of its file
     profile: Profile
     predicted: float
     actual: float
@@ -63,25 +56,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an average is made from stored ones, without tensors.
-
-    Attributes:
-        step: the step of the average.
-        target: its profile.
-        snapshots: the stored averages, in the order of `coefficients.weights`.
-        coefficients: how they are combined.
-        step_variance: as given to `fit`.
-        white_noise: as given to `fit`, or estimated.
-        magnitude: estimated, as of `posthoc_coefficients`.
-    """
+    """How an average of profile `target` at `step` is made from stored ones, without tensors."""
 
     step: int
     target: Profile
-    snapshots: tuple[Snapshot, ...]
+    snapshots: tuple[Snapshot, ...]  # in the order of `coefficients.weights`
     coefficients: Coefficients
     step_variance: StepVariance | None
-    white_noise: float
-    magnitude: float
+    white_noise: float  # as given to `fit`, or estimated
+    magnitude: float  # estimated, as of `posthoc_coefficients`
 
     @property
     def identity(self) -> list[Any]:

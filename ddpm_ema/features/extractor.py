@@ -21,27 +21,17 @@ CPU_BATCH = 16
 
 @dataclass(kw_only=True)
 class Extractor:
-    """Images → features, on one device: evaluation mode, no gradients, no autocast, no TF32.
+    """Images → features, on one device: evaluation mode, no gradients, no autocast, no TF32."""
 
-    Attributes:
-        network: uint8 [n, channels, h, w] -> a tuple that begins with the features, [n, dim].
-        name, sha256: of the extractor and its weights file.
-        label: its name for people, with that of a file that was given.
-        feature_layer: name of the features' layer.
-        channels: 3 if grey images must be repeated for the network, None if it takes both.
-        is_published_inception: whether a Fréchet distance of these features is a FID.
-        batch_size: largest number of images per pass.
-    """
-
-    network: nn.Module
+    network: nn.Module  # uint8 [n, channels, h, w] -> a tuple that begins with the features, [n, dim]
     name: str
-    sha256: str
+    sha256: str  # of the weights file
     feature_layer: str
     device: torch.device
-    batch_size: int
-    label: str = ""
-    channels: int | None = 3
-    is_published_inception: bool = False
+    batch_size: int  # most images per pass
+    label: str = ""  # the name for people, with that of a file that was given
+    channels: int | None = 3  # 3 if grey images must be repeated for the network, None if it takes both
+    is_published_inception: bool = False  # whether a Fréchet distance of these features is a FID
 
     def __post_init__(self) -> None:
         self.label = self.label or self.name

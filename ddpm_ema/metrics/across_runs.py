@@ -33,21 +33,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class AcrossRuns:
-    """One set of weights over R runs.
+    """One set of weights over R runs; raw has a distance alone.
 
-    Attributes:
-        distance: of the bias-corrected distance.
-        difference: of the paired difference from raw; None for raw.
-        p_value: of that difference, two-sided, Holm-adjusted over the averages; None for raw.
-        holds: p_value <= 0.05; None for raw.
-        shared: correlation of what the seed adds to these weights and to raw, in [-1, 1]; None where one of them has no
-            training variance, and for raw.
+    `shared` is the correlation of what the seed adds to these weights and to raw; None where one has no training variance.
     """
 
-    distance: Spread
-    difference: Spread | None = None
-    p_value: float | None = None
-    holds: bool | None = None
+    distance: Spread  # bias-corrected
+    difference: Spread | None = None  # paired, from raw
+    p_value: float | None = None  # of that difference, two-sided, Holm-adjusted over the averages
+    holds: bool | None = None  # p_value <= 0.05
     shared: float | None = None
 
 

@@ -20,16 +20,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Verdict:
-    """A paired difference from raw, as one of all those of its table.
+    """A paired difference, average − raw, as one of all those of its table.
 
-    Attributes:
-        difference: average − raw.
-        p_value: two-sided, adjusted for all comparisons.
-        level: that this comparison alone is tested at: `difference.interval(level)` leaves zero out where it is significant.
+    `level` is what this comparison alone is tested at: `difference.interval(level)` leaves zero out where it is significant.
     """
 
     difference: Estimate
-    p_value: float
+    p_value: float  # two-sided, adjusted for all comparisons
     level: float
 
     @property

@@ -56,17 +56,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that compares samples with the reference, or the paired difference of two such numbers.
+    """A number that compares samples with the reference, or the paired difference of two such numbers."""
 
-    Attributes:
-        plain: of all images.
-        sides: the samples, and where it is taken for a sample of its population the reference.
-        warnings: sentences that belong beside the number.
-    """
-
-    plain: float
-    sides: tuple[Side, ...]
-    warnings: tuple[str, ...] = ()
+    plain: float  # of all images
+    sides: tuple[Side, ...]  # the samples, and the reference where it is taken for a sample of its population
+    warnings: tuple[str, ...] = ()  # sentences that belong beside the number
 
     @cached_property
     def unbiased(self) -> float:
@@ -128,19 +122,16 @@ def estimate_distance(
     sampled_from: Tensor | None = None,
     name: str = "features",
 ) -> Estimate:
-    """Jackknife of the Fréchet distance from features held in memory.
+    """Jackknife of the Fréchet distance from features held in memory. The work is done on the reference's device.
 
     Features are taken through L, L Lᵀ = Σ_ref, once. With fewer images than dimensions the nonzero eigenvalues of Lᵀ Σ L
     are those of the n × n Gram matrix; otherwise the d × d sums of a left-out group are taken from those of all.
 
     Args:
         features: float32 `[n, d]`.
-        indices: of the images, int64 `[n]`; an image's group is its index modulo `groups`.
-        groups: number of groups, each left out once.
-        reference: the other side; the work is done on its device.
+        indices: of the images, int64 `[n]`; an image's group is its index modulo `groups`, and each is left out once.
         sampled_from: the reference's features, float32 `[m, d]`, where it is to be taken for a sample of its population, drawn
             independently of these features; None where it is held fixed.
-        name: of the weights, for messages.
 
     Raises:
         UserError: features that are not finite, or one image beside a group.

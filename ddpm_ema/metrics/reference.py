@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,26 +32,15 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
-
-    Attributes:
-        statistics: mean and covariance of its features.
-        origin: what it is, for results.json.
-        features: float32 `[n, d]`; None where a file holds statistics only (no KID, precision or recall then).
-        radii: of the features, float32 `[n]`, for precision and recall.
-        warnings: sentences that belong beside every score.
-        saturated: share of its channel values at 0 or 255; None where it is not known.
-        precision_of_noise: precision that images of pure noise reach: where it is high, precision says nothing with this
-            extractor. None where it is not known.
-    """
+    """What samples are compared with. A file of statistics has neither features nor shares: no KID, precision or recall then."""
 
     statistics: Statistics
-    origin: Mapping[str, Any]
-    features: Tensor | None = None
-    radii: Tensor | None = None
-    warnings: tuple[str, ...] = field(default=())
-    saturated: float | None = None
-    precision_of_noise: float | None = None
+    origin: Mapping[str, Any]  # what it is, for results.json
+    features: Tensor | None = None  # float32 [n, d]
+    radii: Tensor | None = None  # float32 [n], of the features, for precision and recall
+    warnings: tuple[str, ...] = ()  # sentences that belong beside every score
+    saturated: float | None = None  # share of its channel values at 0 or 255
+    precision_of_noise: float | None = None  # that images of pure noise reach: where it is high, precision says nothing
 
 
 def content_key(*, fingerprint: str, split: str, resize: str, extractor: FeatureExtractor) -> dict[str, Any]:

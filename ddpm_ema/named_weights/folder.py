@@ -34,15 +34,12 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What weights are sampled with, as plain values that can be compared.
+    """What weights are sampled with, as plain values that can be compared."""
 
-    Attributes:
-        unet: the arguments of `UNet2DModel`.
-        schedule: the noise schedule as arguments of `DDPMScheduler`; None where the folder has none (the settings' counts).
-    """
-
-    unet: Mapping[str, Any]
-    schedule: Mapping[str, Any] | None
+    unet: Mapping[str, Any]  # arguments of UNet2DModel
+    schedule: (
+        Mapping[str, Any] | None
+    )  # arguments of DDPMScheduler; None where the folder has none (the settings' counts)
 
 
 def unet_config_of(unet: Any) -> dict[str, Any]:

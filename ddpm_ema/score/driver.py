@@ -34,25 +34,17 @@ Make: TypeAlias = "Callable[[list[int], Tensor | None, Callable[[], None]], Made
 class Job:
     """Images whose features rank 0 wants: it has all of them when it is asked for its next job.
 
-    Attributes:
-        title: for the progress bar.
-        images: ascending indices, at least one.
-        extractors: keys of those that are wanted.
-        take: called on rank 0 with what was made of each round's images.
-        weights: that the images are sampled with; None: they are of `dataset`, or `kept`.
-        dataset: its name in `Generator.datasets`.
-        kept: indices, int64 `[n]` -> images that rank 0 has, uint8 `[n, C, H, W]`.
-        at_once: sampled as one batch, whatever the batch size.
+    They are sampled with `weights`; where that is None they are of `dataset`, or `kept` by rank 0.
     """
 
-    title: str
-    images: list[int]
-    extractors: tuple[str, ...]
-    take: Callable[[Made], None]
+    title: str  # for the progress bar
+    images: list[int]  # ascending indices, at least one
+    extractors: tuple[str, ...]  # keys of those that are wanted
+    take: Callable[[Made], None]  # called on rank 0 with what was made of each round's images
     weights: NamedWeights | None = None
-    dataset: str = ""
-    kept: Callable[[Tensor], Tensor] | None = None
-    at_once: bool = False
+    dataset: str = ""  # its name in `Generator.datasets`
+    kept: Callable[[Tensor], Tensor] | None = None  # indices, int64 [n] -> uint8 [n, C, H, W]
+    at_once: bool = False  # sampled as one batch, whatever the batch size
 
     def told(self) -> Job:
         """What the other ranks hear of it: the files of weights, images and features are rank 0's."""

@@ -118,19 +118,8 @@ def heading(results: Mapping[str, Any]) -> str:
 
 def table(results: Mapping[str, Any]) -> str:
     """All that was scored, from the best to the worst, for a terminal. The distance is the bias-corrected one ± its error."""
-    head = [
-        "weights",
-        "images",
-        metric_label(results),
-        "plain",
-        "vs raw",
-        "",
-        "KID",
-        "precision",
-        "recall",
-        "near train",
-        "seconds",
-    ]
+    head = ["weights", "images", metric_label(results), "plain", "vs raw", ""]
+    head += ["KID", "precision", "recall", "near train", "seconds"]
     hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
     body = [_cells(row, usual, hidden) for row in ranked([*results["rows"], *results.get("sweep", ())])]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
