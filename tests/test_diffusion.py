@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpm_ema import diffusion
 from ddpm_ema.config import DiffusionSettings
 from ddpm_ema.diffusion import Objective, noise_scheduler
+from ddpm_ema.network_call import Predict
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SCHEDULES = ["linear", "cosine", "sigmoid"]
@@ -30,7 +31,7 @@ def images() -> tuple[Tensor, Tensor]:
     return levels / 127.5 - 1, torch.randn(levels.shape, generator=generator)
 
 
-def predictor_of(guess: Tensor, prediction: str, objective: Objective) -> diffusion.Predict:
+def predictor_of(guess: Tensor, prediction: str, objective: Objective) -> Predict:
     """A network that says, in the objective's own terms, that x_0 is `guess`."""
     abar = noise_scheduler(objective.settings).alphas_cumprod
 

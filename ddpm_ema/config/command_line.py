@@ -19,12 +19,8 @@ SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 def parse(arguments: Sequence[str]) -> Config:
     """The settings that a command line names.
 
-    Args:
-        arguments: RUN takes config.yaml of that run directory, where it lies now; --config takes another file; the other options
-            override the file.
-
-    Raises:
-        UserError: the message lists every bad setting, of the file and of the command line.
+    RUN takes config.yaml of that run directory, where it lies now; --config takes another file; the other options override the file.
+    Raises UserError that lists every bad setting, of the file and of the command line.
     """
     return resolve(*split(arguments))
 
@@ -40,13 +36,9 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:
-    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--a` (true).
+    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--a` (true): RUN, the file of --config, and overrides by key path.
 
-    Returns:
-        RUN or None; the file of --config or None; the values of each override by key path.
-
-    Raises:
-        UserError: a word that belongs to no option, or not one file after --config.
+    Raises UserError for a word that belongs to no option, or where not one file stands after --config.
     """
     overrides: dict[str, list[str]] = {}
     current: list[str] = []

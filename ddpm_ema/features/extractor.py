@@ -44,6 +44,11 @@ class Extractor:
         """Length of a feature vector."""
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What its features are, for files that depend on them."""
+        return {"extractor": self.name, "extractor_sha256": self.sha256, "feature_layer": self.feature_layer}
+
+    @property
     def key(self) -> str:
         """Names files of its features: what they depend on."""
         return f"{re.sub(r'[^A-Za-z0-9_.]+', '_', self.name)}-{self.sha256[:12]}"

@@ -40,13 +40,9 @@ def is_installed() -> bool:
 def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
     """The network of `name` without its classifier, the sha256 of its weights file, and what its features are.
 
-    Args:
-        name: of timm's models, with the tag of its weights (`vit_large_patch14_dinov2.lvd142m`); `@224` behind it gives the images
-            another size than the one it was trained with.
-        file: safetensors; None means those of timm's repository on the Hugging Face Hub, downloaded once.
-
-    Raises:
-        UserError: timm is not installed, timm knows no such model, the file cannot be read or downloaded, or it does not fit.
+    The name has the tag of its weights (`vit_large_patch14_dinov2.lvd142m`); `@224` behind it gives the images another size than the
+    one it was trained with. Without a file, those of timm's repository on the Hugging Face Hub are downloaded once. Raises UserError
+    where timm is not installed or knows no such model, or the file cannot be read or downloaded, or does not fit.
     """
     if not is_installed():
         raise UserError("evaluation.extractors: timm is not installed: pip install 'ddpm_ema[timm]'")

@@ -53,14 +53,10 @@ def spread(values: Sequence[float], errors: Sequence[float]) -> Spread:
 
 
 def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, AcrossRuns]:
-    """What R runs say together, by weights, of those that every run scored; raw must be among them.
+    """What R runs say together, by weights, of those that every run scored: at least two runs, each with raw.
 
-    Args:
-        runs: of each run, the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw
-            `delta_vs_raw`, `delta_stderr`).
-
-    Raises:
-        ValueError: fewer than two runs, or no raw.
+    `runs` has of each the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw `delta_vs_raw`,
+    `delta_stderr`).
     """
     if len(runs) < 2 or any("raw" not in run for run in runs):
         raise ValueError("runs: needs at least two, each with raw scored")

@@ -180,10 +180,8 @@ def jackknife(
 ) -> tuple[float, Side]:
     """The statistic of all images, and one pseudo-value per group (formulas at the head of this file).
 
-    Args:
-        statistic: of all images but a group; `statistic(None)` of all.
-        counts: group -> images.
-        corrected: False for a statistic without a bias of order 1/N: pseudo-values are moved to have it as their mean.
+    `statistic` is of all images but a group, or of all for None; `counts`: group -> images. Pseudo-values that are not `corrected`,
+    of a statistic without a bias of order 1/N, are moved to have it as their mean.
     """
     plain, ratios = statistic(None), {group: sum(counts.values()) / count for group, count in counts.items()}
     pseudo = [ratio * plain - (ratio - 1) * statistic(group) for group, ratio in ratios.items()]

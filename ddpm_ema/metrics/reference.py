@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,6 @@ from ddpm_ema.metrics.statistics import Statistics, statistics_of
 SCHEMA = 2
 
 
-class FeatureExtractor(Protocol):
-    """What identifies a `features.Extractor`."""
-
-    name: str
-    sha256: str
-    feature_layer: str
-
-
 @dataclass(frozen=True)
 class Reference:
     """What samples are compared with. A file of statistics has neither features nor shares: no KID, precision or recall then."""
@@ -43,19 +35,17 @@ class Reference:
     precision_of_noise: float | None = None  # that images of pure noise reach: where it is high, precision says nothing
 
 
-def content_key(*, fingerprint: str, split: str, resize: str, extractor: FeatureExtractor) -> dict[str, Any]:
+def content_key(*, fingerprint: str, split: str, resize: str, extractor: Mapping[str, str]) -> dict[str, Any]:
     """All that reference statistics depend on. A cache entry is used only where every entry is equal.
 
-    `fingerprint`: of the data set, content and preprocessing; `resize`: how images were brought to size.
+    `fingerprint`: of the data set, content and preprocessing; `resize`: how images were brought to size; `extractor`: its `identity`.
     """
     return {
         "schema": SCHEMA,
         "data": fingerprint,
         "split": split,
         "resize": resize,
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "feature_layer": extractor.feature_layer,
+        **extractor,
         "versions": {name: installed_version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
     }
 

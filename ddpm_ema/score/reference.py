@@ -78,7 +78,7 @@ def open_references(config: Config, generator: Generator, of: str = "reference")
     found: dict[str, Reference] = {}
     lacking: dict[str, dict[str, Any]] = {}
     for name, extractor in generator.extractors.items():
-        key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor)
+        key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor.identity)
         reference, notes = metrics.load_cached(cache, key)
         for note in notes:
             logger.warning(note)

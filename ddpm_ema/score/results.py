@@ -53,9 +53,7 @@ def settings_of(
     return {
         **sampling_settings(config, labels),
         **_marked(config, Effect.SCORES),
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "feature_layer": extractor.feature_layer,
+        **extractor.identity,
         "reference": {key: value for key, value in origin.items() if key != "versions"},
     }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ddpm_ema import diffusion, keyed_random, model, network_call
+from ddpm_ema import keyed_random, model, network_call
 from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.train.optimizer import set_learning_rate
@@ -66,7 +66,7 @@ def image_losses(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Ten
     return objective.loss(_predictor(trainer), *inputs), inputs[2]
 
 
-def _predictor(trainer: Trainer) -> diffusion.Predict:
+def _predictor(trainer: Trainer) -> network_call.Predict:
     """The network inside autocast. Its input keeps the memory order that its weights have."""
     precision, device = trainer.config.training.mixed_precision, trainer.processes.device.type
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -91,7 +91,7 @@ class TestFormulas:
 
 class TestBadInput:
     def test_one_image_beside_a_group_is_an_error(self) -> None:
-        with pytest.raises(UserError, match="at least 2 images beside any one group: raise --evaluation.num-images"):
+        with pytest.raises(UserError, match=r"at least 2 images beside any one group: raise --evaluation\.num-images"):
             of(features(2, 2, 0), 10, standard_reference(2))
 
     def test_fewer_images_than_dimensions_carry_a_warning_in_the_result(self) -> None:

@@ -167,9 +167,6 @@ class CountingExtractor:
     """Mean colours as features; counts the images it has seen."""
 
     sha256: str = "a" * 64
-    name: str = "colours"
-    feature_layer: str = "mean"
-    dim: int = 3
     seen: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -186,7 +183,7 @@ class TestReference:
     def make(self, cache: Path, extractor: CountingExtractor, **changed: str) -> tuple[metrics.Reference, list[str]]:
         """The reference, and what the user is told."""
         settings = {"fingerprint": "f0", "split": "train", "resize": "none", **changed}
-        key = metrics.content_key(extractor=extractor, **settings)
+        key = metrics.content_key(extractor={"extractor_sha256": extractor.sha256}, **settings)
         cached, notes = metrics.load_cached(cache, key)
         if cached is not None:
             return cached, notes
