@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, config
-from ddpm_ema.config.__main__ import page
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import Checkpoint
 from ddpm_ema.train.resume import check_resume
@@ -344,10 +343,6 @@ def test_every_setting_has_a_description() -> None:
 def test_a_seed_beyond_32_bits_is_an_error_because_it_is_half_of_a_key(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: input should be less than 4294967296"):
         config.load(None, {key: [str(2**32)]})
-
-
-def test_the_settings_page_of_the_documentation_is_the_one_that_the_code_makes() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python -m ddpm_ema.config > docs/settings.md"
 
 
 def test_cached_data_go_to_one_folder_that_the_environment_can_move(monkeypatch: pytest.MonkeyPatch) -> None:
