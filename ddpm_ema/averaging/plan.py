@@ -46,16 +46,10 @@ def plans(
     *,
     step_variance: StepVariance | None = None,
 ) -> list[Plan]:
-    """The best plan for each set of averages that fits into `max_files` files, the best of all first.
+    """The best plan for each set of averages that fits into `max_files` files of the model's size, the best of all first.
 
-    Args:
-        steps: steps of the whole run.
-        targets: profiles wanted at the last step.
-        max_files: files that may be stored, each as large as the model.
-        step_variance: as of `posthoc_coefficients`.
-
-    Raises:
-        ValueError: no steps, no targets, or too few files for the smallest plan.
+    `targets` are wanted at the last of `steps`; `step_variance` is as of `posthoc_coefficients`. Raises ValueError for no steps, no
+    targets, or too few files for the smallest plan.
     """
     if steps < 1 or not targets:
         raise ValueError(f"steps, targets: expected at least one of each, got {steps} and {len(targets)}")

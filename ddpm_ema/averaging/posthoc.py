@@ -97,13 +97,8 @@ class Fit:
     def checked(self, kept: Iterable[Snapshot] = ()) -> Check | None:
         """Reconstruct the stored average whose profile is nearest to the target from the other snapshots; reads all files once.
 
-        Args:
-            kept: averages and raw weights that were stored at `step`, but are not among the snapshots.
-
-        Returns:
-            None where raw or every average is missing at `step`, or there is nothing to reconstruct one from.
-
-        Raises: as `reconstruct`.
+        None where raw or every average is missing at `step`, also among what else was `kept` there, or there is nothing to
+        reconstruct one from. Raises as `reconstruct`.
         """
         here = [snapshot for snapshot in (*self.snapshots, *kept) if snapshot.step == self.step]
         raw = next((snapshot for snapshot in here if snapshot.profile == RAW), None)

@@ -83,12 +83,10 @@ def _diffusers_ema(path: Path) -> Any:
 
 
 def series(source: Path, pattern: str, profile: Profile, prefix: str = "", key: str | None = None) -> list[Found]:
-    """Files of one kind of weights, by step.
+    """Files of one kind of weights below the folder `source`, by step.
 
     Args:
-        source: the folder.
         pattern: their path below it, with `{step}` or `*`: `step_{step}.safetensors`, `epoch=*-step={step}.ckpt`.
-        profile: how they were averaged; `RAW` where they were not.
         prefix: of the tensors to take, such as `ema_model.`; it is cut off, and tensors without it are left out.
         key: where a torch file holds its state dict, such as `ema.state_dict`; by itself, `state_dict` or the whole file.
 

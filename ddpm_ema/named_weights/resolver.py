@@ -130,13 +130,9 @@ class WeightResolver:
 
     def _stored(self, name: WeightName, checkpoint: Checkpoint) -> NamedWeights:
         settle = dict if name.name == "raw" else self._settle
-        return NamedWeights(
-            name=str(name),
-            key=checkpoint.manifest["files"][weights_file(name.name)]["sha256"],
-            step=checkpoint.step,
-            profile=_profile_in(checkpoint, name.name),
-            members=(lambda: settle(checkpoint.weights(name.name)),),
-        )
+        key = checkpoint.manifest["files"][weights_file(name.name)]["sha256"]
+        profile, read = _profile_in(checkpoint, name.name), lambda: settle(checkpoint.weights(name.name))
+        return NamedWeights(str(name), key, checkpoint.step, profile, (read,))
 
     def reconstructed(self, target: Profile, step: int | None = None) -> NamedWeights:
         """The average with profile `target` as it would stand after `step` steps (None: the checkpoint's, else the last

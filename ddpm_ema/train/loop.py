@@ -147,7 +147,7 @@ def log(trainer: Trainer) -> None:
     if step % trainer.config.training.log_every:
         row["partial"] = True
     else:
-        trainer.means.clear()
+        trainer.means.sums.zero_()
     row["learning_rate"] = trainer.config.training.learning_rate_at(step - 1)
     row["skipped_steps"] = trainer.skipped_steps
     squares = trainer.bank.squared_distances()
