@@ -46,6 +46,11 @@ class LostRankError(StoppedError):
     prefix, everywhere = UserError.prefix, False
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """A library's message in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'x'?`, or if none is near, all that are known."""
     known = list(known)

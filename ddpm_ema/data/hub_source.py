@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_ema.data.decode import one_line
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 
 def open_hub(name: str, split: str) -> Source:
@@ -63,6 +62,6 @@ def _load(datasets: Any, name: str, split: str) -> Any:
         raise
     except Exception as error:  # the library and the network beneath it raise what they like
         raise UserError(
-            f"Hub data set {name!r}, split {split!r}, could not be loaded ({one_line(error)[:300]}): check its name and the "
+            f"Hub data set {name!r}, split {split!r}, could not be loaded ({one_line(error)}): check its name and the "
             "network, or set data.name to a folder that holds it"
         ) from None

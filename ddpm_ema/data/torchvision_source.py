@@ -12,9 +12,8 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ema.data.decode import one_line
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 
 def open_torchvision(name: str, split: str, root: Path) -> Source:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 INCEPTION = "inception-v3-compat"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -45,9 +45,7 @@ def open_inception(path: Path | None) -> tuple[nn.Module, str, str, bool]:
     try:
         network = Inception(INCEPTION, [layer], feature_extractor_weights_path=file, verbose=False)
     except Exception as error:  # whatever a state dict of another network raises
-        reason = " ".join(str(error).split())
-        brief = reason if len(reason) < 300 else f"{reason[:300]} ..."
-        raise UserError(f"evaluation.extractors: {INCEPTION}: {path} cannot be loaded: {brief}") from None
+        raise UserError(f"evaluation.extractors: {INCEPTION}: {path} cannot be loaded: {one_line(error)}") from None
     return network, sha256, layer, sha256 == SHA256
 
 

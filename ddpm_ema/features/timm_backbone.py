@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 TIMM = "timm:"
 
@@ -53,7 +53,7 @@ def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UserError(f"{where}: {_brief(error)}") from None
+        raise UserError(f"{where}: {one_line(error)}") from None
     if cfg is None:
         near = difflib.get_close_matches(name, timm.list_models(include_tags=True), n=3)
         raise UserError(f"{where}: timm has no such model" + (f"; did you mean {' or '.join(near)}?" if near else ""))
@@ -80,7 +80,7 @@ def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
         model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
         model.reset_classifier(0)
     except Exception as error:  # whatever a state dict of another network raises
-        raise UserError(f"{where}: {path} cannot be loaded: {_brief(error)}") from None
+        raise UserError(f"{where}: {path} cannot be loaded: {one_line(error)}") from None
     model.pretrained_cfg.pop("state_dict")  # it would hold all weights once more
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model, sizes), is_training=False)
     return Backbone(model, prepare), sha256, "pre_logits"
@@ -100,10 +100,6 @@ def _from_hub(cfg: Any, where: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # the library and the network beneath it raise what they like
         raise UserError(
-            f"{where}: its weights could not be downloaded ({_brief(error)}): fetch {name} of huggingface.co/{repository} on a "
+            f"{where}: its weights could not be downloaded ({one_line(error)}): fetch {name} of huggingface.co/{repository} on a "
             f"machine with a network, and name it: {where[23:]}=FILE"
         ) from None
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,7 +17,7 @@ from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.interop import read_diffusers_ema
 from ddpm_ema.averaging.naming import clean_named
 from ddpm_ema.averaging.profiles import Profile
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 from ddpm_ema.named_weights import PipelineFolder, name_of
 from ddpm_ema.rundir import read_tensors
 from ddpm_ema.weight_names import FIELDS
@@ -141,7 +141,7 @@ def _content(path: Path) -> Any:
         what, cure = f"it needs {needs[1]}" if needs else "it is a pickle", CURE.replace("{path}", str(path))
         raise UserError(f"{path}: {what}, and reading that can run code: refused. {cure}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: no torch file that can be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: no torch file that can be read: {one_line(error)}") from None
 
 
 def _read(path: Path, prefix: str, key: str | None) -> Tensors:
