@@ -260,12 +260,3 @@ def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, options: list
     with pytest.raises(UserError, match=message):
         importing.main([str(source), "--output-dir", str(tmp_path / "run"), *options])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_folder_that_holds_something_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
-    save_file(walk(1), tmp_path / "step_1.safetensors")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine").write_text("mine")
-    with pytest.raises(UserError, match="already holds something"):
-        importing.main([str(tmp_path), "--output-dir", str(tmp_path / "run"), "--pattern", "step_{step}.safetensors"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]

@@ -62,15 +62,6 @@ def test_the_key_of_reconstructed_weights_changes_with_step_profile_and_any_snap
     assert all(len(bytes.fromhex(key)) == hashlib.sha256().digest_size for key in keys)
 
 
-def test_a_width_that_was_not_kept_is_reconstructed_from_snapshots(resolver: WeightResolver) -> None:
-    found = resolver.named("power_0_075")
-    assert found.profile == {"kind": "power_function", "std": 0.075}
-    assert found.reconstruction is not None
-    assert found.reconstruction["amplification"] >= 1
-    factors = found.members[0]()["conv_in.weight"] / weights()["conv_in.weight"]
-    assert 1.1 < factors.min() <= factors.max() < 1.3
-
-
 @pytest.mark.parametrize("name", ["bias_corrected_0_776393", "constant_0_97", "uniform", "power_0_15", "swa_2_2"])
 def test_what_the_script_reconstructs_the_scorer_and_the_exporter_find_under_the_same_name(
     run: Config, resolver: WeightResolver, tmp_path: Path, name: str
