@@ -1,8 +1,4 @@
-"""Images → features: the Inception network of the FID, any backbone of timm, or a classifier trained on the data set itself.
-
-`extractor` (the object that scoring uses), `inception` and `timm_backbone` (networks of others, from files whose sha256 is
-recorded), `classifier` (our own network and its training).
-"""
+"""Images → features: the Inception network of the FID, any backbone of timm, or a classifier trained on the data set itself."""
 
 from ddpm_ema.features.classifier import (
     Architecture,

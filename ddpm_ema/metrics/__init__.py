@@ -1,9 +1,4 @@
-"""Features → how far one set of images is from another, and how sure that is.
-
-`statistics` (means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences),
-`comparisons` (what a whole table says), `across_runs` (what several training seeds say), `kernel` (KID), `neighbours` (precision
-and recall), `reference` (what samples are compared with, cached by content).
-"""
+"""Features → how far one set of images is from another, and how sure that is."""
 
 from ddpm_ema.metrics.comparisons import ALPHA, Verdict, against_raw, may_be_best
 from ddpm_ema.metrics.frechet import FrechetReference

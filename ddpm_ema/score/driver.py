@@ -197,7 +197,7 @@ def sampling_rounds(images: list[int], world_size: int, batch_size: int) -> Iter
     """Rounds of sampled images: the first images by rank 0 alone, the others by all ranks."""
     first = [index for index in images if index < FIRST_IMAGES]
     for piece in _pieces(first, batch_size):
-        yield alone(piece, world_size)
+        yield [piece, *([] for _ in range(world_size - 1))]
     yield from even_rounds(images[len(first) :], world_size, batch_size)
 
 
@@ -206,11 +206,6 @@ def even_rounds(images: list[int], world_size: int, batch_size: int) -> Iterator
     for piece in _pieces(images, world_size * batch_size):
         cuts = (batch_order.partition(len(piece), rank, world_size) for rank in range(world_size))
         yield [piece[cut.start : cut.stop] for cut in cuts]
-
-
-def alone(images: list[int], world_size: int) -> Shares:
-    """A round of rank 0."""
-    return [images, *([] for _ in range(world_size - 1))]
 
 
 def _pieces(images: list[int], most: int) -> Iterator[list[int]]:

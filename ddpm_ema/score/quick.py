@@ -13,7 +13,7 @@ from ddpm_ema.distributed import Processes
 from ddpm_ema.score.driver import Driver, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
 from ddpm_ema.score.generate import Made
-from ddpm_ema.score.reference import compares_with_population, open_references
+from ddpm_ema.score.reference import open_references, reading_of
 from ddpm_ema.score.results import metric_of
 from ddpm_ema.score.rows import RowBuilder, Score, compare, ranked
 from ddpm_ema.score.run import open_generator
@@ -43,7 +43,7 @@ def while_training(
 
     def prepare() -> Jobs[None]:
         references = yield from open_references(config, generator)
-        population = compares_with_population(config)
+        population = reading_of(config) == "population"
         builder.append(RowBuilder(references[extractor.key], settings, processes.device, population))
 
     def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:

@@ -59,11 +59,6 @@ def reading_of(config: Config) -> str:
     return "images" if ours & theirs else "population"
 
 
-def compares_with_population(config: Config) -> bool:
-    """Whether the reference's own sampling error counts, too."""
-    return reading_of(config) == "population"
-
-
 def open_references(config: Config, generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:
     """The images that samples are compared with, by extractor: from their file, from the cache, or read once for all extractors.
 

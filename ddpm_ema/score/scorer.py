@@ -21,7 +21,7 @@ from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
 from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
-from ddpm_ema.score.reference import compares_with_population
+from ddpm_ema.score.reference import reading_of
 from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score
 from ddpm_ema.score.sampled import Sampled, made_with
@@ -53,8 +53,7 @@ class Scorer:
         self.config, self.generator, self.extractor, self.resolver = config, generator, extractor, resolver
         self.sampled, self.folder, self.floor, self.trained = sampled, folder, floor, trained
         self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
-        population = compares_with_population(config)
-        self.builder = RowBuilder(reference, config.evaluation, extractor.device, population)
+        self.builder = RowBuilder(reference, config.evaluation, extractor.device, reading_of(config) == "population")
         self.versions, self.world_size = made_with(extractor.device), world_size
 
     def named(self) -> list[NamedWeights]:
