@@ -93,12 +93,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """`safe_open` on the CPU, with a message that says what is wrong with the file.
-
-    Raises:
-        ValueError: it is a pickle (refused unread), truncated, or otherwise no safetensors file.
-        OSError: it cannot be read.
-    """
+    """`safe_open` on the CPU. Raises ValueError for a pickle (refused unread), a truncated or any other file, and OSError."""
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if is_pickle(head):

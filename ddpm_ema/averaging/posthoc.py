@@ -18,7 +18,6 @@ from ddpm_ema.averaging.coefficients import (
     FIT_VERSION,
     RAW,
     Coefficients,
-    FloatArray,
     StepVariance,
     Stored,
     as_profile,
@@ -28,7 +27,7 @@ from ddpm_ema.averaging.coefficients import (
     variance_between,
 )
 from ddpm_ema.averaging.naming import check_tensors, parts
-from ddpm_ema.averaging.profiles import Profile
+from ddpm_ema.averaging.profiles import FloatArray, Profile
 from ddpm_ema.averaging.snapshots import Snapshot
 
 MAX_MISPREDICTION = 2.0

@@ -48,10 +48,6 @@ class RunningMeans:
         row["grad_norm"] = (sums[_NORM] / sums[_STEPS]).item()
         return row
 
-    def state(self, processes: Processes) -> list[list[float]]:
-        """One vector per rank. A collective."""
-        return processes.gather(self.sums.tolist())
-
     def load(self, state: list[list[float]], processes: Processes) -> None:
         """Takes back this rank's vector; on another number of processes rank 0 takes the sum."""
         rows = torch.tensor(state, dtype=torch.float64)

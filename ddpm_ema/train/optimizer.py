@@ -18,11 +18,6 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettin
     return torch.optim.Adam(parameters, settings.learning_rate, betas, epsilon, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
 def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's state as `<entry>/<parameter name>` -> tensor (the live ones, not copies)."""
     return {

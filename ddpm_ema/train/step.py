@@ -12,7 +12,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ddpm_ema import keyed_random, model, network_call
 from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
-from ddpm_ema.train.optimizer import set_learning_rate
 from ddpm_ema.train.trainer import FinitenessCheck, MicroBatch, Trainer
 from ddpm_ema.transfer import to_host
 
@@ -28,7 +27,8 @@ def train_step(trainer: Trainer, micro_batches: list[MicroBatch]) -> bool:
     up its images' losses divided by the global batch size, and DDP's mean over processes is undone by their number.
     """
     training, optimizer = trainer.config.training, trainer.optimizer
-    set_learning_rate(optimizer, training.learning_rate_at(trainer.step))
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate_at(trainer.step)
     scale = trainer.processes.world_size / training.batch_size
     losses, timesteps = [], []
     for micro_batch in micro_batches:
