@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from onehot import unit
+from pickled import Bomb
 from safetensors.torch import load_file, save_file
 
 from ddpm_ema.averaging import (
@@ -247,12 +248,8 @@ def test_a_snapshot_of_no_step_or_another_dtype_is_refused(tmp_path: Path, step,
 
 @pytest.mark.parametrize("pickle_as", ["zip", "legacy"])
 def test_a_pickle_offered_as_snapshot_is_refused_unread(tmp_path: Path, pickle_as: str) -> None:
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
     path = tmp_path / "x.safetensors"
-    torch.save({"w": Bomb()}, path, _use_new_zipfile_serialization=pickle_as == "zip")
+    torch.save({"w": Bomb(tmp_path / "ran")}, path, _use_new_zipfile_serialization=pickle_as == "zip")
     with pytest.raises(ValueError, match="this is a pickle, which can run code when it is read: refused"):
         Snapshot.open(path)
     assert not (tmp_path / "ran").exists()

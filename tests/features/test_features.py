@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import frechet_distance
+from pickled import Bomb
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -48,16 +49,6 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def extractor(trained_folder: Path) -> Extractor:
     return open_extractor("classifier", trained_folder)
-
-
-class Bomb:
-    """Whoever unpickles this leaves a file behind."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
 
 
 class TestClassifier:

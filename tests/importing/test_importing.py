@@ -1,7 +1,6 @@
 """Runs that other programs trained: imported as a run directory that reconstructs, sweeps, reports and exports."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from pickled import Bomb
 from safetensors.torch import save_file
 from scored import EVALUATION, classifier
 from torch.optim.swa_utils import AveragedModel
@@ -217,20 +217,10 @@ class TestSeries:
         assert config.load(run.config_path).model.layout == "diffusers"
 
 
-class Harmful:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
-
-
 @pytest.mark.parametrize("name", ["step_1.pt", "step_1.safetensors"])
 def test_a_file_that_needs_code_is_refused_with_the_cure_and_not_run(tmp_path: Path, name: str) -> None:
     touched = tmp_path / "touched"
-    torch.save({"w": torch.zeros(2), "extra": Harmful(touched)}, tmp_path / name)
+    torch.save({"w": torch.zeros(2), "extra": Bomb(touched)}, tmp_path / name)
     with pytest.raises(UserError, match=r"refused.*[Cc]onvert"):
         importing.main([str(tmp_path), "--output-dir", str(tmp_path / "run"), "--pattern", "step_{step}.*"])
     assert not touched.exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import frechet_distance
+from pickled import Bomb
 from torch import Tensor
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -289,11 +290,7 @@ class TestPublishedStatistics:
             metrics.read_published(tmp_path / "s.npz", 4)
 
     def test_a_pickle_inside_is_not_opened(self, tmp_path: Path) -> None:
-        class Bomb:
-            def __reduce__(self) -> tuple[object, ...]:
-                return (Path.touch, (tmp_path / "exploded",))
-
-        np.savez(tmp_path / "s.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(4))
+        np.savez(tmp_path / "s.npz", mu=np.array([Bomb(tmp_path / "exploded")], dtype=object), sigma=np.eye(4))
         with pytest.raises(UserError, match="pickled ones are not opened"):
             metrics.read_published(tmp_path / "s.npz", 4)
         assert not (tmp_path / "exploded").exists()

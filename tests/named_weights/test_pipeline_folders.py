@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from oracles import frechet_distance
+from pickled import Bomb
 from safetensors.torch import load_file, save_file
 from scored import again, figures, make_run, results, settings, weights
 
@@ -300,7 +301,7 @@ class TestFiles:
     def test_a_pickle_is_never_opened_whatever_lies_beside_it(self, folder, tmp_path, decoy):
         unet, mark = folder / "unet", tmp_path / "opened"
         (unet / "diffusion_pytorch_model.safetensors").rename(unet / decoy)
-        (unet / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Opens(mark)))
+        (unet / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
         with pytest.raises(UserError, match=r"no diffusers folder with .*\.bin, is never opened"):
             named(folder)
         (unet / decoy).unlink()
@@ -316,16 +317,6 @@ class TestFiles:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(UserError, match="weight_map"):
             named(folder)
-
-
-class Opens:
-    """Leaves a mark if it is ever unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
 
 
 class TestNetwork:
