@@ -59,7 +59,7 @@ def diffusers_checkpoints(source: Path) -> tuple[list[Found], list[str]]:
             continue
         average = _diffusers_ema(path)
         if average.step == step:
-            found.append(Found(step, "unet_ema", average.profile, path, lambda path=path: _diffusers_ema(path).weights))
+            found.append(Found(step, "unet_ema", average.profile, path, partial(_ema_weights, path)))
         else:
             notes.append(
                 f"{path}: left out: it was updated {average.step:,} times in {step:,} steps, so its profile is unknown"
@@ -69,6 +69,10 @@ def diffusers_checkpoints(source: Path) -> tuple[list[Found], list[str]]:
 
 def _merged(files: Iterable[Path]) -> Tensors:
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+def _ema_weights(path: Path) -> Tensors:
+    return dict(_diffusers_ema(path).weights)
 
 
 def _diffusers_ema(path: Path) -> Any:
