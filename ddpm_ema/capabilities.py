@@ -1,7 +1,5 @@
 """What this machine can do, asked before any data is read."""
 
-from __future__ import annotations
-
 import os
 import shutil
 
@@ -12,16 +10,7 @@ from ddpm_ema.errors import UserError
 
 
 def check(section: str, settings: TrainingSettings | EvaluationSettings, machine: MachineSettings) -> None:
-    """Refuses a precision or compilation that this machine cannot do.
-
-    Args:
-        section: name of the settings, `training` or `evaluation`, for the message.
-        settings: their `mixed_precision` and `compile` are checked.
-        machine: says whether CUDA may be used.
-
-    Raises:
-        UserError: names the setting and what to set it to.
-    """
+    """Raises UserError for a precision or compilation that this machine cannot do. `section`: `training` or `evaluation`."""
     on_cuda = machine.device != "cpu" and torch.cuda.is_available()
     if settings.mixed_precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{section}.mixed_precision: this GPU has no bf16; use fp16 or no")

@@ -1,7 +1,5 @@
 """Trains the feature classifier on the configured data set: where data and features meet."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

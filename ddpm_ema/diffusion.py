@@ -9,7 +9,6 @@ x_t at t = 0 already carries the first portion of noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor
 
 from ddpm_ema import keyed_random
 from ddpm_ema.config import DiffusionSettings
+from ddpm_ema.network_call import Predict
 from ddpm_ema.transfer import to_device
-
-Predict: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-"""`predict(x_t, timesteps, labels)`: fp32 `[n, C, H, W]`, int64 `[n]`, int64 `[n]` or None -> `[n, C or 2C, H, W]`."""
 
 Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None]"
 """x_0 and noise fp32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None."""
@@ -103,17 +100,8 @@ class Objective:
     ) -> Tensor:
         """The simple loss, a mean over C, H, W; for a learned variance the hybrid loss (Nichol & Dhariwal 2021, eq. 16).
 
-        The hybrid loss adds 0.001 times the variational bound in bits per dimension, without the mean's gradient.
-
-        Args:
-            predict: the network.
-            x_0: images `[n, C, H, W]` in [-1, 1].
-            noise: standard normal, of the same shape.
-            timesteps: int64 `[n]`.
-            labels: int64 `[n]`, or None for an unconditional network.
-
-        Returns:
-            fp32 `[n]`.
+        The hybrid loss adds 0.001 times the variational bound in bits per dimension, without the mean's gradient. The arguments are
+        `Inputs`, the result is fp32 `[n]`.
         """
         x_0, noise = x_0.float(), noise.float()
         x_t = self.add_noise(x_0, noise, timesteps)

@@ -61,17 +61,10 @@ class Processes:
         trackers: Sequence[str] = (),
         project_dir: Path | None = None,
     ) -> Processes:
-        """Joins the launch that this process is part of.
-
-        Args:
-            device: `auto`, `cpu` or `cuda`.
-            timeout: seconds after which a rank that does not answer is lost.
-            expected: how many processes there must be; None takes any number.
-            trackers: accelerate's names of them.
-            project_dir: where trackers write files.
+        """Joins the launch that this process is part of; accelerate's `trackers` write into `project_dir`.
 
         Raises:
-            UserError: there is no such device, or another number of processes.
+            UserError: there is no such device, or another number of processes than `expected`.
             LostRankError: the processes do not find each other within `timeout` seconds.
         """
         if device == "cuda" and not torch.cuda.is_available():

@@ -3,8 +3,6 @@
 Exit code 0: fit to train, perhaps with warnings; 2: a check failed. Takes seconds, and some hundred MB of each GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.metadata

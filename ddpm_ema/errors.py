@@ -1,7 +1,5 @@
 """Errors that a user can cause, with their exit codes. One message: what, where, what to do."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 
@@ -46,6 +44,11 @@ class LostRankError(StoppedError):
     """Ranks lost each other: likewise a reason to start again."""
 
     prefix, everywhere = UserError.prefix, False
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """A library's message in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

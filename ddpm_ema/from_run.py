@@ -1,7 +1,5 @@
 """`ddpm_ema.load` and `ddpm_ema.sample`: the weights of a run in a program of one's own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Draws labelled rows of images as one picture."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping
@@ -29,11 +27,8 @@ def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: Evalu
 def save_rows(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
     """Writes a PNG: one labelled row per name, under a title.
 
-    Args:
-        path: of the PNG. Its `Title` entry repeats the title as text; its `Rows` entry says, as JSON, where the images lie,
-            so that the report can show them otherwise.
-        rows: name -> uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere. REAL, if there, comes first.
-        title: one line.
+    Its `Title` entry repeats the title as text; its `Rows` entry says, as JSON, where the images lie, so that the report can show
+    them otherwise. A row is uint8 `[n, C, H, W]`, C 1 or 3, the same H and W everywhere; REAL, if there, comes first.
     """
     sample = next(iter(rows.values()))
     scale = max(1, round(TARGET / sample.shape[-1]))

@@ -14,8 +14,6 @@ What is guaranteed:
   multiplications, divisions and square roots alone, which IEEE 754 fixes, and is rounded to float32 once at the end.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from enum import IntEnum

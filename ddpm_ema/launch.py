@@ -6,8 +6,6 @@ with their exit code: 0 done, 2 bad input, 3 diverged, 75 saved and to be starte
 crash. Options, rendezvous and environment are torchrun's. The scheduler restarts: leave --max-restarts at 0.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -67,15 +65,10 @@ def children(parent: int) -> list[int]:
 
 
 def exit_code(codes: Iterable[int], stopped: bool) -> int:
-    """One exit code for the scheduler.
+    """One exit code for the scheduler, of the ranks that failed here; a negative code is the signal that killed a rank.
 
-    Args:
-        codes: of the ranks that failed here; negative is the signal that killed a rank.
-        stopped: whether a stop was passed on.
-
-    Returns:
-        2 or 3 if a rank has it, because starting again does not help; else the code of a crash, which is the cause when peers report a
-        lost rank; else 75, also for a rank that the stop killed before it could catch signals.
+    2 or 3 if a rank has it, because starting again does not help; else the code of a crash, which is the cause when peers report a
+    lost rank; else 75, also for a rank that the stop killed before it could catch signals.
     """
     codes = list(codes)
     own = [code for code in codes if code > 0]

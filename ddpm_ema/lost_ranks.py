@@ -1,7 +1,5 @@
 """Which rank of a launch is gone, and why, as one message. Ranks ask each other through the rendezvous store."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

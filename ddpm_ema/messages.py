@@ -1,7 +1,5 @@
 """What a stage tells a person goes to the logger `ddpm_ema`, which a caller can configure or silence like any other; and its bar."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -56,12 +54,7 @@ class _LineFile:
 def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 0) -> Any:
     """tqdm's bar on a terminal; elsewhere a line every LINE_SECONDS; nothing if `hidden` or INFO is not logged.
 
-    Args:
-        title: what is done.
-        total: how many `unit` it takes.
-        unit: plural, such as `images`.
-        hidden: for ranks that have nothing to say.
-        initial: how many were done before.
+    It counts `initial` ... `total` of a `unit` in the plural, such as `images`.
     """
     from tqdm import tqdm
 

@@ -1,7 +1,5 @@
 """Settings to a network: the U-Net of Ho et al. 2020, https://arxiv.org/abs/2006.11239, appendix B, or one of `model.factory`."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import math
@@ -31,16 +29,8 @@ def build(config: Config, num_classes: int | None = None) -> nn.Module:
     The default settings with 3 channels give the network of google/ddpm-cifar10-32 (35,746,307 parameters). With `model.factory` it
     is what that function returns, whose first weights come from torch's generator, seeded by `config.seed`.
 
-    Args:
-        config: its data, model and diffusion settings.
-        num_classes: of the data set; None without labels.
-
-    Returns:
-        A network of x_t `[n, C, H, W]`, timesteps int64 `[n]` and, with `model.class_conditional`, labels int64 `[n]`, in which
-        `num_classes` means "no label"; `network_call.predict` calls it.
-
-    Raises:
-        UserError: lists every setting that does not fit the others; or the factory makes no such network.
+    It takes labels with `model.class_conditional`, and `num_classes` among them means "no label"; `network_call.predict` calls it.
+    Raises UserError that lists every setting which does not fit the others, or where the factory makes no such network.
     """
     if problems := list(_problems(config, num_classes)):
         raise UserError("\n".join(["the network cannot be built:", *(f"  {problem}" for problem in problems)]))

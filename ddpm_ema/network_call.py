@@ -1,10 +1,14 @@
 """How a network is called: diffusers' U-Net in its way, a network of `model.factory` as (x_t, timesteps, labels) -> prediction."""
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import TypeAlias
 
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+Predict: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t fp32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None) -> `[n, C or 2C, H, W]`."""
 
 
 def predict(network: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:

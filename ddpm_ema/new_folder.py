@@ -1,7 +1,5 @@
 """A folder that appears whole or not at all: how a pipeline folder and an imported run are written."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Numbers, labels and tables as people read them: one format for page, terminal and model card. No torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

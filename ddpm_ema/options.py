@@ -1,7 +1,5 @@
 """Options of the commands that take no settings: apart from their modules, so that `--help` does not wait for torch."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path
@@ -16,7 +14,6 @@ def report() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=None,
         help="the file to write (default: RUN/report.html, or comparison.html beside several)",
     )
     parser.add_argument(
@@ -34,8 +31,8 @@ def export() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="the run directory, such as runs/digits")
     parser.add_argument("name", help="raw, an average, a profile to reconstruct such as power_0_075, or NAME@STEP")
-    parser.add_argument("--output", type=Path, default=None, help="the folder to write (default: RUN/export/NAME)")
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    parser.add_argument("--output", type=Path, help="the folder to write (default: RUN/export/NAME)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--variant", action="store_true", help="store the weights as diffusers' variant=NAME")
     parser.add_argument("--model.factory", dest="factory", help="the run's own, if you trust the code that it names")
     return parser
@@ -54,15 +51,13 @@ def reconstruct() -> argparse.ArgumentParser:
         default=[],
         help="a name (power_0_075, bias_corrected_0_9999, uniform) or its fields (power_function:std=0.075); may be repeated",
     )
-    parser.add_argument("--step", type=int, default=None, help="step of the average (default: the last snapshot's)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the files (default: RUN/reconstructed/step-N)"
-    )
+    parser.add_argument("--step", type=int, help="step of the average (default: the last snapshot's)")
+    parser.add_argument("--out", type=Path, help="folder of the files (default: RUN/reconstructed/step-N)")
     parser.add_argument(
         "--plan", action="store_true", help="print which averages to store, how often, and what they give"
     )
-    parser.add_argument("--steps", type=_amount, default=None, help="--plan: steps of the run (default: --config's)")
-    parser.add_argument("--config", type=Path, default=None, help="--plan: settings, for the learning rates")
+    parser.add_argument("--steps", type=_amount, help="--plan: steps of the run (default: --config's)")
+    parser.add_argument("--config", type=Path, help="--plan: settings, for the learning rates")
     parser.add_argument("--budget", type=_amount, default=20e9, help="--plan: bytes for snapshots (default: 20GB)")
     parser.add_argument("--parameters", type=_amount, default=35.7e6, help="--plan: of the model (default: 35.7M)")
     return parser

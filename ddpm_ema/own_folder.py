@@ -1,7 +1,5 @@
 """Settings for a folder of images that were given without any: `ddpm-ema train --data.path FOLDER`."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batch-norm statistics of averaged weights: estimated anew, on training images noised as in training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,15 +21,8 @@ def with_own_statistics(
 
     Statistics that training collected are those of the raw weights. New ones are means over 16 batches of up to 128 training
     images, whose choice, noise, timesteps and flips are functions of `config.seed`. Without batch norm nothing is built or read.
-
-    Args:
-        weights: parameters and buffers by name.
-        config: settings of the run.
-        device: where to compute.
-        dataset: what was trained on; None opens it.
-
-    Raises:
-        UserError: the weights are not of the network that the settings describe, or the data cannot be read.
+    `dataset` is what was trained on; None opens it. Raises UserError where the weights are not of the network that the settings
+    describe, or the data cannot be read.
     """
     if not any(name.endswith("running_var") for name in weights):
         return dict(weights)

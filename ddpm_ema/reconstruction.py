@@ -1,7 +1,5 @@
 """The command `ddpm-ema reconstruct`: a run's snapshots → files of averages that were not stored, and plans of what to store."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,14 +61,7 @@ WANTED = (
 def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], room: float, size: float) -> str:
     """For a terminal: the predicted error of each plan, which one to take, and which averages it cannot reconstruct.
 
-    Args:
-        training: Settings of the run, whose steps and learning rates count.
-        targets: Averages wanted at the end.
-        room: Bytes for snapshots.
-        size: Bytes per snapshot.
-
-    Raises:
-        UserError: No plan fits.
+    `room`: bytes for snapshots, of `size` bytes each. Raises UserError where no plan fits.
     """
     try:
         found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)

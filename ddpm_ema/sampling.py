@@ -4,10 +4,8 @@ Image i is a function of (seed, i, weights, sampler) alone. Nothing here touches
 processes, the batch size and the order of the images change an image by rounding at most.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import diffusers
 import torch
@@ -18,6 +16,7 @@ from ddpm_ema import keyed_random
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.keyed_random import Purpose
+from ddpm_ema.network_call import Predict
 
 # diffusers' schedulers carry no types.
 DDPMScheduler: Any = diffusers.DDPMScheduler
@@ -33,9 +32,6 @@ LAMBDA_MIN = -5.1
 A cosine schedule ends so close to pure noise that predicted noise, divided by alpha there, says nothing about x_0: unclipped,
 every pixel of the samples saturates. Clipped, the bound changes nothing that could be measured (docs/scoring.md).
 """
-
-Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
-"""(x_t float32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None) -> float32 `[n, C or 2C, H, W]`."""
 
 
 class _HandOver(TorchFunctionMode):
@@ -56,14 +52,9 @@ class _HandOver(TorchFunctionMode):
 def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: EvaluationSettings) -> Any:
     """The diffusers scheduler that samples as `settings` say; what a pipeline folder holds.
 
-    Args:
-        noise_scheduler_config: of a DDPMScheduler (`diffusion.noise_scheduler(...).config`).
-        settings: sampler and clip_sample are used.
-
-    Returns:
-        A DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler, the last of second order in x_0 (Lu et al. 2022,
-        arXiv 2211.01095). Its thresholding at a `sample_max_value` of 1 is plain clipping: whatever quantile of |x_0|
-        diffusers finds, it clamps it to [1, 1] before it clips to it and divides by it.
+    DPMSolverMultistepScheduler is of second order in x_0 (Lu et al. 2022, arXiv 2211.01095). Its thresholding at a
+    `sample_max_value` of 1 is plain clipping: whatever quantile of |x_0| diffusers finds, it clamps it to [1, 1] before it clips to
+    it and divides by it.
     """
     # As keywords: from_config drops what `_use_default_values` in a config lists, even where it has another value.
     options: dict[str, Any] = {"clip_sample": settings.clip_sample}

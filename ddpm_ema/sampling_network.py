@@ -1,10 +1,8 @@
 """The network that samples, in scoring and in previews: compiled once, weights loaded into it in place, predictions guided."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +12,17 @@ from ddpm_ema import network_call
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.errors import UserError
+from ddpm_ema.network_call import Predict
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Predict: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], Tensor]"
 
 
 class SamplingNetwork:
     """A network that predicts for the sampler, with `evaluation`'s precision, compilation and guidance.
 
-    Args:
-        unet: the network; its weights are replaced by `load`.
-        settings: mixed_precision, compile and guidance_scale are used.
-        device: that it runs on.
-        batch_size: the most images that `predict` is given at once. A compiled network is compiled for that size alone, and
-            smaller batches are filled up inside, so that nothing is compiled again.
-        no_label: the class that means "no label"; None for a network without classes.
-
-    Attributes:
-        predict: (x_t float32 `[n, C, H, W]`, timesteps int64 `[n]`, labels int64 `[n]` or None) -> float32 `[n, C or 2C, H, W]`.
-
-    Raises:
-        UserError: guidance of a network without classes.
+    A compiled network is compiled for `batch_size` images alone, the most that `predict` is given at once; smaller batches are
+    filled up inside, so that nothing is compiled again. `no_label` is the class that means "no label"; None for a network without
+    classes, whose guidance is a UserError.
     """
 
     def __init__(

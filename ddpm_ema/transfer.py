@@ -1,7 +1,5 @@
 """Copies between host and device that nobody waits for, which on CUDA takes pinned host memory and events."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

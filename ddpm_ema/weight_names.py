@@ -6,8 +6,6 @@ A name is `raw`, an average's, that of a profile to reconstruct, or a diffusers 
 `+` averages the predictions of several (an ensemble). A number has one spelling: `power_0_1` is read as `power_0_10`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -54,14 +52,9 @@ class WeightName:
 
 
 def parse(text: str, averages: Collection[str] = ()) -> tuple[WeightName, ...]:
-    """The members of a name: one, or several of an ensemble.
+    """The members of a name: one, or several of an ensemble. Names under `averages:` mean nothing else, however they are spelled.
 
-    Args:
-        text: what a person wrote.
-        averages: the names under `averages:`, which mean nothing else, however they are spelled.
-
-    Raises:
-        ValueError: an empty name, or a step that is no number.
+    Raises ValueError for an empty name, or a step that is no number.
     """
     pieces, found = text.split("+"), []
     while pieces:

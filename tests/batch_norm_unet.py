@@ -1,7 +1,5 @@
 """A small U-Net with batch norm in place of group norm, for tests of buffers: `use` makes every stage build it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Tests share two cores: one thread each is faster than two that wait for each other, and sums come in one order."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A run directory as training and scoring leave it, with made-up figures, for the tests of what reads one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

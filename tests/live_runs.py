@@ -1,10 +1,8 @@
 """Real runs for tests: each process is one of the operating system, started from a server that has the imports done.
 
-A process gets the environment that torchrun would give it, runs what `scripts/train.py` runs, and ends with its exit code,
-so it can be killed, stopped and restarted like one. Tests of the launchers themselves start the launchers.
+A process gets the environment that torchrun would give it, runs a command, and ends with its exit code, so
+it can be killed, stopped and restarted like one. Tests of the launchers themselves start the launchers.
 """
-
-from __future__ import annotations
 
 import json
 import multiprocessing
@@ -23,7 +21,7 @@ from ddpm_ema import cli, config, train
 from ddpm_ema.rundir import RunDir
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["live_runs", "accelerate", "ddpm_ema.train"])
+CONTEXT.set_forkserver_preload(["live_runs", "accelerate", "ddpm_ema.score", "torch_fidelity"])
 
 TINY: dict[str, Any] = {
     "data": {"source": "digits", "image_size": 8, "channels": 1},
@@ -52,8 +50,10 @@ FIFTY = {"training__steps": 50, "checkpoints__every": 50, "training__learning_ra
 
 def settings(output_dir: Path, **changes: Any) -> config.Config:
     """The tiny configuration, with changes by dotted key (`training__steps=20`; a dict replaces a whole mapping)."""
-    tree = json.loads(json.dumps(TINY))
-    tree["output_dir"] = str(output_dir)
+    return changed(json.loads(json.dumps(TINY)) | {"output_dir": str(output_dir)}, changes)
+
+
+def changed(tree: dict[str, Any], changes: Mapping[str, Any]) -> config.Config:
     for key, value in changes.items():
         *parents, leaf = key.split("__")
         node = tree
@@ -89,16 +89,21 @@ class Launch:
 
 
 def start(
-    run: config.Config, world_size: int = 1, before: Callable[[], None] | None = None, log_dir: Path | None = None
+    run: config.Config,
+    world_size: int = 1,
+    before: Callable[[], None] | None = None,
+    log_dir: Path | None = None,
+    command: Callable[[config.Config], Any] = train.run,
 ) -> Launch:
-    """Starts a training run. `before` is called in each process first: a module-level function that breaks something."""
+    """Starts a run. `before` is called in each process first: a module-level function that breaks something."""
     log_dir = log_dir or run.output_dir.parent
     log_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
     stamp = time.monotonic_ns()
     logs = [log_dir / f"{run.output_dir.name}-{stamp}-rank{rank}.log" for rank in range(world_size)]
+    tree = config.to_dict(run)
     processes = [
-        CONTEXT.Process(target=_work, args=(config.to_dict(run), rank, world_size, port, str(logs[rank]), before))
+        CONTEXT.Process(target=_work, args=(command, tree, rank, world_size, port, str(logs[rank]), before))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -115,7 +120,13 @@ def finish(run: config.Config, world_size: int = 1, **more: Any) -> Launch:
 
 
 def _work(
-    tree: Mapping[str, Any], rank: int, world_size: int, port: int, log: str, before: Callable[[], None] | None
+    command: Callable[[config.Config], Any],
+    tree: Mapping[str, Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    log: str,
+    before: Callable[[], None] | None,
 ) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -128,7 +139,7 @@ def _work(
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if before is not None:
         before()
-    code = cli.guard(train.run, config.validate(tree))
+    code = cli.guard(command, config.validate(tree))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

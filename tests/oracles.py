@@ -1,7 +1,5 @@
 """What other programs say of the same numbers."""
 
-from __future__ import annotations
-
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from ddpm_ema.metrics import Statistics

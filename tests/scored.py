@@ -1,27 +1,19 @@
 """Run directories to score, made by hand: a tiny network, weights that differ, snapshots, a classifier nobody trained."""
 
-from __future__ import annotations
-
 import json
-import multiprocessing
-import os
-import sys
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import live_runs
 import torch
-from live_runs import TINY, Launch, free_port
+from live_runs import TINY, Launch, changed
 from torch import Tensor
 
-from ddpm_ema import cli, config, model, score
+from ddpm_ema import config, model, score
 from ddpm_ema.averaging import PowerFunction, write_snapshot
 from ddpm_ema.features import Architecture, Classifier, Trained, save_classifier
 from ddpm_ema.rundir import RunDir
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["scored", "accelerate", "torch_fidelity"])
 
 STEPS = (4, 8)
 EVALUATION: dict[str, Any] = {
@@ -42,13 +34,7 @@ def settings(output_dir: Path, **changes: Any) -> config.Config:
     tree["model"]["initialization"] = "pytorch"  # the paper's first weights say zero, whatever they are scaled by
     tree["evaluation"] = dict(EVALUATION)
     tree["data"]["cache_dir"] = str(output_dir.parent / "cache")
-    for key, value in changes.items():
-        *parents, leaf = key.split("__")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return config.validate(tree)
+    return changed(tree, changes)
 
 
 @lru_cache(maxsize=8)
@@ -101,11 +87,7 @@ def classifier() -> Classifier:
 
 def again(run: config.Config, **changes: Any) -> config.Config:
     """The same run directory under other settings."""
-    tree = config.to_dict(run)
-    for key, value in changes.items():
-        section, leaf = key.split("__")
-        tree[section][leaf] = value
-    return config.validate(tree)
+    return changed(config.to_dict(run), changes)
 
 
 def results(run: config.Config) -> dict[str, Any]:
@@ -121,27 +103,4 @@ def figures(found: dict[str, Any]) -> dict[str, tuple[float, ...]]:
 
 def start(run: config.Config, world_size: int = 1) -> Launch:
     """Scores the run in processes of their own, which can be killed or stopped."""
-    port, stamp = free_port(), time.monotonic_ns()
-    folder = run.output_dir.parent
-    logs = [folder / f"score-{stamp}-rank{rank}.log" for rank in range(world_size)]
-    processes = [
-        CONTEXT.Process(target=_work, args=(config.to_dict(run), rank, world_size, port, str(logs[rank])))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return Launch(processes, logs)
-
-
-def _work(tree: dict[str, Any], rank: int, world_size: int, port: int, log: str) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    code = cli.guard(score.run, config.validate(tree))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return live_runs.start(run, world_size, command=score.run)

@@ -1,7 +1,5 @@
 """`ddpm-ema`: one command for every stage, quick to answer, with one message and one exit code for a mistake."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import subprocess

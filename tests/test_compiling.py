@@ -1,7 +1,5 @@
 """A stop or a kill while torch.compile works leaves a run that can be started again, and one message."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

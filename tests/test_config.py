@@ -1,7 +1,5 @@
 """Settings: every error at once, with its key path and the nearest name, and nothing written before they hold."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import pytest
 import yaml
 
 from ddpm_ema import ConstantDecay, Delayed, HalfLife, Window, config
-from ddpm_ema.config.__main__ import page
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import Checkpoint
 from ddpm_ema.train.resume import check_resume
@@ -190,30 +187,9 @@ def test_a_bad_length_is_named_with_its_key_path_beside_the_other_errors(tmp_pat
     assert "averages.w: length: expected a number of steps, a share of the run such as 5%" in message
 
 
-@pytest.mark.parametrize(
-    ("profile", "expected"),
-    [
-        ("{kind: constant, decay: 1.5}", "decay"),
-        ("{kind: constant, decay: -0.1}", "decay"),
-        ("{kind: power_function, std: 0.4}", "std"),
-        ("{kind: power_function, std: 0.0}", "std"),
-        ("{kind: constant, decay: 0.9, tau: 1}", "tau"),
-        ("{decay: 0.9}", "kind"),
-    ],
-)
-def test_a_profile_out_of_range_is_an_error_at_that_field(profile: str, expected: str, tmp_path: Path) -> None:
-    message = problems(f"averages: {{mine: {profile}}}\n", tmp_path)
-    assert "averages.mine" in message
-    assert expected in message
-
-
 @pytest.mark.parametrize("name", ["ema.999", "raw", "a b", '""'])
 def test_a_bad_name_of_an_average_is_an_error(name: str, tmp_path: Path) -> None:
     assert "averages" in problems(f"averages: {{{name}: {{kind: uniform}}}}\n", tmp_path)
-
-
-def test_an_average_that_is_no_profile_is_an_error(tmp_path: Path) -> None:
-    assert "averages.a: profile: expected a mapping with a 'kind'" in problems("averages: {a: 3}\n", tmp_path)
 
 
 def test_a_repeated_name_is_an_error_where_yaml_alone_would_keep_the_last(tmp_path: Path) -> None:
@@ -346,10 +322,6 @@ def test_every_setting_has_a_description() -> None:
 def test_a_seed_beyond_32_bits_is_an_error_because_it_is_half_of_a_key(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: input should be less than 4294967296"):
         config.load(None, {key: [str(2**32)]})
-
-
-def test_the_settings_page_of_the_documentation_is_the_one_that_the_code_makes() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == page(), "python -m ddpm_ema.config > docs/settings.md"
 
 
 def test_cached_data_go_to_one_folder_that_the_environment_can_move(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """The files for containers and clusters: valid by strict schema, and saying the same thing as the code."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

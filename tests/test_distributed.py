@@ -1,7 +1,5 @@
 """Ranks find each other, wait for each other, and end together, each time with one message."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Every command and code block of the documentation runs as printed, or says why it does not."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -157,3 +155,8 @@ def test_the_tables_of_results_and_benchmarks_are_what_the_recorded_files_say() 
     assert all(line in page.splitlines() for line in study.markdown(results).splitlines())
     made = benchmark("page")
     assert "\n".join(made.parts()) == made.PAGE.read_text()
+
+
+def test_the_page_of_settings_is_the_one_that_the_code_makes() -> None:
+    made = benchmark("settings_page").page()
+    assert (ROOT / "docs" / "settings.md").read_text() == made, "python benchmarks/settings_page.py > docs/settings.md"

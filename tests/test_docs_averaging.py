@@ -1,7 +1,5 @@
 """The code blocks of docs/averaging.md run, in order, in one namespace; its table of rules and its pictures are true."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

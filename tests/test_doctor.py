@@ -1,7 +1,5 @@
 """The doctor finds what would stop a run, says what to do, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

@@ -1,7 +1,5 @@
 """What must agree is said at each setting, and the three comparisons follow it: resuming, scoring a run, naming a scoring."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +60,7 @@ def changed(key: str) -> Config:
 
 
 def digest(settings: Config, labels: torch.Tensor | None = None) -> str:
-    extractor: Any = SimpleNamespace(name="classifier", sha256="f00d", feature_layer="features")
+    extractor: Any = SimpleNamespace(identity={"extractor": "classifier", "extractor_sha256": "f00d"})
     return config.digest(results.settings_of(settings, extractor, {"fingerprint": "beef"}, labels))
 
 

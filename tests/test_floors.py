@@ -1,7 +1,5 @@
 """Imports go down the floors only, files on one floor do not import each other, and the library alone stays light."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`ddpm_ema.load` and `ddpm_ema.sample`: the network and the images that scoring has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Grids say how their images were sampled; previews are sampled as the scoring samples, as far as that is affordable."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,10 +1,7 @@
 """The launcher ends with the exit code of its ranks, and lets them save before it does."""
 
-from __future__ import annotations
-
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from live_runs import free_port
 
 from ddpm_ema import launch
 
@@ -88,8 +86,8 @@ def test_a_stop_reaches_every_rank_is_waited_for_and_ends_in_75(tmp_path: Path):
 
 
 def test_a_stop_while_waiting_for_other_nodes_ends_the_launcher_at_once(tmp_path: Path):
-    free_port = "0"  # nobody listens there: the rendezvous would be tried for minutes
-    options = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", free_port)
+    nobodys_port = "0"  # nobody listens there: the rendezvous would be tried for minutes
+    options = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", nobodys_port)
     launcher = start(tmp_path, options=options)
     while not catches(launcher.pid, signal.SIGTERM):
         time.sleep(0.05)
@@ -126,9 +124,7 @@ sys.exit(cli.guard(work))
 def test_an_error_on_one_node_is_the_exit_code_of_every_nodes_launcher(tmp_path: Path, failing: int):
     script = tmp_path / "node.py"
     script.write_text(NODE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     place = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "--master-port", port]
     launchers = [
         subprocess.Popen(

@@ -1,7 +1,5 @@
 """What a person sees of a stage: a bar on a terminal, plain lines elsewhere, nothing where nobody asked."""
 
-from __future__ import annotations
-
 import os
 import pty
 import re

@@ -1,7 +1,5 @@
 """The network: the paper's by default, a function of the settings alone, and clear about settings that do not fit."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Numbers and tables as people read them: digits that the error supports, true minus signs, aligned columns."""
 
-from __future__ import annotations
-
 import pytest
 
 from ddpm_ema.numbers import aligned, figure, listed, with_error

@@ -1,7 +1,5 @@
 """`ddpm-ema train --data.path FOLDER` alone: settings that fit the images and the machine, and what they would take."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

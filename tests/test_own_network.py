@@ -1,7 +1,5 @@
 """`model.factory`: a network of one's own goes through every stage, and a stranger's run directory runs no code."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Sampling: what each image depends on, and that our samplers are diffusers' samplers wherever those are exact."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

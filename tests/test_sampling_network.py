@@ -1,7 +1,5 @@
 """The network that samples: weights in, ensembles, one compiled batch size, guidance."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from scored import again, settings, weights

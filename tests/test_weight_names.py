@@ -1,7 +1,5 @@
 """`NAME[@STEP][+NAME...]`: one grammar for every stage, one spelling for every number, and never a traceback."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

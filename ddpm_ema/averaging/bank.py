@@ -1,7 +1,5 @@
 """The bank: all averages of one model, updated by one call."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn

@@ -1,7 +1,5 @@
 """Checks of numbers that a user gives; each names the field, the value and the valid range."""
 
-from __future__ import annotations
-
 import math
 import numbers
 

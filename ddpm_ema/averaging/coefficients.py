@@ -10,19 +10,15 @@ here. Karras et al. 2024 (arXiv 2312.02696, section 3.2) introduced combining st
 weightings (appendix C.3), which is the expected error if the parameters are white noise.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from ddpm_ema.averaging.profiles import HardCopy, PowerFunction, Profile
+from ddpm_ema.averaging.profiles import FloatArray, HardCopy, PowerFunction, Profile
 
-FloatArray = npt.NDArray[np.float64]
 StepVariance: TypeAlias = Callable[[float], float] | tuple[Sequence[int], Sequence[float]]
 """Variance of step t + 1 as a function of t, or (ends, values): values[i] for the steps after ends[i - 1] up to ends[i]."""
 

@@ -10,8 +10,6 @@ An average with cumulative weighting P and P(t) = 0 before T - D is, summed by p
 P(t) = 1 - r(u_t) emulates the decay (WSM: Tian et al. 2025, arXiv 2507.17634). A linear decay is the plain mean of the last D steps.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar

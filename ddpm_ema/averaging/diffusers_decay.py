@@ -1,7 +1,5 @@
 """The decay that diffusers' `EMAModel` really applies."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

@@ -26,13 +26,8 @@ HEAD_BYTES = 9
 def replacing(path: Path) -> Iterator[Path]:
     """Gives an empty temporary beside `path`; what is written to it becomes `path` at the end, whole or not at all.
 
-    An error inside leaves `path` as it was. What a kill leaves behind is named `.<name>.<process>.partial`.
-
-    Args:
-        path: the file; its folder is made if need be.
-
-    Raises:
-        OSError: it cannot be written.
+    An error inside leaves `path` as it was. What a kill leaves behind is named `.<name>.<process>.partial`. The folder is made if
+    need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -81,13 +76,7 @@ def sync(path: Path) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, whole or not at all, readable as the umask says, on disk when the call returns.
 
-    Args:
-        path: the file; its folder is made if need be.
-        tensors: name -> tensor of any layout (safetensors refuses channels-last ones as they are) and device.
-        metadata: text stored in the header.
-
-    Raises:
-        OSError: it cannot be written.
+    Tensors may have any device and layout; safetensors refuses channels-last ones as they are. Raises OSError.
     """
     from safetensors.torch import save_file
 
@@ -104,12 +93,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """`safe_open` on the CPU, with a message that says what is wrong with the file.
-
-    Raises:
-        ValueError: it is a pickle (refused unread), truncated, or otherwise no safetensors file.
-        OSError: it cannot be read.
-    """
+    """`safe_open` on the CPU. Raises ValueError for a pickle (refused unread), a truncated or any other file, and OSError."""
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if is_pickle(head):

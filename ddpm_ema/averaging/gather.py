@@ -1,7 +1,5 @@
 """Collect tensors that are split over ranks, one at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -28,15 +26,8 @@ def collect(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on rank `dst`, or on all for None, as a contiguous clone on the backend's device. Collective.
 
-    Every rank exhausts the iterator, which is empty on ranks that receive nothing. At most one tensor is in flight.
-
-    Args:
-        owned: name -> fp32 tensor, of this rank.
-        owners: name -> rank, in the same order on every rank.
-        shapes: name -> shape.
-        rank: this process in the group.
-        dst: the rank that receives, in the group.
-        group: process group, None for the default one.
+    Every rank exhausts the iterator, which is empty on ranks that receive nothing. At most one tensor is in flight. `owned` are
+    this rank's; `owners`, name -> rank, have the same order on every rank; `rank` and `dst` count within the group.
     """
     cuda = "nccl" in dist.get_backend(group)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -1,7 +1,5 @@
 """Averages defined by their half-life, a length or a share of training: the rules of EDM, FastGen and torchtitan."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Call a function after every optimizer step that was not skipped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Averages of other libraries, read and written with their true profile, so that a bank with that profile continues exactly."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping

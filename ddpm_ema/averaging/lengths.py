@@ -1,7 +1,5 @@
 """Lengths of averages in steps, in images, or as a share of a run, converted to steps."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

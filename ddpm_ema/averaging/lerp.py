@@ -1,7 +1,5 @@
 """The arithmetic of an update, over many tensors and many averages at once. Nothing here waits for a device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -19,10 +17,8 @@ def lerp_(averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], weigh
     All averages of one tensor are updated in succession: a source is read from memory once and from the cache for the other
     averages, which is faster than one pass per average. On an accelerator everything is one fused kernel.
 
-    Args:
-        averages: [num_averages][num_tensors] fp32.
-        sources: [num_tensors], shapes as the averages', any floating dtype.
-        weights: [num_averages] in [0, 1]. 0 leaves an average unchanged and 1 copies the source, both exactly (NaN included).
+    Averages [num_averages][num_tensors] are fp32, sources [num_tensors] of any floating dtype. A weight of 0 leaves an average
+    unchanged and 1 copies the source, both exactly (NaN included).
     """
     moving = [(average, weight) for average, weight in zip(averages, weights, strict=True) if 0.0 < weight < 1.0]
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """A module that computes with an average's weights, beside the model that is trained."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +13,8 @@ from ddpm_ema.averaging.sharded import is_sharded
 def with_tensors(model: Any, values: Mapping[str, Tensor]) -> nn.Module:
     """A module like `model` in eval mode whose parameters and buffers are these tensors, else the model's own; no tensor is copied.
 
-    Args:
-        model: wrapped by torch.compile or DistributedDataParallel or not; neither its tensors nor its mode are touched.
-        values: clean name -> tensor of any dtype, with the names of some or all of its parameters and buffers.
-
-    Raises:
-        ValueError: a name or shape that the model does not have, or a sharded model, whose hooks set its parameters themselves.
+    `values` are by clean name; neither the model's tensors nor its mode are touched. Raises ValueError for a name or shape that it
+    does not have, or a sharded model, whose hooks set its parameters themselves.
     """
     while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module

@@ -1,7 +1,5 @@
 """Named tensors: names without wrapper prefixes, shares of ranks, bounded parts, and strict comparison."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -21,11 +19,7 @@ def clean_name(name: str) -> str:
 
 
 def clean_named(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> dict[str, torch.Tensor]:
-    """Named tensors as a dict under clean names.
-
-    Raises:
-        ValueError: two tensors get the same name.
-    """
+    """Named tensors as a dict under clean names. Raises ValueError where two get the same name."""
     cleaned: dict[str, torch.Tensor] = {}
     original: dict[str, str] = {}
     for name, tensor in tensors:
@@ -41,12 +35,8 @@ def clean_named(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> dict[
 def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """Assign whole tensors to ranks: the largest first, each to the rank with the least so far (Graham 1969).
 
-    The result depends on names and sizes alone, so it is the same on every rank. No rank has more than the least loaded one
-    plus the largest tensor.
-
-    Args:
-        sizes: name -> number of elements; the result has its order.
-        world_size: number of ranks.
+    The result depends on names and sizes alone, so it is the same on every rank, and has the order of `sizes`. No rank has more
+    than the least loaded one plus the largest tensor.
     """
     loads = [0] * world_size
     owners: dict[str, int] = {}
@@ -74,11 +64,7 @@ def parts(sizes: Mapping[Key, int], limit: int) -> Iterator[list[Key]]:
 def check_tensors(
     given: Mapping[str, torch.Tensor | torch.Size], expected: Mapping[str, torch.Size], what: str
 ) -> None:
-    """Refuse any set of tensors (or of their shapes) that is not exactly the expected one.
-
-    Raises:
-        ValueError: names every missing, extra and misshaped tensor, the latter with both shapes.
-    """
+    """Raises ValueError that names every missing, extra and misshaped tensor (or shape), the latter with both shapes."""
     here = {name: tuple(getattr(value, "shape", value)) for name, value in given.items()}
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     problems = [f"{name!r} is missing (expected {wanted[name]})" for name in wanted if name not in here]

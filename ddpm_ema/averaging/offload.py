@@ -1,7 +1,5 @@
 """Averages in host memory of a model on an accelerator; the transfer overlaps the next step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,7 +19,6 @@ class HostMirror:
     """
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
-        """Args: sources: [num_tensors], any dtype, on the CPU or on CUDA devices."""
         self._shadow = [torch.empty_like(source, requires_grad=False) for source in sources]
         self.values: list[Tensor] = [
             torch.empty_like(source, device="cpu", pin_memory=source.is_cuda, requires_grad=False) for source in sources

@@ -1,7 +1,5 @@
 """What to store of a future training run: which averages, how often, and the predicted errors of reconstructions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,19 +22,12 @@ COUNTS = (5, 10, 20, 50, 100, 200)
 
 @dataclass(frozen=True)
 class Plan:
-    """Averages to store every `every` steps and at the last one, and the initial weights once.
-
-    Attributes:
-        stored: their profiles.
-        every: steps between snapshots.
-        num_files: number of files, initial weights included.
-        errors: predicted relative error of each target at the last step; None where it is raw.
-    """
+    """Averages to store every `every` steps and at the last one, and the initial weights once."""
 
     stored: tuple[Profile, ...]
     every: int
-    num_files: int
-    errors: tuple[float | None, ...]
+    num_files: int  # initial weights included
+    errors: tuple[float | None, ...]  # predicted relative error of each target at the last step; None where it is raw
 
     def beyond(self, error: float) -> list[int]:
         """Indices of the targets whose error is not below this."""
@@ -55,16 +46,10 @@ def plans(
     *,
     step_variance: StepVariance | None = None,
 ) -> list[Plan]:
-    """The best plan for each set of averages that fits into `max_files` files, the best of all first.
+    """The best plan for each set of averages that fits into `max_files` files of the model's size, the best of all first.
 
-    Args:
-        steps: steps of the whole run.
-        targets: profiles wanted at the last step.
-        max_files: files that may be stored, each as large as the model.
-        step_variance: as of `posthoc_coefficients`.
-
-    Raises:
-        ValueError: no steps, no targets, or too few files for the smallest plan.
+    `targets` are wanted at the last of `steps`; `step_variance` is as of `posthoc_coefficients`. Raises ValueError for no steps, no
+    targets, or too few files for the smallest plan.
     """
     if steps < 1 or not targets:
         raise ValueError(f"steps, targets: expected at least one of each, got {steps} and {len(targets)}")

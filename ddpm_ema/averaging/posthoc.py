@@ -3,8 +3,6 @@
 `coefficients.py` computes the coefficients. Tensors are read one file at a time, a bounded part of the model at a time.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -20,7 +18,6 @@ from ddpm_ema.averaging.coefficients import (
     FIT_VERSION,
     RAW,
     Coefficients,
-    FloatArray,
     StepVariance,
     Stored,
     as_profile,
@@ -30,7 +27,7 @@ from ddpm_ema.averaging.coefficients import (
     variance_between,
 )
 from ddpm_ema.averaging.naming import check_tensors, parts
-from ddpm_ema.averaging.profiles import Profile
+from ddpm_ema.averaging.profiles import FloatArray, Profile
 from ddpm_ema.averaging.snapshots import Snapshot
 
 MAX_MISPREDICTION = 2.0
@@ -41,16 +38,9 @@ MIN_CHECKED_ERROR = 0.01
 
 @dataclass(frozen=True)
 class Check:
-    """A stored average, reconstructed from the others and compared with itself.
+    """A stored average, reconstructed from the others and compared with itself; errors are shares of its distance from raw."""
 
-    Attributes:
-        name: its file's name.
-        profile: its profile.
-        predicted: predicted error, as a share of its distance from the raw weights.
-        actual: the error, as a share of the same.
-    """
-
-    name: str
+    name: str  # of its file
     profile: Profile
     predicted: float
     actual: float
@@ -65,25 +55,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an average is made from stored ones, without tensors.
-
-    Attributes:
-        step: the step of the average.
-        target: its profile.
-        snapshots: the stored averages, in the order of `coefficients.weights`.
-        coefficients: how they are combined.
-        step_variance: as given to `fit`.
-        white_noise: as given to `fit`, or estimated.
-        magnitude: estimated, as of `posthoc_coefficients`.
-    """
+    """How an average of profile `target` at `step` is made from stored ones, without tensors."""
 
     step: int
     target: Profile
-    snapshots: tuple[Snapshot, ...]
+    snapshots: tuple[Snapshot, ...]  # in the order of `coefficients.weights`
     coefficients: Coefficients
     step_variance: StepVariance | None
-    white_noise: float
-    magnitude: float
+    white_noise: float  # as given to `fit`, or estimated
+    magnitude: float  # estimated, as of `posthoc_coefficients`
 
     @property
     def identity(self) -> list[Any]:
@@ -116,13 +96,8 @@ class Fit:
     def checked(self, kept: Iterable[Snapshot] = ()) -> Check | None:
         """Reconstruct the stored average whose profile is nearest to the target from the other snapshots; reads all files once.
 
-        Args:
-            kept: averages and raw weights that were stored at `step`, but are not among the snapshots.
-
-        Returns:
-            None where raw or every average is missing at `step`, or there is nothing to reconstruct one from.
-
-        Raises: as `reconstruct`.
+        None where raw or every average is missing at `step`, also among what else was `kept` there, or there is nothing to
+        reconstruct one from. Raises as `reconstruct`.
         """
         here = [snapshot for snapshot in (*self.snapshots, *kept) if snapshot.step == self.step]
         raw = next((snapshot for snapshot in here if snapshot.profile == RAW), None)

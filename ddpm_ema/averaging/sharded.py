@@ -1,7 +1,5 @@
 """Tensors that `fully_shard` or DTensor split over processes: local shards, whole tensors, and copies between the two."""
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any
@@ -46,8 +44,7 @@ def whole(tensor: Any) -> Tensor:
 def assign(target: Any, value: Any) -> None:
     """target.copy_(value) for any two kinds of tensor; of a whole value each process takes its shard, which sends nothing.
 
-    Raises:
-        ValueError: the two are on different meshes.
+    Raises ValueError where the two are on different meshes.
     """
     with torch.no_grad():
         if is_sharded(target) and is_sharded(value) and target.device_mesh != value.device_mesh:

@@ -4,8 +4,6 @@ Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion 
 numbers. `exponent` is the paper's gamma and `std` its sigma_rel: the standard deviation of the weighting as a share of training.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import sys

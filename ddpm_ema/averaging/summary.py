@@ -1,7 +1,5 @@
 """A table of averages as they will be at the end of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from ddpm_ema.averaging.profiles import Profile
@@ -15,10 +13,6 @@ def summarize(profiles: Mapping[str, Profile], num_steps: int) -> list[str]:
 
     Columns: the time constant 1 / (1 - decay) and the equal-weight window in steps, the centre as a share of the run, and the
     share of the initial weights still held. Lines of text; none without averages.
-
-    Args:
-        profiles: name of the average -> its profile.
-        num_steps: steps of the whole run, at least 1.
     """
     rows = [("average", "time constant (steps)", "window (steps)", "centred at", "initial weights")]
     warnings = []

@@ -4,8 +4,6 @@ A configuration is YAML validated by pydantic: an unknown key is an error, and v
 file, `parse` for a command line.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.config.agreement import chosen, differing, effects
 from ddpm_ema.config.command_line import parse, resolve, show_help, split
 from ddpm_ema.config.loading import digest, load, require_named, to_dict, to_yaml, validate
@@ -19,27 +17,3 @@ from ddpm_ema.config.settings import (
     SweepSettings,
     TrainingSettings,
 )
-
-__all__ = [
-    "Config",
-    "DataSettings",
-    "DiffusionSettings",
-    "Effect",
-    "EvaluationSettings",
-    "MachineSettings",
-    "SweepSettings",
-    "TrainingSettings",
-    "chosen",
-    "differing",
-    "digest",
-    "effects",
-    "load",
-    "parse",
-    "require_named",
-    "resolve",
-    "show_help",
-    "split",
-    "to_dict",
-    "to_yaml",
-    "validate",
-]

@@ -1,7 +1,5 @@
 """Which settings two runs or scorings must agree on: lists that are derived from the `Effect` of each setting."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line of a stage: `[RUN] [--config FILE] [--section.setting VALUE ...]` → settings, and the settings → `--help`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import textwrap
@@ -21,12 +19,8 @@ SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 def parse(arguments: Sequence[str]) -> Config:
     """The settings that a command line names.
 
-    Args:
-        arguments: RUN takes config.yaml of that run directory, where it lies now; --config takes another file; the other options
-            override the file.
-
-    Raises:
-        UserError: the message lists every bad setting, of the file and of the command line.
+    RUN takes config.yaml of that run directory, where it lies now; --config takes another file; the other options override the file.
+    Raises UserError that lists every bad setting, of the file and of the command line.
     """
     return resolve(*split(arguments))
 
@@ -42,13 +36,9 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, list[str]]]:
-    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--a` (true).
+    """Reads `--a b`, `--a=b`, `--a b c` (a list) and `--a` (true): RUN, the file of --config, and overrides by key path.
 
-    Returns:
-        RUN or None; the file of --config or None; the values of each override by key path.
-
-    Raises:
-        UserError: a word that belongs to no option, or not one file after --config.
+    Raises UserError for a word that belongs to no option, or where not one file stands after --config.
     """
     overrides: dict[str, list[str]] = {}
     current: list[str] = []
@@ -71,14 +61,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
 
 
 def show_help(program: str, summary: str, config: Config, first: Sequence[str] = ()) -> None:
-    """Prints every setting with its type, its meaning, its default, and its value where that differs.
-
-    Args:
-        program: start of the usage line.
-        summary: what the stage does.
-        config: the values.
-        first: key paths of the sections to print first.
-    """
+    """Prints every setting with its type, its meaning, its default, and its value where that differs; sections of `first` first."""
     width = min(120, shutil.get_terminal_size().columns)
     values, defaults = flat(config), flat(Config())
     print(f"usage: {program} [RUN] [--config FILE] [--section.setting VALUE ...]\n\n{summary}\n")

@@ -3,8 +3,6 @@
 Every error has its key path, the nearest name, and the place its value came from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -163,15 +161,9 @@ def _set(tree: dict[str, Any], key: str, values: list[Any]) -> None:
 
 
 def validate(tree: Mapping[str, Any], where: str = "settings", overrides: Collection[str] = ()) -> Config:
-    """Plain objects -> Config.
+    """Plain objects, of a file called `where` -> Config. Raises UserError, one message with every bad setting.
 
-    Args:
-        tree: what a file holds, with the overrides laid over it.
-        where: the name of the file, for messages.
-        overrides: key paths of the values that came from the command line.
-
-    Raises:
-        UserError: one message with every bad setting.
+    `overrides` are key paths of the values that came from the command line.
     """
     try:
         return Config.model_validate(tree)

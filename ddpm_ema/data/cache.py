@@ -9,8 +9,6 @@ meta.json names, or they are decoded again. A folder appears whole (a temporary 
 lets one process decode while the others wait for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

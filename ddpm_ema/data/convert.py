@@ -12,8 +12,6 @@ In this order:
    bicubic, whose support grows with the reduction). A square of the right size keeps its pixels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

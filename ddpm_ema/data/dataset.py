@@ -122,13 +122,8 @@ def load(settings: DataSettings, *, split: str | None = None) -> ImageDataset:
     With several processes on a machine call it on one of them first: it downloads and decodes what the others then find (for
     storage "mmap" a lock ensures that anyway).
 
-    Args:
-        settings: which images, their size, and how they are kept.
-        split: in place of `settings.split`: another split, of which none are held out, or `held_out`, those of `settings.split`
-            that are.
-
-    Raises:
-        UserError: the images are missing, unreadable or too few, or cannot be kept.
+    `split` takes the place of `settings.split`: another split, of which none are held out, or `held_out`, those of
+    `settings.split` that are. Raises UserError where the images are missing, unreadable or too few, or cannot be kept.
     """
     cache_dir, held_out = settings.cache_folder, split == HELD_OUT
     share = settings.held_out if split in (None, HELD_OUT, settings.split) else 0.0
@@ -155,11 +150,9 @@ def _open(settings: DataSettings, split: str, cache_dir: Path) -> Source:
     if settings.source == "digits":
         return open_digits(split)
     if settings.source == "folder":
-        if settings.path is None:
-            raise UserError("data.path: a folder source needs the folder that holds the images")
+        assert settings.path is not None  # `Config` asks for it, and for the name below
         return open_folder(settings.path, split)
-    if settings.name is None:
-        raise UserError(f"data.name: a {settings.source} source needs the name of a data set")
+    assert settings.name is not None
     # Imported where they are needed: either library takes seconds to import.
     if settings.source == "torchvision":
         from ddpm_ema.data.torchvision_source import open_torchvision

@@ -1,7 +1,5 @@
 """Decodes every image of a source once, in order, with one thread per core."""
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib
@@ -17,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 from ddpm_ema.messages import bar
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -40,11 +38,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow knows"  # its own words repeat the path
     return getattr(error, "strerror", None) or one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """A folder of images, walked in an order that depends on the names alone."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

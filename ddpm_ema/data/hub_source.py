@@ -1,7 +1,5 @@
 """Hugging Face Hub image sets, through `datasets` (the extra `hub`): by name, a local folder, or one saved to disk."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any
@@ -9,20 +7,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_ema.data.decode import one_line
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 
 def open_hub(name: str, split: str) -> Source:
     """Opens a Hub data set: its first column of images, and its first ClassLabel column as labels.
 
-    Args:
-        name: `owner/set`, `owner/set:subset`, or a local folder that `datasets` reads.
-        split: one of its splits.
-
-    Raises:
-        UserError: the extra `hub` is not installed, or the set, the split or an image column is missing.
+    `name` is `owner/set`, `owner/set:subset`, or a local folder that `datasets` reads. Raises UserError where the extra `hub` is
+    not installed, or the set, the split or an image column is missing.
     """
     try:
         import datasets
@@ -69,6 +62,6 @@ def _load(datasets: Any, name: str, split: str) -> Any:
         raise
     except Exception as error:  # the library and the network beneath it raise what they like
         raise UserError(
-            f"Hub data set {name!r}, split {split!r}, could not be loaded ({one_line(error)[:300]}): check its name and the "
+            f"Hub data set {name!r}, split {split!r}, could not be loaded ({one_line(error)}): check its name and the "
             "network, or set data.name to a folder that holds it"
         ) from None

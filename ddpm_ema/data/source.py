@@ -1,7 +1,5 @@
 """A data source: images by index, labels, and what identifies them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,29 +9,17 @@ from torch import Tensor
 
 @dataclass
 class Source:
-    """Images by index, in their original sizes and modes.
+    """Images by index, in their original sizes and modes."""
 
-    Attributes:
-        name: of the set, for people.
-        size: number of images.
-        read: index -> a Pillow image or a uint8 array; raises what the reading library raises.
-        where: index -> a path, or another name by which a person finds the image.
-        stamp: lines that change when the images on this machine may have changed: the key of a cache file.
-        labels: int64 `[size]`, or None where the images have none.
-        num_classes: None without labels.
-        skipped: one line, with the reason, per file that was skipped when the source was opened.
-        num_ignored: number of hidden files and of files whose names are not those of images.
-    """
-
-    name: str
+    name: str  # of the set, for people
     size: int
-    read: Callable[[int], Any]
-    where: Callable[[int], str]
-    stamp: list[str]
-    labels: Tensor | None = None
+    read: Callable[[int], Any]  # index -> a Pillow image or a uint8 array; raises what the reading library raises
+    where: Callable[[int], str]  # index -> a path, or another name by which a person finds the image
+    stamp: list[str]  # lines that change when the images on this machine may have changed: the key of a cache file
+    labels: Tensor | None = None  # int64 [size]
     num_classes: int | None = None
-    skipped: list[str] = field(default_factory=list)
-    num_ignored: int = 0
+    skipped: list[str] = field(default_factory=list)  # one line, with the reason, per file
+    num_ignored: int = 0  # hidden files, and files whose names are not those of images
 
     def __len__(self) -> int:
         return self.size

@@ -1,7 +1,5 @@
 """torchvision's image sets by name. Importing this imports torchvision, which takes seconds."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import re
@@ -14,21 +12,15 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ema.data.decode import one_line
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 
 def open_torchvision(name: str, split: str, root: Path) -> Source:
     """Opens a torchvision image set under `root`; downloads it if it is missing.
 
-    Args:
-        name: the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`.
-        split: `train`, `test`, or a split that the class knows.
-        root: the folder of the downloaded files.
-
-    Raises:
-        UserError: an unknown name, argument or split, or a set that is missing and cannot be downloaded.
+    `name` is the class, with further arguments of its constructor in brackets: `CIFAR10`, `EMNIST(split=letters)`. Raises UserError
+    for an unknown name, argument or split, or a set that is missing and cannot be downloaded.
     """
     kind, arguments = _parse(name)
     parameters = _parameters(kind)

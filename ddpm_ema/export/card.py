@@ -1,7 +1,5 @@
 """The model card (README.md) of an exported pipeline: what the weights are, how they were made, how good they are, how to use them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,16 +25,7 @@ tags:
 def render(
     config: Config, run: RunDir, weights: NamedWeights, usage: Usage, variant: str | None, scored: Sequence[Scored]
 ) -> str:
-    """The card as Markdown.
-
-    Args:
-        config: The settings that the run was trained with.
-        run: The run directory.
-        weights: The exported weights.
-        usage: How they are sampled: as the first of `scored`, or as the settings say.
-        variant: Their name, if they are stored as diffusers' variant of that name.
-        scored: The scorings of exactly these weights, the newest first.
-    """
+    """The card as Markdown. `variant`: the name that diffusers' variant has; `scored`: of exactly these weights, the newest first."""
     name, step = split_step(weights.name)[0], weights.step
     assert step is not None  # only folders and ensembles have none
     if weights.profile is None:

@@ -1,7 +1,5 @@
 """`export`: named weights of a run → a diffusers pipeline folder, which appears whole or not at all."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,15 +30,9 @@ def export(
     model.safetensors, the scheduler, and the card with the code.
 
     Args:
-        run: The run directory.
-        name: raw, an average, a profile to reconstruct (power_0_075, bias_corrected_0_999), or NAME@STEP.
-        folder: The folder to write; it may exist only if it is empty.
-        step: Completed optimizer steps; None means those of the newest whole checkpoint.
+        run, name, step, factory: As of `ddpm_ema.load`.
+        folder: The folder to write, which is returned; it may exist only if it is empty.
         variant: Whether the weights are stored as diffusers' variant of that name.
-        factory: The run's `model.factory`, if it has one and you trust that code.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: The name or step is unknown, a file is damaged, or `folder` already holds something.

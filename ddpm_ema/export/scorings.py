@@ -1,7 +1,5 @@
 """Which scorings of a run are of exactly the exported weights, and how they sampled."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What is exported, and the Python code that samples with it as the scoring did, without this package."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

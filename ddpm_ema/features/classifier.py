@@ -1,7 +1,5 @@
 """A small classifier trained on the data set itself: features for images unlike ImageNet's, without a download."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -111,15 +109,12 @@ def train_classifier(
     """Trains with AdamW under a one-cycle rate; shifts are the augmentation (no flips: a mirrored 2 is no digit). Shows a bar.
 
     Args:
-        images: uint8 [n, c, h, w]; a tenth is held out.
+        images: uint8 [n, c, h, w]; a tenth is held out. Fewer than 20, or than 2 classes, are a UserError.
         labels: int64 [n]; None: the network learns which way up an image is (Gidaris et al. 2018, arXiv 1803.07728).
         seed: of weights, order and shifts; torch's global generators are left as they are.
         num_classes: None means the largest label + 1.
         visits: images in all, within 3 to 40 passes.
         device: where it trains.
-
-    Raises:
-        UserError: fewer than 20 images or 2 classes.
     """
     classes = 4 if labels is None else int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:

@@ -1,7 +1,5 @@
 """Images → features: one object for Inception, any timm backbone, and our own classifier."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator
@@ -23,27 +21,17 @@ CPU_BATCH = 16
 
 @dataclass(kw_only=True)
 class Extractor:
-    """Images → features, on one device: evaluation mode, no gradients, no autocast, no TF32.
+    """Images → features, on one device: evaluation mode, no gradients, no autocast, no TF32."""
 
-    Attributes:
-        network: uint8 [n, channels, h, w] -> a tuple that begins with the features, [n, dim].
-        name, sha256: of the extractor and its weights file.
-        label: its name for people, with that of a file that was given.
-        feature_layer: name of the features' layer.
-        channels: 3 if grey images must be repeated for the network, None if it takes both.
-        is_published_inception: whether a Fréchet distance of these features is a FID.
-        batch_size: largest number of images per pass.
-    """
-
-    network: nn.Module
+    network: nn.Module  # uint8 [n, channels, h, w] -> a tuple that begins with the features, [n, dim]
     name: str
-    sha256: str
+    sha256: str  # of the weights file
     feature_layer: str
     device: torch.device
-    batch_size: int
-    label: str = ""
-    channels: int | None = 3
-    is_published_inception: bool = False
+    batch_size: int  # most images per pass
+    label: str = ""  # the name for people, with that of a file that was given
+    channels: int | None = 3  # 3 if grey images must be repeated for the network, None if it takes both
+    is_published_inception: bool = False  # whether a Fréchet distance of these features is a FID
 
     def __post_init__(self) -> None:
         self.label = self.label or self.name
@@ -56,26 +44,17 @@ class Extractor:
         """Length of a feature vector."""
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What its features are, for files that depend on them."""
+        return {"extractor": self.name, "extractor_sha256": self.sha256, "feature_layer": self.feature_layer}
+
+    @property
     def key(self) -> str:
         """Names files of its features: what they depend on."""
         return f"{re.sub(r'[^A-Za-z0-9_.]+', '_', self.name)}-{self.sha256[:12]}"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: uint8 [n, 1 or 3, h, w]; n may be 0.
-
-        Returns:
-            fp32 [n, dim], on the extractor's device.
-
-        Raises:
-            ValueError: another dtype or shape.
-        """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images must be uint8 [n, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}")
-        if not len(images):
-            return torch.zeros(0, self.dim, device=self.device)
+        """uint8 images [n, 1 or 3, h, w], at least one -> features fp32 [n, dim], on the extractor's device."""
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         return torch.cat([self._features(batch) for batch in images.split(self.batch_size)])
@@ -112,17 +91,10 @@ def split_entry(entry: str) -> tuple[str, Path | None]:
 def open_extractor(
     entry: str, output_dir: Path, device: torch.device | str = "cpu", batch_size: int = 256
 ) -> Extractor:
-    """The extractor that an entry of `evaluation.extractors` names.
+    """The extractor that an entry of `evaluation.extractors` names; without a file the classifier lies in `output_dir`.
 
-    Args:
-        entry: `classifier`, `inception-v3-compat` or `timm:MODEL`, with `=FILE` for a weights file.
-        output_dir: where the classifier lies without a file.
-        device: where it runs.
-        batch_size: most images per pass.
-
-    Raises:
-        UserError: an unknown name, missing weights that cannot be downloaded, a damaged file or a wrong sha256. Nothing is
-            unpickled before its sha256 is checked.
+    Raises UserError for an unknown name, missing weights that cannot be downloaded, a damaged file or a wrong sha256. Nothing is
+    unpickled before its sha256 is checked.
     """
     name, file = split_entry(entry)
     network: nn.Module

@@ -4,8 +4,6 @@ The published file is a pickle, and torch-fidelity opens it without restriction.
 those bytes are handed over. Other weights are taken only as safetensors, which hold no code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import urllib.error
@@ -16,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 INCEPTION = "inception-v3-compat"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -26,12 +24,8 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 def open_inception(path: Path | None) -> tuple[nn.Module, str, str, bool]:
     """The network, the sha256 of its file, its layer, and whether its weights are the published ones.
 
-    Args:
-        path: a weights file; None means the published one in torch's hub folder, which is downloaded once.
-
-    Raises:
-        UserError: torch-fidelity is not installed; the file is missing and cannot be downloaded, is of another network, or is
-            no safetensors file and its sha256 is not the published one.
+    A `path` of None means the published file in torch's hub folder, which is downloaded once. Raises UserError where torch-fidelity
+    is not installed, or the file is missing, of another network, or neither safetensors nor the published one.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
@@ -51,9 +45,7 @@ def open_inception(path: Path | None) -> tuple[nn.Module, str, str, bool]:
     try:
         network = Inception(INCEPTION, [layer], feature_extractor_weights_path=file, verbose=False)
     except Exception as error:  # whatever a state dict of another network raises
-        reason = " ".join(str(error).split())
-        brief = reason if len(reason) < 300 else f"{reason[:300]} ..."
-        raise UserError(f"evaluation.extractors: {INCEPTION}: {path} cannot be loaded: {brief}") from None
+        raise UserError(f"evaluation.extractors: {INCEPTION}: {path} cannot be loaded: {one_line(error)}") from None
     return network, sha256, layer, sha256 == SHA256
 
 

@@ -3,8 +3,6 @@
 The file is read once: its sha256 is that of the very bytes that become the network. No code is fetched from anywhere.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import re
@@ -18,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 
 TIMM = "timm:"
 
@@ -42,13 +40,9 @@ def is_installed() -> bool:
 def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
     """The network of `name` without its classifier, the sha256 of its weights file, and what its features are.
 
-    Args:
-        name: of timm's models, with the tag of its weights (`vit_large_patch14_dinov2.lvd142m`); `@224` behind it gives the images
-            another size than the one it was trained with.
-        file: safetensors; None means those of timm's repository on the Hugging Face Hub, downloaded once.
-
-    Raises:
-        UserError: timm is not installed, timm knows no such model, the file cannot be read or downloaded, or it does not fit.
+    The name has the tag of its weights (`vit_large_patch14_dinov2.lvd142m`); `@224` behind it gives the images another size than the
+    one it was trained with. Without a file, those of timm's repository on the Hugging Face Hub are downloaded once. Raises UserError
+    where timm is not installed or knows no such model, or the file cannot be read or downloaded, or does not fit.
     """
     if not is_installed():
         raise UserError("evaluation.extractors: timm is not installed: pip install 'ddpm_ema[timm]'")
@@ -59,7 +53,7 @@ def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UserError(f"{where}: {_brief(error)}") from None
+        raise UserError(f"{where}: {one_line(error)}") from None
     if cfg is None:
         near = difflib.get_close_matches(name, timm.list_models(include_tags=True), n=3)
         raise UserError(f"{where}: timm has no such model" + (f"; did you mean {' or '.join(near)}?" if near else ""))
@@ -86,7 +80,7 @@ def open_timm(name: str, file: Path | None) -> tuple[Backbone, str, str]:
         model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
         model.reset_classifier(0)
     except Exception as error:  # whatever a state dict of another network raises
-        raise UserError(f"{where}: {path} cannot be loaded: {_brief(error)}") from None
+        raise UserError(f"{where}: {path} cannot be loaded: {one_line(error)}") from None
     model.pretrained_cfg.pop("state_dict")  # it would hold all weights once more
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model, sizes), is_training=False)
     return Backbone(model, prepare), sha256, "pre_logits"
@@ -106,10 +100,6 @@ def _from_hub(cfg: Any, where: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # the library and the network beneath it raise what they like
         raise UserError(
-            f"{where}: its weights could not be downloaded ({_brief(error)}): fetch {name} of huggingface.co/{repository} on a "
+            f"{where}: its weights could not be downloaded ({one_line(error)}): fetch {name} of huggingface.co/{repository} on a "
             f"machine with a network, and name it: {where[23:]}=FILE"
         ) from None
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

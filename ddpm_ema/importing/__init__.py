@@ -1,5 +1,3 @@
 """What other programs stored of a training run → a run directory that every later stage can use."""
 
-from ddpm_ema.importing.run import import_run, main
-
-__all__ = ["import_run", "main"]
+from ddpm_ema.importing.run import main

@@ -1,7 +1,5 @@
 """A diffusers U-Net and its noise schedule as our settings, as far as they can express it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

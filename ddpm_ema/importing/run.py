@@ -4,8 +4,6 @@ Every file becomes a snapshot. Where settings can express the network, the newes
 sweeps, report and export work. For any other network averages can be reconstructed.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -34,13 +32,10 @@ def import_run(path: Path, found: Sequence[Found], origin: str, tree: Tree | Non
 
     Args:
         path: The run directory, which may exist only if it is empty.
-        found: The weights, of one network, by step; each step and name once.
+        found: The weights, of one network, by step; each step and name once. Of several networks they are a UserError.
         origin: Where they are from, in words.
         tree: Settings of the network, as far as they are known; None where nothing is to be scored.
         num_checkpoints: How many of the newest steps with raw weights become checkpoints.
-
-    Raises:
-        UserError: The files are of different networks or of another network than the settings', or the disk is full.
     """
     with new_folder(path, "--output-dir") as partial:
         run = RunDir(partial)

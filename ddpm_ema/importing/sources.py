@@ -1,7 +1,5 @@
 """What other programs stored: which files, of which step, averaged by which profile, and how to read their tensors."""
 
-from __future__ import annotations
-
 import glob
 import pickle
 import re
@@ -19,7 +17,7 @@ from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.interop import read_diffusers_ema
 from ddpm_ema.averaging.naming import clean_named
 from ddpm_ema.averaging.profiles import Profile
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 from ddpm_ema.named_weights import PipelineFolder, name_of
 from ddpm_ema.rundir import read_tensors
 from ddpm_ema.weight_names import FIELDS
@@ -73,7 +71,7 @@ def _merged(files: Iterable[Path]) -> Tensors:
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
-def _ema_weights(path: Path) -> dict[str, Tensor]:
+def _ema_weights(path: Path) -> Tensors:
     return dict(_diffusers_ema(path).weights)
 
 
@@ -85,12 +83,10 @@ def _diffusers_ema(path: Path) -> Any:
 
 
 def series(source: Path, pattern: str, profile: Profile, prefix: str = "", key: str | None = None) -> list[Found]:
-    """Files of one kind of weights, by step.
+    """Files of one kind of weights below the folder `source`, by step.
 
     Args:
-        source: the folder.
         pattern: their path below it, with `{step}` or `*`: `step_{step}.safetensors`, `epoch=*-step={step}.ckpt`.
-        profile: how they were averaged; `RAW` where they were not.
         prefix: of the tensors to take, such as `ema_model.`; it is cut off, and tensors without it are left out.
         key: where a torch file holds its state dict, such as `ema.state_dict`; by itself, `state_dict` or the whole file.
 
@@ -145,7 +141,7 @@ def _content(path: Path) -> Any:
         what, cure = f"it needs {needs[1]}" if needs else "it is a pickle", CURE.replace("{path}", str(path))
         raise UserError(f"{path}: {what}, and reading that can run code: refused. {cure}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: no torch file that can be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: no torch file that can be read: {one_line(error)}") from None
 
 
 def _read(path: Path, prefix: str, key: str | None) -> Tensors:

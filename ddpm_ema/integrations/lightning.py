@@ -1,7 +1,5 @@
 """A bank of averages as a Lightning callback. Needs the extra `lightning`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,11 +1,4 @@
-"""Features → how far one set of images is from another, and how sure that is.
-
-`statistics` (means and covariances), `frechet` (the distance), `jackknife` (error bars, bias, paired differences),
-`comparisons` (what a whole table says), `across_runs` (what several training seeds say), `kernel` (KID), `neighbours` (precision
-and recall), `reference` (what samples are compared with, cached by content).
-"""
-
-from __future__ import annotations
+"""Features → how far one set of images is from another, and how sure that is."""
 
 from ddpm_ema.metrics.comparisons import ALPHA, Verdict, against_raw, may_be_best
 from ddpm_ema.metrics.frechet import FrechetReference
@@ -22,31 +15,3 @@ from ddpm_ema.metrics.reference import (
     reference_of,
 )
 from ddpm_ema.metrics.statistics import Statistics, check_finite, not_finite, statistics_of
-
-__all__ = [
-    "ALPHA",
-    "Estimate",
-    "FrechetReference",
-    "KernelReference",
-    "Reference",
-    "Side",
-    "Statistics",
-    "Verdict",
-    "against_raw",
-    "check_finite",
-    "content_key",
-    "difference",
-    "estimate_distance",
-    "inside",
-    "installed_version",
-    "keep",
-    "load_cached",
-    "may_be_best",
-    "neighbour_radii",
-    "not_finite",
-    "precision",
-    "read_published",
-    "recall",
-    "reference_of",
-    "statistics_of",
-]

@@ -12,8 +12,6 @@ A difference holds across runs where Student's t of its R values, with R - 1 deg
 averages, says so. Sampling errors need no term of their own there: they are part of the spread of the R values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,38 +23,25 @@ from ddpm_ema.metrics.comparisons import ALPHA, holm
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over R runs, with the variance between them split.
-
-    Attributes:
-        mean: over the runs.
-        stderr: of the mean, from the spread of the runs.
-        sampling_std: root mean square of the standard errors within a run.
-        training_std: what the training seed adds; 0 where the runs spread no more than sampling explains.
-    """
+    """Mean over R runs, with the variance between them split."""
 
     mean: float
-    stderr: float
-    sampling_std: float
-    training_std: float
+    stderr: float  # of the mean, from the spread of the runs
+    sampling_std: float  # root mean square of the standard errors within a run
+    training_std: float  # what the training seed adds; 0 where the runs spread no more than sampling explains
 
 
 @dataclass(frozen=True)
 class AcrossRuns:
-    """One set of weights over R runs.
+    """One set of weights over R runs; raw has a distance alone.
 
-    Attributes:
-        distance: of the bias-corrected distance.
-        difference: of the paired difference from raw; None for raw.
-        p_value: of that difference, two-sided, Holm-adjusted over the averages; None for raw.
-        holds: p_value <= 0.05; None for raw.
-        shared: correlation of what the seed adds to these weights and to raw, in [-1, 1]; None where one of them has no
-            training variance, and for raw.
+    `shared` is the correlation of what the seed adds to these weights and to raw; None where one has no training variance.
     """
 
-    distance: Spread
-    difference: Spread | None = None
-    p_value: float | None = None
-    holds: bool | None = None
+    distance: Spread  # bias-corrected
+    difference: Spread | None = None  # paired, from raw
+    p_value: float | None = None  # of that difference, two-sided, Holm-adjusted over the averages
+    holds: bool | None = None  # p_value <= 0.05
     shared: float | None = None
 
 
@@ -68,14 +53,10 @@ def spread(values: Sequence[float], errors: Sequence[float]) -> Spread:
 
 
 def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, AcrossRuns]:
-    """What R runs say together, by weights, of those that every run scored; raw must be among them.
+    """What R runs say together, by weights, of those that every run scored: at least two runs, each with raw.
 
-    Args:
-        runs: of each run, the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw
-            `delta_vs_raw`, `delta_stderr`).
-
-    Raises:
-        ValueError: fewer than two runs, or no raw.
+    `runs` has of each the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw `delta_vs_raw`,
+    `delta_stderr`).
     """
     if len(runs) < 2 or any("raw" not in run for run in runs):
         raise ValueError("runs: needs at least two, each with raw scored")

@@ -8,8 +8,6 @@ another average is below it at ALPHA / (K − 1), one-sided, in a table of K wei
 it where some average is better. That an average is not in the set does not make it worse than any particular other one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,16 +20,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Verdict:
-    """A paired difference from raw, as one of all those of its table.
+    """A paired difference, average − raw, as one of all those of its table.
 
-    Attributes:
-        difference: average − raw.
-        p_value: two-sided, adjusted for all comparisons.
-        level: that this comparison alone is tested at: `difference.interval(level)` leaves zero out where it is significant.
+    `level` is what this comparison alone is tested at: `difference.interval(level)` leaves zero out where it is significant.
     """
 
     difference: Estimate
-    p_value: float
+    p_value: float  # two-sided, adjusted for all comparisons
     level: float
 
     @property
@@ -48,12 +43,10 @@ class Verdict:
 
 
 def against_raw(differences: Sequence[Estimate | None], looks: Sequence[int], unseen: int = 0) -> list[Verdict | None]:
-    """Holm's step-down test of each difference from raw.
+    """Holm's step-down test of each difference, average − raw; None where the two were not compared.
 
-    Args:
-        differences: average − raw; None where the two were not compared.
-        looks: numbers of images at which each of these averages may have been tested: 1, or the rungs of a search.
-        unseen: further averages that a search might have tested, and did not look at.
+    `looks`: at how many numbers of images each average may have been tested, 1 or the rungs of a search; `unseen`: further
+    averages that a search might have tested, and did not look at.
     """
     p_values = {i: min(1.0, looks[i] * gap.p_value) for i, gap in enumerate(differences) if gap is not None}
     adjusted = holm(p_values, unseen)
@@ -82,12 +75,9 @@ def holm(p_values: Mapping[Key, float], unseen: int = 0) -> dict[Key, float]:
 def may_be_best(
     verdicts: Sequence[Verdict | None], above: Callable[[int, int], float | None], unseen: int = 0
 ) -> list[int]:
-    """Those averages that may be the best weights of their table.
+    """Those averages that may be the best weights of their table, by their `verdicts` against raw, None where there is none.
 
-    Args:
-        verdicts: of all averages of the table, against raw; None where they were not compared with it.
-        above: (a, b) -> one-sided p-value of average a being above b; None where they were not compared.
-        unseen: further averages that a search might have tested, and did not look at.
+    `above`: (a, b) -> one-sided p-value of average a being above b; None where they were not compared.
     """
     raw = any(verdict is not None for verdict in verdicts)
     level = ALPHA / max(1, len(verdicts) + unseen + raw - 1)

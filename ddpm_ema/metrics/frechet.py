@@ -3,8 +3,6 @@
 |mu_1 − mu_2|² + tr(Σ_1 + Σ_2 − 2 (Σ_1 Σ_2)^½): Dowson & Landau 1982; as a metric of generated images, Heusel et al. 2017.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch

@@ -56,17 +56,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that compares samples with the reference, or the paired difference of two such numbers.
+    """A number that compares samples with the reference, or the paired difference of two such numbers."""
 
-    Attributes:
-        plain: of all images.
-        sides: the samples, and where it is taken for a sample of its population the reference.
-        warnings: sentences that belong beside the number.
-    """
-
-    plain: float
-    sides: tuple[Side, ...]
-    warnings: tuple[str, ...] = ()
+    plain: float  # of all images
+    sides: tuple[Side, ...]  # the samples, and the reference where it is taken for a sample of its population
+    warnings: tuple[str, ...] = ()  # sentences that belong beside the number
 
     @cached_property
     def unbiased(self) -> float:
@@ -128,26 +122,21 @@ def estimate_distance(
     sampled_from: Tensor | None = None,
     name: str = "features",
 ) -> Estimate:
-    """Jackknife of the Fréchet distance from features held in memory.
+    """Jackknife of the Fréchet distance from features held in memory. The work is done on the reference's device.
 
     Features are taken through L, L Lᵀ = Σ_ref, once. With fewer images than dimensions the nonzero eigenvalues of Lᵀ Σ L
     are those of the n × n Gram matrix; otherwise the d × d sums of a left-out group are taken from those of all.
 
     Args:
         features: float32 `[n, d]`.
-        indices: of the images, int64 `[n]`; an image's group is its index modulo `groups`.
-        groups: number of groups, each left out once.
-        reference: the other side; the work is done on its device.
+        indices: of the images, int64 `[n]`; an image's group is its index modulo `groups`, and each is left out once.
         sampled_from: the reference's features, float32 `[m, d]`, where it is to be taken for a sample of its population, drawn
             independently of these features; None where it is held fixed.
-        name: of the weights, for messages.
 
     Raises:
-        UserError: features that are not finite, fewer than 2 images, or images in fewer than 2 groups.
+        UserError: features that are not finite, or one image beside a group.
     """
     check_finite(features, indices, name=name)
-    if features.shape != (len(indices), len(reference.mu)):
-        raise ValueError(f"features must be [{len(indices)}, {len(reference.mu)}], got {tuple(features.shape)}")
     plain, samples = _leave_out(features, indices.cpu() % groups, reference)
     sides, fewest = [samples], len(features)
     if sampled_from is not None:
@@ -172,10 +161,6 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
 def _leave_out(features: Tensor, membership: Tensor, fixed: FrechetReference) -> tuple[float, Side]:
     """The plain distance, and the pseudo-values of the groups of these features, the other side held fixed."""
     counts = group_counts(membership)
-    if len(features) < 2:
-        raise UserError(f"scoring needs at least 2 images and there are {len(features)}: raise --evaluation.num-images")
-    if len(counts) < 2:
-        raise UserError(f"error bars need images in at least 2 groups: {len(features)} images fill {len(counts)}")
 
     def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
         return features[(membership == group).to(features.device)].to(fixed.device).double() - fixed.mu
@@ -195,10 +180,8 @@ def jackknife(
 ) -> tuple[float, Side]:
     """The statistic of all images, and one pseudo-value per group (formulas at the head of this file).
 
-    Args:
-        statistic: of all images but a group; `statistic(None)` of all.
-        counts: group -> images.
-        corrected: False for a statistic without a bias of order 1/N: pseudo-values are moved to have it as their mean.
+    `statistic` is of all images but a group, or of all for None; `counts`: group -> images. Pseudo-values that are not `corrected`,
+    of a statistic without a bias of order 1/N, are moved to have it as their mean.
     """
     plain, ratios = statistic(None), {group: sum(counts.values()) / count for group, count in counts.items()}
     pseudo = [ratio * plain - (ratio - 1) * statistic(group) for group, ratio in ratios.items()]

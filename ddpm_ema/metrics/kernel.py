@@ -3,12 +3,9 @@
 k(x, y) = (x·y / d + 1)³. The mean over subsets that published figures are is an estimate of the same number, from fewer pairs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
 
 PAIRS = 2**26  # kernel values held at once: 256 MiB
@@ -26,17 +23,7 @@ class KernelReference:
         self.sums = _sums(features, self.membership, features, self.membership)
 
     def estimate(self, features: Tensor, membership: Tensor) -> Estimate:
-        """Unbiased, so it may be below zero.
-
-        Args:
-            features: float32 `[n, d]`, on the device where the work is done.
-            membership: group of each image, int64 `[n]`.
-
-        Raises:
-            UserError: fewer than 2 images on one of the sides.
-        """
-        if min(len(features), len(self.features)) < 2:
-            raise UserError("the kernel distance needs at least 2 images on both sides: raise --evaluation.num-images")
+        """Unbiased, so it may be below zero, of features float32 `[n, d]` on the device where the work is done, in groups `[n]`."""
         _, membership = membership.cpu().unique(return_inverse=True)
         counts, others = group_counts(membership), group_counts(self.membership)
         within = _sums(features, membership, features, membership)

@@ -3,8 +3,6 @@
 The latter is Meehan, Chaudhuri & Dasgupta 2020. Distances are Euclidean, between features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -45,11 +43,8 @@ def nearest_of(points: Tensor, batches: Iterable[Tensor]) -> tuple[Tensor, Tenso
 def nearer_to_training(samples: Tensor, held_out: Tensor) -> float:
     """The probability that a sample lies nearer to a training image than a held-out image does: the Mann-Whitney statistic.
 
-    One half for samples that are as new as the held-out images, 1 for copies of the training images.
-
-    Args:
-        samples: distance of each sample to its nearest training image, fp32 [n].
-        held_out: of each held-out image, fp32 [m].
+    One half for samples that are as new as the held-out images, 1 for copies of the training images. Both are given as distances to
+    the nearest training image, fp32 [n] and [m].
     """
     ordered = held_out.sort().values
     farther = len(ordered) - torch.searchsorted(ordered, samples, right=True)

@@ -4,8 +4,6 @@ Precision: the share of samples within the balls of reference images, which reac
 share of reference images within the balls of samples. Both are torch-fidelity's.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

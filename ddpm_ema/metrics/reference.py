@@ -1,14 +1,12 @@
 """What samples are compared with: statistics of a whole data set, cached by content, or a published file of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,51 +22,30 @@ from ddpm_ema.metrics.statistics import Statistics, statistics_of
 SCHEMA = 2
 
 
-class FeatureExtractor(Protocol):
-    """What identifies a `features.Extractor`."""
-
-    name: str
-    sha256: str
-    feature_layer: str
-
-
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
-
-    Attributes:
-        statistics: mean and covariance of its features.
-        origin: what it is, for results.json.
-        features: float32 `[n, d]`; None where a file holds statistics only (no KID, precision or recall then).
-        radii: of the features, float32 `[n]`, for precision and recall.
-        warnings: sentences that belong beside every score.
-        saturated: share of its channel values at 0 or 255; None where it is not known.
-        precision_of_noise: precision that images of pure noise reach: where it is high, precision says nothing with this
-            extractor. None where it is not known.
-    """
+    """What samples are compared with. A file of statistics has neither features nor shares: no KID, precision or recall then."""
 
     statistics: Statistics
-    origin: Mapping[str, Any]
-    features: Tensor | None = None
-    radii: Tensor | None = None
-    warnings: tuple[str, ...] = field(default=())
-    saturated: float | None = None
-    precision_of_noise: float | None = None
+    origin: Mapping[str, Any]  # what it is, for results.json
+    features: Tensor | None = None  # float32 [n, d]
+    radii: Tensor | None = None  # float32 [n], of the features, for precision and recall
+    warnings: tuple[str, ...] = ()  # sentences that belong beside every score
+    saturated: float | None = None  # share of its channel values at 0 or 255
+    precision_of_noise: float | None = None  # that images of pure noise reach: where it is high, precision says nothing
 
 
-def content_key(*, fingerprint: str, split: str, resize: str, extractor: FeatureExtractor) -> dict[str, Any]:
+def content_key(*, fingerprint: str, split: str, resize: str, extractor: Mapping[str, str]) -> dict[str, Any]:
     """All that reference statistics depend on. A cache entry is used only where every entry is equal.
 
-    `fingerprint`: of the data set, content and preprocessing; `resize`: how images were brought to size.
+    `fingerprint`: of the data set, content and preprocessing; `resize`: how images were brought to size; `extractor`: its `identity`.
     """
     return {
         "schema": SCHEMA,
         "data": fingerprint,
         "split": split,
         "resize": resize,
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "feature_layer": extractor.feature_layer,
+        **extractor,
         "versions": {name: installed_version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
     }
 
@@ -84,16 +61,9 @@ def installed_version(package: str) -> str:
 def reference_of(
     features: Tensor, key: Mapping[str, Any], saturated: float | None = None, noise: Tensor | None = None
 ) -> Reference:
-    """The reference of all images of a set, each once, unflipped.
+    """The reference of all images of a set, each once, unflipped: their features, float32 `[n, d]`, and those of pure `noise`.
 
-    Args:
-        features: of the images, float32 `[n, d]`.
-        key: from `content_key`.
-        saturated: share of the images' channel values at 0 or 255.
-        noise: features of images of pure noise, float32 `[k, d]`.
-
-    Raises:
-        UserError: fewer than 2 images.
+    `key` is of `content_key`. Raises UserError for fewer than 2 images.
     """
     count, dim = features.shape
     notes = (f"the reference has {count} images for {dim} feature dimensions",) if count <= dim else ()

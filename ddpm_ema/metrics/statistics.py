@@ -1,7 +1,5 @@
 """Means and covariances of features, in float64."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +34,7 @@ def not_finite(name: str, what: str, images: list[int], count: int) -> UserError
 
 
 def statistics_of(features: Tensor, *, name: str = "features") -> Statistics:
-    """Mean and covariance of features.
-
-    Args:
-        features: float32 `[n, d]`.
-        name: of the images' weights, for the message.
-
-    Raises:
-        UserError: fewer than 2 images, or features that are not finite.
-    """
+    """Mean and covariance of features, float32 `[n, d]`. Raises UserError for fewer than 2 images, or where some are not finite."""
     check_finite(features, torch.arange(len(features)), name=name)
     count = len(features)
     if count < 2:

@@ -10,17 +10,3 @@ from ddpm_ema.named_weights.folder import (
 )
 from ddpm_ema.named_weights.resolver import NamedWeights, WeightResolver, name_of, trained_settings
 from ddpm_ema.named_weights.target import parse_target
-
-__all__ = [
-    "NamedWeights",
-    "PipelineConfig",
-    "PipelineFolder",
-    "WeightResolver",
-    "build_scheduler",
-    "build_unet",
-    "name_of",
-    "parse_target",
-    "schedule_of",
-    "trained_settings",
-    "unet_config_of",
-]

@@ -4,8 +4,6 @@ Nothing in such a folder is trusted: the files that count are named, a pickle is
 once its size is known to be that of the weights beside it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from ddpm_ema.averaging.files import open_safetensors
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, one_line
 from ddpm_ema.rundir import file_sha256
 
 UNET2D: Any = diffusers.UNet2DModel  # diffusers is not typed
@@ -36,15 +34,12 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What weights are sampled with, as plain values that can be compared.
+    """What weights are sampled with, as plain values that can be compared."""
 
-    Attributes:
-        unet: the arguments of `UNet2DModel`.
-        schedule: the noise schedule as arguments of `DDPMScheduler`; None where the folder has none (the settings' counts).
-    """
-
-    unet: Mapping[str, Any]
-    schedule: Mapping[str, Any] | None
+    unet: Mapping[str, Any]  # arguments of UNet2DModel
+    schedule: (
+        Mapping[str, Any] | None
+    )  # arguments of DDPMScheduler; None where the folder has none (the settings' counts)
 
 
 def unet_config_of(unet: Any) -> dict[str, Any]:
@@ -182,7 +177,7 @@ class PipelineFolder:
         try:
             unet, found = UNET2D.from_pretrained(self.unet_path, **options)
         except Exception as error:  # whatever a strange file makes of diffusers
-            raise UserError(f"weights {str(self.path)!r}: cannot be loaded: {_short(error)}") from None
+            raise UserError(f"weights {str(self.path)!r}: cannot be loaded: {one_line(error)}") from None
         wrong = [str(name) for names in found.values() for name in names]
         if wrong:
             raise UserError(f"weights {str(self.path)!r}: do not fit their config.json: {', '.join(wrong[:5])}")
@@ -227,22 +222,18 @@ def _built(kind: Any, given: Mapping[str, Any], file: Path) -> Any:
     try:
         return kind.from_config({name: given[name] for name in _arguments(kind) if name in given})
     except Exception as error:
-        raise UserError(f"{file}: describes no {kind.__name__}: {_short(error)}") from None
+        raise UserError(f"{file}: describes no {kind.__name__}: {one_line(error)}") from None
 
 
 def _arguments(kind: Any) -> list[str]:
     return [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "kwargs")]
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({_short(error)})") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value

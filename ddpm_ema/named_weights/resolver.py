@@ -1,7 +1,5 @@
 """Names → weights: raw, averages, reconstructed ones, earlier steps, diffusers folders, and ensembles of them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -31,38 +29,25 @@ Tensors: TypeAlias = "dict[str, Tensor]"
 class NamedWeights:
     """Weights that were found; their tensors are read when `members` are called.
 
-    Attributes:
-        name: in its canonical spelling.
-        key: 64 hex digits that change whenever the weights would: the sha256 of a stored file, else one over what the
-            weights are made from.
-        step: completed optimizer steps they stand at; None for folders and ensembles.
-        profile: how they were averaged, as plain values; None for raw weights and folders.
-        members: each gives fp32 CPU tensors by parameter name: one, or those of an ensemble.
-        pipeline: network and noise schedule they belong to; None: those of the settings.
-        reconstruction: how well the profile was matched; None where nothing was reconstructed.
-        warnings: what to know before trusting them.
+    The key is 64 hex digits that change whenever the weights would: the sha256 of a stored file, else one over what they are made
+    from.
     """
 
-    name: str
+    name: str  # in its canonical spelling
     key: str
-    step: int | None
-    profile: dict[str, Any] | None
-    members: tuple[Callable[[], Tensors], ...]
-    pipeline: PipelineConfig | None = None
-    reconstruction: dict[str, Any] | None = None
-    warnings: tuple[str, ...] = ()
+    step: int | None  # completed optimizer steps they stand at; None for folders and ensembles
+    profile: dict[str, Any] | None  # how they were averaged, as plain values; None for raw weights and folders
+    members: tuple[Callable[[], Tensors], ...]  # each gives fp32 CPU tensors by name: one, or those of an ensemble
+    pipeline: PipelineConfig | None = None  # network and noise schedule they belong to; None: those of the settings
+    reconstruction: dict[str, Any] | None = None  # how well the profile was matched, where one was reconstructed
+    warnings: tuple[str, ...] = ()  # what to know before trusting them
 
 
 class WeightResolver:
-    """What can be named in one run directory, at one checkpoint.
+    """What can be named in one run directory, at one checkpoint: a name without a step is taken from that.
 
-    Args:
-        run: the run directory, whose checkpoints and snapshots are searched.
-        checkpoint: what a name without a step is taken from; None where there is none.
-        config: the settings: names under `averages`, and the data that folders must fit.
-        num_classes: of the data, where labels are given to the network.
-        own_pipeline: network and noise schedule of the settings; asked for by ensembles that mix them with a folder's.
-        settle: gives an average, as it was stored or reconstructed, the batch-norm statistics that belong to it.
+    `own_pipeline` gives network and noise schedule of the settings, to ensembles that mix them with a folder's. `settle` gives an
+    average, as it was stored or reconstructed, the batch-norm statistics that belong to it.
     """
 
     def __init__(
@@ -145,13 +130,9 @@ class WeightResolver:
 
     def _stored(self, name: WeightName, checkpoint: Checkpoint) -> NamedWeights:
         settle = dict if name.name == "raw" else self._settle
-        return NamedWeights(
-            name=str(name),
-            key=checkpoint.manifest["files"][weights_file(name.name)]["sha256"],
-            step=checkpoint.step,
-            profile=_profile_in(checkpoint, name.name),
-            members=(lambda: settle(checkpoint.weights(name.name)),),
-        )
+        key = checkpoint.manifest["files"][weights_file(name.name)]["sha256"]
+        profile, read = _profile_in(checkpoint, name.name), lambda: settle(checkpoint.weights(name.name))
+        return NamedWeights(str(name), key, checkpoint.step, profile, (read,))
 
     def reconstructed(self, target: Profile, step: int | None = None) -> NamedWeights:
         """The average with profile `target` as it would stand after `step` steps (None: the checkpoint's, else the last

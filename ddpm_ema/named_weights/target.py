@@ -1,7 +1,5 @@
 """A profile as a person writes it on a command line."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

@@ -3,23 +3,7 @@
 Importing this loads no torch; reading or writing tensors does.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.rundir.checkpoint import Checkpoint
 from ddpm_ema.rundir.directory import RunDir
 from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors
-from ddpm_ema.rundir.layout import OPTIMIZER_FILE, Layout, buffers_file, step_folder, weights_file
-
-__all__ = [
-    "OPTIMIZER_FILE",
-    "Checkpoint",
-    "Layout",
-    "RunDir",
-    "as_user_error",
-    "atomic_write",
-    "buffers_file",
-    "file_sha256",
-    "read_tensors",
-    "step_folder",
-    "weights_file",
-]
+from ddpm_ema.rundir.layout import OPTIMIZER_FILE, buffers_file, step_folder, weights_file

@@ -108,15 +108,10 @@ def _lists_files(manifest: Mapping[str, Any]) -> bool:
 def write_checkpoint(
     target: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
 ) -> Checkpoint:
-    """Writes the folder `target`, which appears whole or not at all.
+    """Writes the folder `target`, which appears whole or not at all; one that proved bad may be there already.
 
-    Args:
-        target: the folder, named after its step; one that proved bad may be there already.
-        files: relative path -> tensors by name.
-        manifest: what manifest.json holds beside schema, step and files.
-
-    Raises:
-        UserError: the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
+    `files`: relative path -> tensors by name; `manifest`: what manifest.json holds beside schema, step and files. Raises UserError
+    where the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())

@@ -8,8 +8,6 @@
 Order comes from step numbers, never from clocks. This module loads no other, so that every stage can use it.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

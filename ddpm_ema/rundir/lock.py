@@ -1,7 +1,5 @@
 """One run per folder, on one host or several."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -7,9 +7,5 @@
 on), `checkpoints`, `quick`.
 """
 
-from __future__ import annotations
-
 from ddpm_ema.score.quick import while_training
 from ddpm_ema.score.run import run
-
-__all__ = ["run", "while_training"]

@@ -1,7 +1,5 @@
 """Which checkpoints of a run are scored, and whether the settings describe the network that they hold."""
 
-from __future__ import annotations
-
 from ddpm_ema.config import Config, Effect, differing, to_dict
 from ddpm_ema.errors import UserError
 from ddpm_ema.rundir import Checkpoint, RunDir

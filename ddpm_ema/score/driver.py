@@ -34,25 +34,17 @@ Make: TypeAlias = "Callable[[list[int], Tensor | None, Callable[[], None]], Made
 class Job:
     """Images whose features rank 0 wants: it has all of them when it is asked for its next job.
 
-    Attributes:
-        title: for the progress bar.
-        images: ascending indices, at least one.
-        extractors: keys of those that are wanted.
-        take: called on rank 0 with what was made of each round's images.
-        weights: that the images are sampled with; None: they are of `dataset`, or `kept`.
-        dataset: its name in `Generator.datasets`.
-        kept: indices, int64 `[n]` -> images that rank 0 has, uint8 `[n, C, H, W]`.
-        at_once: sampled as one batch, whatever the batch size.
+    They are sampled with `weights`; where that is None they are of `dataset`, or `kept` by rank 0.
     """
 
-    title: str
-    images: list[int]
-    extractors: tuple[str, ...]
-    take: Callable[[Made], None]
+    title: str  # for the progress bar
+    images: list[int]  # ascending indices, at least one
+    extractors: tuple[str, ...]  # keys of those that are wanted
+    take: Callable[[Made], None]  # called on rank 0 with what was made of each round's images
     weights: NamedWeights | None = None
-    dataset: str = ""
-    kept: Callable[[Tensor], Tensor] | None = None
-    at_once: bool = False
+    dataset: str = ""  # its name in `Generator.datasets`
+    kept: Callable[[Tensor], Tensor] | None = None  # indices, int64 [n] -> uint8 [n, C, H, W]
+    at_once: bool = False  # sampled as one batch, whatever the batch size
 
     def told(self) -> Job:
         """What the other ranks hear of it: the files of weights, images and features are rank 0's."""
@@ -205,7 +197,7 @@ def sampling_rounds(images: list[int], world_size: int, batch_size: int) -> Iter
     """Rounds of sampled images: the first images by rank 0 alone, the others by all ranks."""
     first = [index for index in images if index < FIRST_IMAGES]
     for piece in _pieces(first, batch_size):
-        yield alone(piece, world_size)
+        yield [piece, *([] for _ in range(world_size - 1))]
     yield from even_rounds(images[len(first) :], world_size, batch_size)
 
 
@@ -214,11 +206,6 @@ def even_rounds(images: list[int], world_size: int, batch_size: int) -> Iterator
     for piece in _pieces(images, world_size * batch_size):
         cuts = (batch_order.partition(len(piece), rank, world_size) for rank in range(world_size))
         yield [piece[cut.start : cut.stop] for cut in cuts]
-
-
-def alone(images: list[int], world_size: int) -> Shares:
-    """A round of rank 0."""
-    return [images, *([] for _ in range(world_size - 1))]
 
 
 def _pieces(images: list[int], most: int) -> Iterator[list[int]]:

@@ -4,8 +4,6 @@ A batch is what all processes finished in one round. It says which images it hol
 processes and any batch size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +27,11 @@ B = TypeVar("B", bound="Batch")
 
 @dataclass(kw_only=True)
 class Batch:
-    """What is known of some images of one set of weights: CPU tensors with a row per image.
+    """What is known of some images of one set of weights: CPU tensors with a row per image."""
 
-    Attributes:
-        indices: which images, int64 `[n]`.
-        seconds: that it took to make them, or their features.
-        sampling_seconds: that it took to sample them, where they were sampled for their features.
-    """
-
-    indices: Tensor
-    seconds: float = 0.0
-    sampling_seconds: float = 0.0
+    indices: Tensor  # which images, int64 [n]
+    seconds: float = 0.0  # that it took to make them, or their features
+    sampling_seconds: float = 0.0  # that it took to sample them, where they were sampled for their features
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -113,17 +105,11 @@ class ImageBatch(Batch):
 
 @dataclass(kw_only=True)
 class FeatureBatch(Batch):
-    """What one extractor makes of images.
+    """What one extractor makes of images."""
 
-    Attributes:
-        features: float32 `[n, d]`.
-        saturated: share of each image's channel values at 0 or 255, float32 `[n]`.
-        contrast: each image's largest channel value less its smallest, uint8 `[n]`.
-    """
-
-    features: Tensor
-    saturated: Tensor
-    contrast: Tensor
+    features: Tensor  # float32 [n, d]
+    saturated: Tensor  # share of each image's channel values at 0 or 255, float32 [n]
+    contrast: Tensor  # each image's largest channel value less its smallest, uint8 [n]
 
 
 def pixel_figures(images: Tensor) -> tuple[Tensor, Tensor]:

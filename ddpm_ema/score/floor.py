@@ -3,8 +3,6 @@
 Where either set of images was trained on, it also says what a sample's nearness to the training images means.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

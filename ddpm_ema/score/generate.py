@@ -1,7 +1,5 @@
 """Weights → features of the images that they generate, on one process, which knows nothing of the others."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -24,14 +22,10 @@ Made: TypeAlias = "dict[str, Any]"
 
 
 class Generator:
-    """Network, sampler and extractors of one process. One network is held at a time: of the kind that the weights need.
+    """Network, sampler and extractors of one process, on one device. One network is held at a time: of the kind that weights need.
 
-    Args:
-        config: the settings; `evaluation` says how images are sampled.
-        extractors: images → features, by their keys; all on one device, where the network runs, too.
-        batch_size: the most images that are sampled at once.
-        trained: the data set that was trained on; None where its classes are not needed.
-        datasets: real images by name: `reference`, unless that is a file, `floor`, where there are any, and `trained`.
+    `trained` is the data set that was trained on, for its classes; `datasets` are real images by name: `reference`, unless that is
+    a file, `floor`, where there are any, and `trained`.
     """
 
     def __init__(
@@ -72,15 +66,9 @@ class Generator:
         return sampling.Sampler(scheduler.config, self.config.evaluation)
 
     def load(self, name: str, pipeline: PipelineConfig | None, members: Sequence[Mapping[str, Tensor]]) -> None:
-        """Takes weights into a network of their kind.
+        """Takes weights into a network of their kind; the arguments are those of `NamedWeights`, with its members read.
 
-        Args:
-            name: of the weights, for messages.
-            pipeline: network and noise schedule that they belong to; None: those of the settings.
-            members: one set of weights, or several whose predictions are averaged; float32 CPU tensors by parameter name.
-
-        Raises:
-            UserError: the weights do not fit the network, or the settings do not fit either.
+        Raises UserError where the weights do not fit the network, or the settings do not fit either.
         """
         unet = pipeline.unet if pipeline is not None else None
         if self.network is None or unet != self._unet:
@@ -105,15 +93,10 @@ class Generator:
     def generate(
         self, images: list[int], extractors: Sequence[str], after_step: Callable[[], None] = lambda: None
     ) -> Made:
-        """Samples these images with the weights that are loaded, and extracts their features.
+        """Samples these images with the weights that are loaded, and extracts their features; at least one, ascending.
 
-        Args:
-            images: ascending indices, at least one.
-            extractors: their keys.
-            after_step: called after each network evaluation.
-
-        Raises:
-            UserError: out of memory, or images or features that are not finite.
+        `after_step` is called after each network evaluation. Raises UserError where memory does not suffice, or images or
+        features are not finite.
         """
         start = time.perf_counter()
         try:

@@ -1,7 +1,5 @@
 """Quick scorings while a run trains: few images, all processes, and only the rows are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,7 +13,7 @@ from ddpm_ema.distributed import Processes
 from ddpm_ema.score.driver import Driver, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
 from ddpm_ema.score.generate import Made
-from ddpm_ema.score.reference import compares_with_population, open_references
+from ddpm_ema.score.reference import open_references, reading_of
 from ddpm_ema.score.results import metric_of
 from ddpm_ema.score.rows import RowBuilder, Score, compare, ranked
 from ddpm_ema.score.run import open_generator
@@ -29,12 +27,7 @@ def while_training(
     """Prepares quick scorings of raw and every average over `evaluation.every_num_images` images, the same at every step.
 
     They have a network of their own and touch no random generator, so training goes on bit-equal to a run that does not score.
-    Only the first of `evaluation.extractors` is used.
-
-    Args:
-        config: the settings.
-        processes: all ranks call this and the function that it returns.
-        dataset: what the run trains on.
+    Only the first of `evaluation.extractors` is used. All ranks call this and the function that it returns.
 
     Returns:
         (completed steps, a collective that gives full fp32 CPU weights by name) -> rows as in results.json, on every rank.
@@ -50,7 +43,7 @@ def while_training(
 
     def prepare() -> Jobs[None]:
         references = yield from open_references(config, generator)
-        population = compares_with_population(config)
+        population = reading_of(config) == "population"
         builder.append(RowBuilder(references[extractor.key], settings, processes.device, population))
 
     def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:

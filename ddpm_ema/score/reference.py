@@ -1,7 +1,5 @@
 """What samples are compared with: every image of a split, once, unflipped; or a file of statistics."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,11 +59,6 @@ def reading_of(config: Config) -> str:
     return "images" if ours & theirs else "population"
 
 
-def compares_with_population(config: Config) -> bool:
-    """Whether the reference's own sampling error counts, too."""
-    return reading_of(config) == "population"
-
-
 def open_references(config: Config, generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:
     """The images that samples are compared with, by extractor: from their file, from the cache, or read once for all extractors.
 
@@ -80,7 +73,7 @@ def open_references(config: Config, generator: Generator, of: str = "reference")
     found: dict[str, Reference] = {}
     lacking: dict[str, dict[str, Any]] = {}
     for name, extractor in generator.extractors.items():
-        key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor)
+        key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor.identity)
         reference, notes = metrics.load_cached(cache, key)
         for note in notes:
             logger.warning(note)

@@ -1,7 +1,5 @@
 """The content of results.json, and the table that a person sees."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,11 +20,9 @@ SCHEMA = 3
 
 
 def sampling_settings(config: Config, labels: Tensor | None = None) -> dict[str, Any]:
-    """The settings that change the images sampled from given weights. Their digest names the folder of the images.
+    """The settings that change the images sampled from given weights, those marked SAMPLES; an inert one counts as None.
 
-    Args:
-        config: of whose settings those count that are marked SAMPLES; an inert one counts as None.
-        labels: classes that samples are drawn from, int64 `[size]`; None for networks without.
+    Their digest names the folder of the images. `labels`: classes that samples are drawn from, int64 `[size]`.
     """
     settings = {"protocol": PROTOCOL, **_marked(config, Effect.SAMPLES)}
     if settings["sampler"] != "ddim":
@@ -52,17 +48,12 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings that change the scores: those of the samples, and those marked SCORES. Their digest names a table's folder.
 
-    Args:
-        config, labels: as in `sampling_settings`.
-        extractor: what makes the features.
-        origin: what the samples are compared with, as in results.json.
+    `origin`: what the samples are compared with, as in results.json.
     """
     return {
         **sampling_settings(config, labels),
         **_marked(config, Effect.SCORES),
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "feature_layer": extractor.feature_layer,
+        **extractor.identity,
         "reference": {key: value for key, value in origin.items() if key != "versions"},
     }
 
@@ -125,19 +116,8 @@ def heading(results: Mapping[str, Any]) -> str:
 
 def table(results: Mapping[str, Any]) -> str:
     """All that was scored, from the best to the worst, for a terminal. The distance is the bias-corrected one ± its error."""
-    head = [
-        "weights",
-        "images",
-        metric_label(results),
-        "plain",
-        "vs raw",
-        "",
-        "KID",
-        "precision",
-        "recall",
-        "near train",
-        "seconds",
-    ]
+    head = ["weights", "images", metric_label(results), "plain", "vs raw", ""]
+    head += ["KID", "precision", "recall", "near train", "seconds"]
     hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
     body = [_cells(row, usual, hidden) for row in ranked([*results["rows"], *results.get("sweep", ())])]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]

@@ -1,7 +1,5 @@
 """Features of one set of weights → its row of results.json: distance with error bars, KID, precision, recall."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,11 +117,7 @@ def compare(
     """The rows of one table with their differences from raw, and the names that may be the best of it.
 
     Of these the ones with the most images come first, and among them the lowest: that is the order in which they are recommended.
-
-    Args:
-        scores: of all weights in the table.
-        pair: the paired difference of two of them, over the images that both have; None where there is none.
-        unseen: candidates of a search that were not looked at.
+    `pair` compares two over the images that both have; `unseen` counts candidates of a search that were not looked at.
     """
     raw = next((score for score in scores if score.row["weights"] == "raw"), None)
     averages = [score for score in scores if score is not raw]

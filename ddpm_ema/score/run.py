@@ -1,7 +1,5 @@
 """`run`: from settings to results.json, grid and table, for every checkpoint asked for."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -37,12 +35,8 @@ from ddpm_ema.score.versions import check_versions
 def run(config: Config) -> list[dict[str, Any]]:
     """Scores the weights that `evaluation` names, and goes on with what earlier starts finished.
 
-    Returns:
-        What results.json says, one entry per checkpoint and extractor; nothing on ranks other than 0.
-
-    Raises:
-        UserError: settings, weights or files that cannot be scored.
-        StoppedError: after a signal.
+    Returns what results.json says, one entry per checkpoint and extractor; nothing on ranks other than 0. Raises UserError for
+    settings, weights or files that cannot be scored.
     """
     capabilities.check("evaluation", config.evaluation, config.machine)
     candidates(config.evaluation.sweep)  # an impossible range is an error before anything is read

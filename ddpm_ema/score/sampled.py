@@ -10,8 +10,6 @@ made_with.json       versions and devices that the images were sampled with: mor
 Beside it, `scores/<step>-<digest>-<digest>/` of each scoring has its table: see `folder`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Scores the weights of one checkpoint, on one process: says which images are missing, takes their features, keeps rows."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -23,7 +21,7 @@ from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
 from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
-from ddpm_ema.score.reference import compares_with_population
+from ddpm_ema.score.reference import reading_of
 from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score
 from ddpm_ema.score.sampled import Sampled, made_with
@@ -33,20 +31,9 @@ from ddpm_ema.score.training_images import TrainingImages
 class Scorer:
     """Scores weights of one checkpoint by one extractor, one set after another. Its caller holds the lock of `sampled`.
 
-    It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on.
-
-    Args:
-        config: the settings.
-        generator: asked about the network and the sampler; the scorer generates nothing itself.
-        extractor: whose features are compared.
-        reference: what samples are compared with.
-        resolver: finds the weights that a name means.
-        sampled: images and features.
-        folder: the table.
-        settings: those that change the numbers, from `settings_of`.
-        world_size: how many processes generate, for results.json.
-        floor: real images beside the reference's; None where there are none.
-        trained: the images that were trained on; None where they are not at hand.
+    It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on. The
+    `generator` is asked about network and sampler alone; `folder` keeps the table, `settings` are those of `settings_of`;
+    `floor` are real images beside the reference's, `trained` those that were trained on, each None where there are none.
     """
 
     def __init__(
@@ -66,8 +53,7 @@ class Scorer:
         self.config, self.generator, self.extractor, self.resolver = config, generator, extractor, resolver
         self.sampled, self.folder, self.floor, self.trained = sampled, folder, floor, trained
         self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
-        population = compares_with_population(config)
-        self.builder = RowBuilder(reference, config.evaluation, extractor.device, population)
+        self.builder = RowBuilder(reference, config.evaluation, extractor.device, reading_of(config) == "population")
         self.versions, self.world_size = made_with(extractor.device), world_size
 
     def named(self) -> list[NamedWeights]:

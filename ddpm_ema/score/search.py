@@ -1,7 +1,5 @@
 """Which width is best, with few images on poor candidates and many on close ones: a bracketing search on a grid."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -26,14 +24,8 @@ class Search:
     over the range are looked at with the fewest images. Then the best so far and its nearest neighbours that were looked at
     climb the ladder until their paired differences from the best are significant or they have all images; then the wider gap
     beside the best is halved. It ends where the best one's neighbours on the grid were looked at, and the best has all its
-    images. The ladder is fixed beforehand, so a test at ALPHA / ((candidates - 1) x rungs) holds whatever the search does.
-
-    Args:
-        num_candidates: at least 2.
-        rungs: from `ladder`.
-        estimate: (candidate, images) -> the distance over its first images.
-
-    `counts`: candidate -> images that it was asked for so far.
+    images. The ladder (`rungs`) is fixed beforehand, so a test at ALPHA / ((candidates - 1) x rungs) holds whatever the search does.
+    `estimate` gives a candidate's distance over its first images; `counts` has how many each was asked for so far.
     """
 
     def __init__(self, num_candidates: int, rungs: Sequence[int], estimate: EstimateOf) -> None:

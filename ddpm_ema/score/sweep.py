@@ -1,7 +1,5 @@
 """Averages of other widths, reconstructed from snapshots and scored: the sweep, or a search for its best."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,12 +135,7 @@ class Sweep:
 def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
     """What results.json says of this sweep and earlier ones, with the named weights in one table; {} where there was none.
 
-    Args:
-        scorer: whose folder holds the candidates; those count whose weights are still what they were.
-        spent: what the searches of this sweep spent, by kind.
-
-    Returns:
-        `rows`, `sweep` (rows, by kind and width), `may_be_best` and `sweep_search`.
+    Candidates count whose weights are still what they were. `spent`: by the searches of this sweep, by kind.
     """
     swept, named = _swept(scorer), scorer.scores()
     if not swept:

@@ -1,7 +1,5 @@
 """The training image nearest to each sample that a grid shows: whoever sees both sees whether the samples are copies."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A scoring that goes on under other versions or on another device: only where they give the same images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch

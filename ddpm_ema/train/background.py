@@ -1,7 +1,5 @@
 """A thread that writes while training continues."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 

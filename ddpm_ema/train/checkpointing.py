@@ -1,7 +1,5 @@
 """Checkpoints and snapshots of a run: collected from all ranks, copied to host memory, written in the background by rank 0."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +32,7 @@ def save(trainer: Trainer) -> None:
         _wait_for_writer(trainer)
         names = ("raw", *trainer.bank.profiles)
         files = {weights_file(name): gathered(trainer, name) for name in names}
-        sums = trainer.means.state(trainer.processes)
+        sums = trainer.processes.gather(trainer.means.sums.tolist())  # one vector per rank
         trainer.saved_step = trainer.step
         if trainer.processes.is_main:
             files |= {buffers_file(n): host_copy(held) for n in names if (held := trainer.buffers(n))}

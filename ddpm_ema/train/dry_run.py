@@ -1,7 +1,5 @@
 """`ddpm-ema train --dry-run`: what a run would take, measured on a few steps and otherwise computed; nothing is written."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator

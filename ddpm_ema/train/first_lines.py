@@ -1,7 +1,5 @@
 """Lines before the first step: which program runs, and what the intervals will do."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 from pathlib import Path

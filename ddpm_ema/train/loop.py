@@ -1,7 +1,5 @@
 """A run from its last checkpoint to its end, or to the step at which it is asked to stop."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator
@@ -24,11 +22,7 @@ from ddpm_ema.train.trainer import Evaluator, MakeEvaluator, MicroBatch, Trainer
 
 
 def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
-    """Trains to `training.steps`, from the last checkpoint of `output_dir`.
-
-    Args:
-        config: the settings.
-        evaluate: builds what scores while training (`evaluation.every`); None scores nothing.
+    """Trains to `training.steps`, from the last checkpoint of `output_dir`; `evaluate` builds what scores while training.
 
     Raises:
         UserError: bad settings or input, an unusable folder, or a lost rank.
@@ -153,7 +147,7 @@ def log(trainer: Trainer) -> None:
     if step % trainer.config.training.log_every:
         row["partial"] = True
     else:
-        trainer.means.clear()
+        trainer.means.sums.zero_()
     row["learning_rate"] = trainer.config.training.learning_rate_at(step - 1)
     row["skipped_steps"] = trainer.skipped_steps
     squares = trainer.bank.squared_distances()

@@ -1,7 +1,5 @@
 """The metrics of a run: means over the steps since the last row, rows of metrics.jsonl, trackers, and progress for a person."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import time
@@ -41,7 +39,7 @@ class RunningMeans:
         self.sums[_STEPS] += 1
 
     def means(self, processes: Processes) -> dict[str, float | None]:
-        """Means over the steps since the last `clear` and over all processes. A collective."""
+        """Means over the steps since the last row and over all processes. A collective."""
         sums = processes.sum_(self.sums.to("cpu", copy=True))
         row: dict[str, float | None] = {"loss": (sums[_LOSS].sum() / sums[_COUNT].sum()).item()}
         for quarter in range(QUARTERS):
@@ -49,14 +47,6 @@ class RunningMeans:
             row[f"loss_q{quarter}"] = sums[_LOSS][quarter].item() / count if count else None
         row["grad_norm"] = (sums[_NORM] / sums[_STEPS]).item()
         return row
-
-    def clear(self) -> None:
-        """Sets the sums to zero."""
-        self.sums.zero_()
-
-    def state(self, processes: Processes) -> list[list[float]]:
-        """One vector per rank. A collective."""
-        return processes.gather(self.sums.tolist())
 
     def load(self, state: list[list[float]], processes: Processes) -> None:
         """Takes back this rank's vector; on another number of processes rank 0 takes the sum."""

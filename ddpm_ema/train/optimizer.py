@@ -1,7 +1,5 @@
 """The optimizer, and its state as tensors with names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,11 +16,6 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettin
             parameters, settings.learning_rate, betas, epsilon, weight_decay=settings.weight_decay, fused=True
         )
     return torch.optim.Adam(parameters, settings.learning_rate, betas, epsilon, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
 
 
 def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Sample grids while training, from a sampling model of its own: the training model's weights are never swapped."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Only rank 0 reads files. What may change is decided by the settings' marks (`config.Effect.RUN`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """One optimizer step: micro-batches, the loss of every image, clipping, and the check that all of it is finite."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from typing import Any
@@ -11,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ddpm_ema import diffusion, keyed_random, model, network_call
+from ddpm_ema import keyed_random, model, network_call
 from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
-from ddpm_ema.train.optimizer import set_learning_rate
 from ddpm_ema.train.trainer import FinitenessCheck, MicroBatch, Trainer
 from ddpm_ema.transfer import to_host
 
@@ -30,7 +27,8 @@ def train_step(trainer: Trainer, micro_batches: list[MicroBatch]) -> bool:
     up its images' losses divided by the global batch size, and DDP's mean over processes is undone by their number.
     """
     training, optimizer = trainer.config.training, trainer.optimizer
-    set_learning_rate(optimizer, training.learning_rate_at(trainer.step))
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate_at(trainer.step)
     scale = trainer.processes.world_size / training.batch_size
     losses, timesteps = [], []
     for micro_batch in micro_batches:
@@ -68,7 +66,7 @@ def image_losses(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Ten
     return objective.loss(_predictor(trainer), *inputs), inputs[2]
 
 
-def _predictor(trainer: Trainer) -> diffusion.Predict:
+def _predictor(trainer: Trainer) -> network_call.Predict:
     """The network inside autocast. Its input keeps the memory order that its weights have."""
     precision, device = trainer.config.training.mixed_precision, trainer.processes.device.type
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,7 +1,5 @@
 """What one process of a run works with: network, data, objective, optimizer, averages; and how it is built."""
 
-from __future__ import annotations
-
 import collections
 import os
 import socket

@@ -1,7 +1,5 @@
 """One-hot parameters: after step t they are the t-th unit vector, so an average of them *is* its weighting profile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,9 +1,7 @@
-"""One process of a bank over shards: `python sharded_worker.py RANK WORLD_SIZE PORT FOLDER SCENARIO...`.
+"""One process of a bank over shards: `python sharded_worker.py RANK PORT FOLDER WORLD_SIZE SCENARIO...`.
 
 Each scenario compares with the bank of an unsharded model in the same process. What went wrong is written to FOLDER/RANK.json.
 """
-
-from __future__ import annotations
 
 import json
 import sys
@@ -229,7 +227,7 @@ def a_state_stored_on_two_processes_is_loaded(folder: Path) -> None:
         same(bank.buffers(name), whole.buffers(name))
 
 
-def main(rank: int, world_size: int, port: int, folder: Path, scenarios: list[str]) -> None:
+def main(rank: int, port: int, folder: Path, world_size: int, scenarios: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     failed = {}
@@ -246,4 +244,4 @@ def main(rank: int, world_size: int, port: int, folder: Path, scenarios: list[st
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]), sys.argv[5:])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])

@@ -1,7 +1,5 @@
 """One rank of a split bank in a process of its own: `python split_worker.py RANK PORT FOLDER`. Imports as little as it can."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The bank on one process: what it follows, in which precision, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 import doctest
 import pickle

@@ -1,10 +1,7 @@
 """Which combination of stored averages is nearest to another: the fit, its predictions, its warnings, and refused input."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,19 +131,6 @@ def test_random_walks_err_as_predicted_and_by_nothing_but_the_sum_over_their_ste
     np.testing.assert_allclose(made - exact, by_parts, atol=2e-4)
     actual = np.linalg.norm(made - exact) / np.linalg.norm(exact - theta[-1])
     assert actual == pytest.approx(found.predicted_relative_error, rel=0.1)
-
-
-@pytest.mark.parametrize("stored", [PAIR, WITH_UNIFORM, TRIPLE, (RAW,)], ids=str)
-@pytest.mark.parametrize("target", [*TARGETS, UNIFORM, PowerFunction(0.03)], ids=repr)
-def test_the_least_squares_of_weightings_expects_a_smaller_error_nowhere(stored, target) -> None:
-    """Karras et al. minimise the distance of weightings; their coefficients, brought to sum to 1, in our measure."""
-    steps, pairs = 600, grid(600, 6, stored)
-    columns = np.stack([np.pad(p.weighting(s), (0, steps - s)) for s, p in zip(*pairs, strict=True)], axis=1)
-    theirs = np.linalg.lstsq(columns, target.weighting(steps), rcond=None)[0]
-    ours = posthoc_coefficients(*pairs, steps, target)
-    other = replace(ours, weights=theirs / theirs.sum())
-    expected = [np.linalg.norm(errors_of(found, pairs, steps, target)) for found in (ours, other)]
-    assert expected[0] <= expected[1] * (1 + 1e-6) + 1e-5
 
 
 @pytest.mark.parametrize("steps", [1000, 200_000])

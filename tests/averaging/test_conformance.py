@@ -1,7 +1,5 @@
 """benchmarks/conformance.py tells right from wrong: ours is as documented, and the known traps of the peers are found."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

@@ -1,7 +1,5 @@
 """Attached to an optimizer, a bank moves once a real step: not on micro-batches, not on skipped steps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The rules of averaging are imported without torch, and every public name is found when it is asked for."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Other libraries' averages: read with the profile they really have, written so that those libraries go on with ours."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -82,10 +80,6 @@ def test_the_profile_read_from_diffusers_is_the_one_its_weights_have(settings: d
     np.testing.assert_allclose(profile.weighting(steps), real[1:], atol=2e-6)
     assert profile.initial_weight(steps) == pytest.approx(real[0], abs=1e-6)
     np.testing.assert_allclose(kept_weighting(profile, steps), real, atol=2e-6)
-
-
-def test_the_hidden_warm_up_is_found_at_step_10_000() -> None:
-    assert DiffusersDecay(max_decay=0.9999).decay(10_000) == pytest.approx(0.9991, abs=5e-5)
 
 
 def test_a_note_on_a_young_average_does_not_count_the_initial_weights_as_a_step() -> None:
@@ -243,21 +237,6 @@ def test_an_average_is_read_from_and_written_to_an_averaged_model_of_a_wrapped_m
     read = read_averaged_model(peer.state_dict(), model)
     other.load_state_dict(averaged_model_state(read.weights, read.step, read.buffers, averaged_model=other))
     assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in other.state_dict().items())
-
-
-def test_the_profile_of_torchs_ema_is_measured_by_one_hot_parameters() -> None:
-    def make(module: nn.Module):
-        averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-
-        def update() -> torch.Tensor:
-            averaged.update_parameters(module)
-            return averaged.module.weight
-
-        return update
-
-    np.testing.assert_allclose(
-        Delayed(ConstantDecay(0.9), start=1).weighting(40), peer_weighting(40, make)[1:], atol=1e-6
-    )
 
 
 def test_a_state_that_is_not_torchs_or_not_of_the_model_is_refused() -> None:

@@ -1,7 +1,5 @@
 """What an update asks of a device, seen without one: nothing is read back, and all averages of all tensors are one call."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

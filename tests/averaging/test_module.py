@@ -1,7 +1,5 @@
 """`bank.module`: a module that computes with an average's weights, which are not copied and not swapped."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

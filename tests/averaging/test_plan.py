@@ -1,7 +1,5 @@
 """What to store of a run that has not begun: plans fit the disk, predict what the fit predicts, and the best comes first."""
 
-from __future__ import annotations
-
 import pytest
 
 from ddpm_ema.averaging import RAW, BiasCorrected, PowerFunction, Uniform, posthoc_coefficients

@@ -1,10 +1,6 @@
 """benchmarks/posthoc.py on made-up runs: its figures are those of the averages it compares."""
 
-from __future__ import annotations
-
 import importlib.util
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +76,3 @@ def test_a_window_that_starts_at_a_snapshot_is_exact_where_uniform_was_stored(be
         windows["power .05, uniform", "last_20"]["actual"] < 1e-3 < windows["power .05, uniform", "last_17"]["actual"]
     )
     assert not benchmark.has_ratio(["power_0_05", "uniform"], "last_20", 0.1)
-
-
-def test_results_are_written_and_kept_beside_each_other(benchmark: Any, tmp_path: Path, monkeypatch, capsys) -> None:
-    output = tmp_path / "posthoc.json"
-    output.write_text(json.dumps({"summary": []}))
-    monkeypatch.setattr(
-        benchmark, "simulate", lambda: [{"weights move as": "x", "stored": "y", "minimum": 1, "maximum": 2}]
-    )
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--simulate", "--output", str(output)])
-    benchmark.main()
-    assert json.loads(output.read_text()).keys() == {"summary", "simulated"}
-    assert "1.00 to 2.00" in capsys.readouterr().out

@@ -1,7 +1,5 @@
 """Profiles: decays and weightings against closed forms, composition, meaning, and refused values."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle
@@ -10,14 +8,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onehot import kept_weighting
 
 from ddpm_ema.averaging import (
     PROFILES,
-    AverageBank,
     BiasCorrected,
     ConstantDecay,
     CosineCooldown,
@@ -331,54 +327,6 @@ def test_a_length_is_steps_or_a_share_of_the_run_or_images_and_becomes_steps_onc
         resolve_lengths({"kind": "window", "length": "5 percent", "end": 10}, **run)
     with pytest.raises(ValueError, match=r"decay: expected a number with 0 <= decay <= 1, got '5%'"):
         profile_from_dict(resolve_lengths({"kind": "constant", "decay": "5%"}, **run))
-
-
-class MeanFromZero:
-    """An exponential moving average that starts at zero, and is divided by the weight that it has seen."""
-
-    def __init__(self, parameters: np.ndarray, tau: float) -> None:
-        self.tau, self.updates, self.moment = tau, 0, np.zeros_like(parameters)
-
-    def update(self, parameters: np.ndarray) -> None:
-        self.moment = self.tau * self.moment + (1 - self.tau) * parameters
-        self.updates += 1
-
-    def weights(self) -> np.ndarray:
-        return self.moment / (1 - self.tau**self.updates)
-
-
-class MeanFromTheStart(MeanFromZero):
-    """The same, but it starts at the parameters: dividing is wrong then."""
-
-    def __init__(self, parameters: np.ndarray, tau: float) -> None:
-        super().__init__(parameters, tau)
-        self.moment = parameters.copy()
-
-
-@pytest.mark.parametrize("tau", [0.9, 0.999])
-def test_dividing_by_the_bias_is_right_from_zero_and_wrong_from_the_initial_weights(tau: float) -> None:
-    rng = np.random.default_rng(0)
-    parameter = torch.tensor(rng.normal(size=50), dtype=torch.float32)
-    initial = parameter.double().numpy().copy()
-    bank = AverageBank([("weight", parameter)], {"average": BiasCorrected(tau)})
-    right, wrong = MeanFromZero(initial, tau), MeanFromTheStart(initial, tau)
-    for step in range(1, 31):
-        parameter += torch.tensor(rng.normal(size=50), dtype=torch.float32)
-        bank.update(step)
-        for mean in (right, wrong):
-            mean.update(parameter.double().numpy())
-        np.testing.assert_allclose(bank.weights("average")["weight"].numpy(), right.weights(), rtol=1e-4, atol=1e-5)
-        too_large = tau**step / (1 - tau**step) * initial
-        np.testing.assert_allclose(wrong.weights() - right.weights(), too_large, rtol=1e-9)
-
-
-def test_a_weight_of_5_that_does_not_move_reads_5000_after_one_step_of_the_wrong_way() -> None:
-    five = np.array([5.0])
-    right, wrong = MeanFromZero(five, 0.999), MeanFromTheStart(five, 0.999)
-    for mean in (right, wrong):
-        mean.update(five)
-    assert right.weights() == pytest.approx(5.0)
-    assert wrong.weights() == pytest.approx(5000.0)  # 0.999 / 0.001 x 5 = 4,995 too much
 
 
 def test_tau_is_one_minus_decay() -> None:

@@ -1,16 +1,11 @@
 """A bank over shards equals the unsharded bank bit for bit, on 2 and 3 processes; see sharded_worker.py for the scenarios."""
 
-from __future__ import annotations
-
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
 from sharded_worker import SOME, STEPS, move, net, same
 
 from ddpm_ema.averaging import AverageBank
@@ -29,18 +24,7 @@ QUICK = [
 
 def launch(world_size: int, folder: Path, scenarios: list[str]) -> list[dict[str, str]]:
     """What failed in each scenario ("" for nothing), by process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    worker = [sys.executable, str(Path(__file__).with_name("sharded_worker.py"))]
-    commands = [[*worker, str(rank), str(world_size), str(port), str(folder), *scenarios] for rank in range(world_size)]
-    running = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [process.wait(timeout=300) for process in running] == [0] * world_size
-    finally:
-        for process in running:
-            process.kill()
+    run_ranks("sharded_worker.py", world_size, folder, str(world_size), *scenarios)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 

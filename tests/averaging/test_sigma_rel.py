@@ -1,7 +1,5 @@
 """Width and exponent of power functions."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,17 +1,10 @@
 """A bank split over ranks: balanced, equal to the unsplit one bit for bit, and brought together by name."""
 
-from __future__ import annotations
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from split_worker import PROFILES, WORLD_SIZE, bank_of, model, move
 
 from ddpm_ema.averaging import AverageBank, merge_states
@@ -40,12 +33,6 @@ def test_shares_are_balanced_within_the_largest_tensor(sizes: list[int], world_s
     assert owners.keys() == named.keys()
     loads = [sum(size for name, size in named.items() if owners[name] == rank) for rank in range(world_size)]
     assert max(loads) - min(loads) <= max(sizes)
-
-
-def test_large_tensors_are_dealt_out_first() -> None:
-    named = {f"small{i}": 1 for i in range(8)} | {"vast": 8}
-    owners = assign_owners(named, 2)
-    assert [name for name in named if owners[name] == owners["vast"]] == ["vast"]
 
 
 def test_shares_do_not_depend_on_the_order_of_the_names() -> None:
@@ -131,19 +118,7 @@ def test_a_split_bank_says_what_is_missing_to_gather() -> None:
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("gathered")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    worker = [sys.executable, str(Path(__file__).with_name("split_worker.py"))]
-    ranks = [
-        subprocess.Popen([*worker, str(rank), str(port), str(folder)], env=environment) for rank in range(WORLD_SIZE)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * WORLD_SIZE
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks("split_worker.py", WORLD_SIZE, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 

@@ -4,8 +4,6 @@ What a process on one host sees of the other is what the cable between them carr
 switch would: without a word to either side. Needs root. Everything is taken down again, also after a failure.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

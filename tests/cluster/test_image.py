@@ -1,7 +1,5 @@
 """The image for real: built from the Dockerfile, then used as its own user to train and score."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ Runs are of configs/digits.yaml as it stands but for its length. Weights of a ru
 of processes must be equal to the last bit; on another number, to 1e-5 (sums come in another order).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The Slurm files under a real Slurm: a controller and two nodes, each on a host of its own, as small as Slurm can be."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

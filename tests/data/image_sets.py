@@ -1,7 +1,5 @@
 """Sets of images for tests, and how they are opened."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decoded images in a mapped file: made once, whole or not at all, made again when they are not what was decoded."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Every kind of image file gives the pixels that `convert` documents: real files, written and read back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A damaged image is an error that names it, or is skipped and named, however the images are kept."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

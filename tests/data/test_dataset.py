@@ -1,7 +1,5 @@
 """The same images, in the order asked for, under the same fingerprint, whichever way they are kept."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A folder of images: order and labels depend on names alone; whatever is no image is counted or named."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

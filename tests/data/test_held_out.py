@@ -1,7 +1,5 @@
 """The held-out images: chosen by content alone, never trained on, copies on one side."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images of libraries: scikit-learn's digits, torchvision's sets, and the Hub's."""
 
-from __future__ import annotations
-
 import struct
 import sys
 import urllib.error

@@ -1,7 +1,5 @@
 """Named weights become a diffusers pipeline folder: the same weights, loadable, described, whole or not there at all."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -17,7 +15,6 @@ from safetensors.torch import save_file
 from ddpm_ema import config as settings
 from ddpm_ema import diffusion, keyed_random, model, sampling, sampling_network
 from ddpm_ema.averaging import write_snapshot
-from ddpm_ema.averaging.posthoc import posthoc_coefficients
 from ddpm_ema.averaging.profiles import PowerFunction
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card, export, main
@@ -105,24 +102,6 @@ def test_the_scheduler_has_the_noise_levels_the_network_was_trained_with(tmp_pat
     scheduler = DDPMPipeline.from_pretrained(folder).scheduler.config
     found = (scheduler.beta_schedule, scheduler.prediction_type, scheduler.variance_type)
     assert found == ("squaredcos_cap_v2", "v_prediction", "fixed_small")
-
-
-def test_an_earlier_step_is_named_with_at_or_with_a_step(run: RunDir, tmp_path: Path) -> None:
-    expected = run.checkpoint(50).weights("ema_0_999")
-    assert_same(DDPMPipeline.from_pretrained(export(run.path, "ema_0_999@50", tmp_path / "a")), expected)
-    assert_same(DDPMPipeline.from_pretrained(export(run.path, "ema_0_999", tmp_path / "b", step=50)), expected)
-
-
-def test_a_width_that_was_never_kept_is_reconstructed_from_snapshots(run: RunDir, tmp_path: Path) -> None:
-    """Four snapshots of random weights: the export must be their combination with the coefficients of the fit."""
-    loaded = DDPMPipeline.from_pretrained(export(run.path, "power_0_075", tmp_path / "out"))
-    stored = [(step, name) for step in (50, 100) for name in ("power_0_05", "power_0_10")]
-    stds = [0.05 if name == "power_0_05" else 0.10 for _, name in stored]
-    weights = posthoc_coefficients([step for step, _ in stored], stds, 100, 0.075).weights
-    tensors = [run.checkpoint(step).weights(name) for step, name in stored]
-    for name, tensor in loaded.unet.state_dict().items():
-        combined = sum(w * t[name].double() for w, t in zip(weights, tensors, strict=True))
-        torch.testing.assert_close(tensor.double(), combined, rtol=1e-6, atol=1e-7)
 
 
 def test_a_variant_carries_the_name_of_the_weights_and_loads_by_it(run: RunDir, tmp_path: Path) -> None:

@@ -1,17 +1,15 @@
 """Extractors: the classifier and its training, weights checked before they are opened, and agreement with torch-fidelity."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
-import fidelity
 import pytest
 import torch
 from oracles import frechet_distance
+from pickled import Bomb
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -51,16 +49,6 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def extractor(trained_folder: Path) -> Extractor:
     return open_extractor("classifier", trained_folder)
-
-
-class Bomb:
-    """Whoever unpickles this leaves a file behind."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
 
 
 class TestClassifier:
@@ -254,16 +242,6 @@ class TestExtractor:
         assert on_gpu.unbiased == pytest.approx(on_cpu.unbiased, rel=1e-9)
         assert on_gpu.stderr == pytest.approx(on_cpu.stderr, rel=1e-8)
 
-    def test_no_images_give_no_features_and_other_input_is_refused(self, extractor: Extractor) -> None:
-        assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)).shape == (0, 64)
-        for bad in (
-            torch.zeros(2, 1, 8, 8),
-            torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
-            torch.zeros(8, 8, dtype=torch.uint8),
-        ):
-            with pytest.raises(ValueError, match="images must be uint8"):
-                extractor(bad)
-
     def test_it_names_its_weights_by_their_sha256_and_is_no_fid(self, extractor: Extractor) -> None:
         assert extractor.name == "classifier"
         assert len(extractor.sha256) == 64
@@ -289,9 +267,6 @@ class TestExtractor:
         assert (ours.label, other.label) == ("classifier", "classifier wide")
         assert (ours.name, ours.dim, other.dim) == (other.name, 64, 16)
         assert ours.key != other.key
-
-    def test_registering_twice_with_torch_fidelity_is_no_error(self) -> None:
-        assert fidelity.register() == fidelity.register() == "ddpm-ema-classifier"
 
 
 class TestInception:
@@ -379,17 +354,6 @@ def agree(extractor: Extractor, fake: Tensor, real: Tensor, expected: dict[str, 
 
 
 class TestAgainstTorchFidelity:
-    def test_on_our_classifier_all_metrics_are_those_of_calculate_metrics_on_png_files(
-        self, trained_folder: Path, extractor: Extractor, tmp_path: Path
-    ) -> None:
-        images, _ = digits()
-        noise = torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 25
-        fake, real = (images[:400] + noise).clamp(0, 255).round().to(torch.uint8), images[400:1000]
-        path = trained_folder / "features.safetensors"
-        expected = theirs(as_png(fake, tmp_path / "a"), as_png(real, tmp_path / "b"), fidelity.register(), path, 200)
-        assert expected["frechet_inception_distance"] > 0.5
-        agree(extractor, fake, real, expected, 200)
-
     @pytest.mark.slow
     def test_on_inception_with_random_weights_they_are_too_and_it_is_no_fid(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,5 @@
 """Backbones of timm: features equal to timm's own, from a file that holds every weight, and one message for what is wrong."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path

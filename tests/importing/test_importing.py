@@ -1,9 +1,6 @@
 """Runs that other programs trained: imported as a run directory that reconstructs, sweeps, reports and exports."""
 
-from __future__ import annotations
-
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from pickled import Bomb
 from safetensors.torch import save_file
 from scored import EVALUATION, classifier
 from torch.optim.swa_utils import AveragedModel
@@ -219,20 +217,10 @@ class TestSeries:
         assert config.load(run.config_path).model.layout == "diffusers"
 
 
-class Harmful:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
-
-
 @pytest.mark.parametrize("name", ["step_1.pt", "step_1.safetensors"])
 def test_a_file_that_needs_code_is_refused_with_the_cure_and_not_run(tmp_path: Path, name: str) -> None:
     touched = tmp_path / "touched"
-    torch.save({"w": torch.zeros(2), "extra": Harmful(touched)}, tmp_path / name)
+    torch.save({"w": torch.zeros(2), "extra": Bomb(touched)}, tmp_path / name)
     with pytest.raises(UserError, match=r"refused.*[Cc]onvert"):
         importing.main([str(tmp_path), "--output-dir", str(tmp_path / "run"), "--pattern", "step_{step}.*"])
     assert not touched.exists()
@@ -262,12 +250,3 @@ def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, options: list
     with pytest.raises(UserError, match=message):
         importing.main([str(source), "--output-dir", str(tmp_path / "run"), *options])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_folder_that_holds_something_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
-    save_file(walk(1), tmp_path / "step_1.safetensors")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine").write_text("mine")
-    with pytest.raises(UserError, match="already holds something"):
-        importing.main([str(tmp_path), "--output-dir", str(tmp_path / "run"), "--pattern", "step_{step}.safetensors"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]

@@ -1,7 +1,5 @@
 """accelerate stores and restores a bank with everything else: `register_for_checkpointing(bank)`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

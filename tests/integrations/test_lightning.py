@@ -1,7 +1,5 @@
 """The Lightning callback inside the real library: the scenarios of its own weight averaging, resumed runs, and skipped steps."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a whole table says: Holm's test against raw, and the set that holds the best weights."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import t

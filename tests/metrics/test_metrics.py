@@ -1,7 +1,5 @@
 """Statistics, the Fréchet distance, KID, precision and recall, and reference statistics kept by content."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass
@@ -11,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from oracles import frechet_distance
+from pickled import Bomb
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -74,12 +72,6 @@ class TestFrechetDistance:
         )
         dead = Statistics(torch.zeros(3).double(), torch.diag(torch.tensor([4.0, 0.0, 1.0]).double()), 10)
         assert FrechetReference(dead).distance(torch.zeros(3), torch.eye(3)) == pytest.approx(1 + 1 + 0, abs=1e-12)
-
-    def test_it_is_torch_fidelitys_on_the_same_features(self) -> None:
-        real, fake = gaussian(400, 16, 1, offset=0.5), gaussian(300, 16, 2, 1.2)
-        theirs = fid_statistics_to_metric(fid_features_to_statistics(fake), fid_features_to_statistics(real), False)
-        found = metrics.estimate_distance(fake, torch.arange(300), 10, FrechetReference(statistics_of(real)))
-        assert found.plain == pytest.approx(*theirs.values(), rel=1e-6)
 
     def test_a_broken_reference_is_a_message_not_a_linalg_error(self) -> None:
         good = statistics_of(gaussian(50, 3))
@@ -156,8 +148,6 @@ class TestOtherScores:
     def test_too_few_images_are_an_error_that_says_what_to_do(self) -> None:
         with pytest.raises(UserError, match="more than 3 images on both sides and there are 3"):
             metrics.neighbour_radii(gaussian(3, 2))
-        with pytest.raises(UserError, match="at least 2 images on both sides"):
-            kernel_distance(gaussian(1, 2), gaussian(10, 2))
 
     def test_kernel_distance_is_torch_fidelitys_over_all_images(self) -> None:
         features, reference = gaussian(120, 32, 1, 1.1), gaussian(120, 32, 2)
@@ -178,9 +168,6 @@ class CountingExtractor:
     """Mean colours as features; counts the images it has seen."""
 
     sha256: str = "a" * 64
-    name: str = "colours"
-    feature_layer: str = "mean"
-    dim: int = 3
     seen: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -197,7 +184,7 @@ class TestReference:
     def make(self, cache: Path, extractor: CountingExtractor, **changed: str) -> tuple[metrics.Reference, list[str]]:
         """The reference, and what the user is told."""
         settings = {"fingerprint": "f0", "split": "train", "resize": "none", **changed}
-        key = metrics.content_key(extractor=extractor, **settings)
+        key = metrics.content_key(extractor={"extractor_sha256": extractor.sha256}, **settings)
         cached, notes = metrics.load_cached(cache, key)
         if cached is not None:
             return cached, notes
@@ -303,11 +290,7 @@ class TestPublishedStatistics:
             metrics.read_published(tmp_path / "s.npz", 4)
 
     def test_a_pickle_inside_is_not_opened(self, tmp_path: Path) -> None:
-        class Bomb:
-            def __reduce__(self) -> tuple[object, ...]:
-                return (Path.touch, (tmp_path / "exploded",))
-
-        np.savez(tmp_path / "s.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(4))
+        np.savez(tmp_path / "s.npz", mu=np.array([Bomb(tmp_path / "exploded")], dtype=object), sigma=np.eye(4))
         with pytest.raises(UserError, match="pickled ones are not opened"):
             metrics.read_published(tmp_path / "s.npz", 4)
         assert not (tmp_path / "exploded").exists()

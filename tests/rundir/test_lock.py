@@ -1,7 +1,5 @@
 """One run per folder: by the kernel's lock on one host, by a heartbeat between hosts."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,11 +1,8 @@
 """The run directory: files that appear whole or not at all, checkpoints in order of their steps, results set aside."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -22,7 +19,7 @@ from ddpm_ema.averaging import Uniform, write_snapshot
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.new_folder import new_folder
-from ddpm_ema.rundir import RunDir, atomic_write, read_tensors
+from ddpm_ema.rundir import RunDir, atomic_write
 
 
 def files(value: float = 1.0, size: int = 4) -> dict[str, dict[str, torch.Tensor]]:
@@ -145,21 +142,6 @@ def test_tensors_of_a_checkpoint_with_a_flipped_bit_are_never_handed_out(rundir:
     path.write_bytes(data)
     with pytest.raises(UserError, match="sha256 mismatch"):
         rundir.checkpoint(3).weights("raw")
-
-
-def test_a_pickle_is_refused_and_not_opened(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, ...]:
-            return (os.system, (f"touch {tmp_path}/opened",))
-
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="is a pickle"):
-        read_tensors(path)
-    torch.save({"w": torch.ones(2)}, path)
-    with pytest.raises(UserError, match="is a pickle"):
-        read_tensors(path)
-    assert not (tmp_path / "opened").exists()
 
 
 def test_weights_that_a_checkpoint_does_not_hold_are_refused_with_the_names_it_holds(rundir: RunDir) -> None:

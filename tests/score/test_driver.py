@@ -1,7 +1,5 @@
 """All ranks do rank 0's jobs: two ranks as threads of this process, with a generator that makes its features up."""
 
-from __future__ import annotations
-
 import io
 import threading
 import time

@@ -1,7 +1,5 @@
 """Features on disk: joined, read one batch at a time, and never believed when they are damaged."""
 
-from __future__ import annotations
-
 import gc
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Real images beside the reference's: what a perfect generator would reach, and what nearness to training images means."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from scored import again, make_run, results
@@ -9,7 +7,7 @@ from scored import again, make_run, results
 from ddpm_ema import config, data
 from ddpm_ema.features import open_extractor, save_classifier, train_classifier
 from ddpm_ema.metrics.nearest import nearer_to_training, nearest
-from ddpm_ema.score.reference import compares_with_population, floor_split
+from ddpm_ema.score.reference import floor_split, reading_of
 from ddpm_ema.score.results import table
 
 
@@ -45,7 +43,7 @@ class TestNearerToTraining:
 def test_real_images_that_are_not_the_reference_s_are_compared_with_it(held_out, reference, floor, population) -> None:
     settings = config.validate({"data": {"held_out": held_out}, "evaluation": {"reference": reference}})
     assert floor_split(settings) == floor
-    assert compares_with_population(settings) == population
+    assert (reading_of(settings) == "population") == population
 
 
 def test_held_out_digits_stand_in_the_table_beside_samples_and_against_them(tmp_path) -> None:

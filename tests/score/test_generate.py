@@ -1,7 +1,5 @@
 """One process: weights in, features out, and one message for what is wrong with either."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from scored import make_run, weights

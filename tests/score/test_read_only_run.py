@@ -1,7 +1,5 @@
 """A run directory that cannot be written, such as a colleague's or a read-only mount, is scored all the same."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

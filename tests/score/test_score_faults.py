@@ -1,7 +1,5 @@
 """What goes wrong while scoring, made to happen: signals, kills, images that are not finite, folders that cannot be written."""
 
-from __future__ import annotations
-
 import json
 import signal
 

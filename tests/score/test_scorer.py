@@ -1,13 +1,11 @@
 """What a scorer asks for and what it keeps, without processes: features come from a formula, not from a network."""
 
-from __future__ import annotations
-
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from scored import again, make_run, weights
+from scored import again, make_run
 
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Reference, statistics_of
@@ -17,8 +15,6 @@ from ddpm_ema.score.feature_store import FeatureBatch, ImageBatch
 from ddpm_ema.score.folder import ScoreFolder
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
-from ddpm_ema.score.sweep import Sweep, candidates, summary
-from ddpm_ema.score.versions import check_versions
 
 DIM = 4
 EXTRACTORS = ["numbers", "others"]
@@ -149,62 +145,6 @@ def test_of_large_images_the_first_are_kept_and_the_others_sampled_again(run, mo
     assert worker.asked == {"raw": list(range(16, 40)), "raw, others": list(range(16))}
 
 
-def test_more_images_go_on_from_those_that_another_table_has(run):
-    Worker().run(all_rows(scorer_of(run)))
-    worker, more = Worker(), again(run, evaluation__num_images=60)
-    worker.run(all_rows(scorer_of(more)))
-    assert worker.asked == {"raw": list(range(40, 60)), "ema_0_9": list(range(40, 60))}
-
-
-def test_weights_written_anew_are_other_weights(run):
-    scorer = scorer_of(run)
-    Worker().run(all_rows(scorer))
-    rundir = RunDir(run.output_dir)
-    manifest = {key: rundir.checkpoint(8).manifest[key] for key in ("settings", "profiles")}
-    rundir.write_checkpoint(8, {"raw.safetensors": weights(0, 0.5)}, manifest)
-    scorer = scorer_of(again(run, evaluation__weights=["raw"]))
-    assert scorer.scores() == []
-    worker = Worker()
-    worker.run(all_rows(scorer))
-    assert worker.asked == {"raw": list(range(40))}
-
-
 def test_a_name_that_means_nothing_is_an_error_before_anything_is_asked_for(run):
     with pytest.raises(UserError, match="no checkpoint of step 5; steps there: 4, 8"):
         scorer_of(again(run, evaluation__weights=["raw", "raw@5"])).named()
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_a_sweep_samples_its_candidates_and_raw_to_pair_them_with(run, search):
-    run = again(run, evaluation__sweep={"stds": "0.03:0.15:7", "num_images": 240})
-    scorer, worker = scorer_of(run), Worker()
-    worker.run(all_rows(scorer))
-    (of_kind,) = candidates(run.evaluation.sweep, 8).values()
-    spent = worker.run(Sweep(scorer, of_kind).jobs(search))
-    found = summary(scorer, spent)
-    assert worker.asked["raw"] == list(range(240))
-    assert all("delta_vs_raw" in row for row in found["sweep"])
-    assert set(found["may_be_best"]) <= {"raw", "ema_0_9", *worker.asked}
-    if search:
-        assert spent == found["sweep_search"]
-        assert (
-            spent["std"]["images"] == sum(row["num_images"] for row in found["sweep"]) <= spent["std"]["of"] == 7 * 240
-        )
-    else:
-        assert spent == {}
-        assert [row["num_images"] for row in found["sweep"]] == [240] * 7
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_other_versions_go_on_only_where_the_first_images_come_out_the_same(run, same):
-    before = scorer_of(run)
-    before.versions = {**before.versions, "torch": "0.4.1"}
-    Worker().run(check_versions([before]))
-    Worker().run(all_rows(before))
-    scorer, worker = scorer_of(run), Worker(scale=1.0 if same else 7.0)
-    worker.run(check_versions([scorer]))
-    assert worker.asked == {next(iter(worker.asked)): list(range(10))}, "the first batch that was stored"
-    aside = run.output_dir / "scores" / "00000008-x.1"
-    assert aside.is_dir() is not same
-    assert bool(scorer.scores()) is same
-    assert len(scorer.sampled.made_with()) == (2 if same else 1)

@@ -1,7 +1,5 @@
 """The sweep over widths, and the search that spends its images where candidates are close."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The nearest training image of each sample of a grid: found in closed form, and kept by a scoring whatever its reference is."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A network with buffers: every stage carries them, and averages get batch-norm statistics of their own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import batch_norm_unet
 import pytest
 import scored
 import torch
-from live_runs import assert_bit_equal, finish, kill_at, settings, start, state
+from live_runs import assert_bit_equal, settings, state
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -126,15 +124,6 @@ def test_a_run_that_goes_on_has_the_buffers_of_one_that_never_stopped(tmp_path: 
     found = state(run)
     assert_bit_equal(found, state(whole))
     assert any(key.startswith("buffers/swa.safetensors:") for key in found)
-
-
-@pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_with_the_buffers_of_rank_0(tmp_path: Path) -> None:
-    whole, run = settings(tmp_path / "whole", **SWA), settings(tmp_path / "run", **SWA)
-    finish(whole, 2, before=batch_norm_unet.use)
-    kill_at(start(run, 2, before=batch_norm_unet.use), run, 6)
-    finish(run, 2, before=batch_norm_unet.use)
-    assert_bit_equal(state(run), state(whole))
 
 
 def test_snapshots_hold_parameters_and_beside_them_the_buffers(trained: config.Config) -> None:

@@ -1,7 +1,5 @@
 """What ends a run: one message, the right exit code, and nothing kept that is not finite."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A disk that fills up while a run logs, previews or stores is one message, and the run goes on when there is room."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A run that is killed goes on bit equal; one that is asked to stop saves and ends with 75."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -43,20 +41,6 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_one_never_killed(
     assert_bit_equal(state(run), state(uninterrupted))
     assert exact(run) == exact(uninterrupted)
     assert [row["step"] for row in rows(run)] == list(range(1, 41))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_killed_twenty_times_ends_bit_equal_to_one_never_killed(tmp_path: Path, world_size: int) -> None:
-    whole = settings(tmp_path / "whole", training__steps=120, checkpoints__every=5)
-    finish(whole, world_size)
-    run = settings(tmp_path / "run", training__steps=120, checkpoints__every=5)
-    chance = random.Random(world_size)
-    for kill in range(20):
-        kill_at(start(run, world_size), run, 5 * kill + chance.randrange(6), delay=chance.uniform(0, 0.12))
-    finish(run, world_size)
-    assert_bit_equal(state(run), state(whole))
-    assert exact(run) == exact(whole)
 
 
 @pytest.mark.slow

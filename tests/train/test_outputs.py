@@ -1,7 +1,5 @@
 """What a run logs and stores: rows, averages of the raw weights of every step, snapshots."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Where a run goes on, what its settings may change, and what it refuses."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 from typing import Any

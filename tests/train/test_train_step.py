@@ -1,7 +1,5 @@
 """One optimizer step from inside: what the network is shown, what is logged, and that nothing unchecked reaches a file."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

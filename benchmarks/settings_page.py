@@ -1,6 +1,4 @@
-"""`python -m ddpm_ema.config > docs/settings.md`: the page of settings, made from the settings."""
-
-from __future__ import annotations
+"""`python benchmarks/settings_page.py > docs/settings.md`: the page of settings, made from the settings."""
 
 from ddpm_ema.config.agreement import effects
 from ddpm_ema.config.command_line import flat, kind, written
@@ -9,7 +7,7 @@ from ddpm_ema.config.settings import Config, sections
 INTRODUCTION = """\
 # Settings
 
-Made from the code by `python -m ddpm_ema.config > docs/settings.md`; do not edit it here.
+Made from the code by `python benchmarks/settings_page.py > docs/settings.md`; do not edit it here.
 
 In a file a setting is written as YAML (`training: {steps: 500}`), on the command line by its key path (`--training.steps 500`).
 `...` is a list, on the command line several values. `null` is no value.
