@@ -155,8 +155,10 @@ def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
     for source in (scoring, *later):
         plots = [plot for key in figures.WIDTHS for plot in figures.sweep(source, key, _precision_note(source))]
         if plots:
-            texts = [f"{row.weights}: {text}" for row in source.sweep for text in row.warnings]
-            return {"plots": plots, "warnings": [*answer.saturation(source, source.sweep), *texts]}
+            notes = list(answer.saturation(source, source.sweep))
+            texts = ((row.weights, text) for row in source.sweep for text in row.warnings)
+            notes += [f"{name}: {text}" for name, text in texts if not notes or answer.SATURATED not in text]
+            return {"plots": plots, "warnings": notes}
     return {"plots": (), "warnings": ()}
 
 
@@ -195,13 +197,13 @@ def _whose(rows: Sequence[Row], text: str) -> str:
 
 
 def _name_marker(records: Sequence[Record]) -> Callable[[str], Markup]:
-    """A filter that sets the names of weights in a sentence in code type, and begins no line with ±; all is escaped first."""
+    """A filter that sets the names of weights in a sentence in code type, and breaks no line at ±; all is escaped first."""
     scored = (row.weights for record in records for one in record.scorings for row in (*one.rows, *one.sweep))
     names = sorted({*(name for record in records for name in record.names), *scored}, key=len, reverse=True)
     pattern = re.compile(r"(?<![\w@&#-])(" + "|".join(re.escape(str(escape(name))) for name in names) + r")(?![\w@-])")
 
     def mark(text: str) -> Markup:
-        kept = str(escape(text)).replace(" \N{PLUS-MINUS SIGN}", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}")
+        kept = str(escape(text)).replace(" \u00b1 ", "\u00a0\u00b1\u00a0")
         return Markup(pattern.sub(r"<code>\1</code>", kept))
 
     return mark

@@ -24,6 +24,10 @@ OUTSIDE = """() => [...document.querySelectorAll("body *:not(svg *), svg text")]
     return box.width && (cut || box.left < around.left - 1 || box.right > around.right + 1);
 }).map(element => element.outerHTML.slice(0, 80))"""
 
+BESIDE = """() => [...document.querySelectorAll(".switch :is(img, p) + :is(img, p)")].filter(element =>
+    element.getBoundingClientRect().top < element.previousElementSibling.getBoundingClientRect().bottom - 3
+).map(element => element.outerHTML.slice(0, 80))"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -67,6 +71,7 @@ def test_nothing_is_cut_or_overflows_at_any_width_light_or_dark_and_the_console_
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.evaluate(OUTSIDE) == [], (scheme, width)
+        assert page.evaluate(BESIDE) == [], "samples, label and nearest images stand below each other"
     assert page.complaints == []
     page.context.close()
 

@@ -100,7 +100,7 @@ def test_runs_that_differ_in_their_seed_alone_are_read_together(tmp_path: Path) 
     page, sentence = report.write(runs)
     assert sentence == "Over 4 training seeds: power_0_10 is better than raw."
     text = page.read_text()
-    assert "\N{MINUS SIGN}3.050\N{NO-BREAK SPACE}± 0.065" in text  # mean of the four, and its standard error
+    assert "\N{MINUS SIGN}3.050\u00a0±\u00a00.065" in text  # mean of the four, and its standard error
     assert "The distances of these runs cannot be compared" not in text
 
 
