@@ -21,6 +21,7 @@ class Source:
         stamp: lines that change when the images on this machine may have changed: the key of a cache file.
         labels: int64 `[size]`, or None where the images have none.
         num_classes: None without labels.
+        classes: how many classes and which, or why there are none, in words; empty where the source does not say.
         skipped: one line, with the reason, per file that was skipped when the source was opened.
         num_ignored: number of hidden files and of files whose names are not those of images.
     """
@@ -32,6 +33,7 @@ class Source:
     stamp: list[str]
     labels: Tensor | None = None
     num_classes: int | None = None
+    classes: str = ""
     skipped: list[str] = field(default_factory=list)
     num_ignored: int = 0
 
