@@ -331,8 +331,10 @@ def test_a_command_line_that_names_no_settings_is_one_message(arguments: list[st
 def test_a_mistyped_run_is_told_the_one_beside_it(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "config.yaml").touch()
-    with pytest.raises(UserError, match=r"no such run directory.*; did you mean '.*/photos'\?"):
+    with pytest.raises(UserError, match=r"no such run directory.*; did you mean 'photos'\?"):
         config.parse([str(tmp_path / "fotos")])
+    with pytest.raises(UserError, match="FILE; known here: photos"):  # the folder above makes no two names alike
+        config.parse([str(tmp_path / "x")])
 
 
 def test_a_run_directory_gives_its_settings_where_it_lies_now(tmp_path: Path) -> None:

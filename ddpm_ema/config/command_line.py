@@ -42,8 +42,9 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
                 "it holds no config.yaml; name the settings with --config FILE, or a folder of images with --data.path"
             )
             raise UserError(f"{run}: no run directory: {why}")
-        runs = [str(path.parent) for path in Path(run).parent.glob("*/config.yaml")]
-        raise UserError(f"{run}: no such run directory; name one, or settings with --config FILE{nearest(run, runs)}")
+        runs = sorted(path.parent.name for path in Path(run).parent.glob("*/config.yaml"))
+        hint = nearest(Path(run).name, runs)
+        raise UserError(f"{run}: no such run directory; name one, or settings with --config FILE{hint}")
     return require_named(load(kept, overrides, output_dir=run), " ".join(overrides.get("model.factory", [])), kept)
 
 

@@ -37,8 +37,8 @@ def open_folder(path: Path, split: str) -> Source:
     """
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        beside = [str(path.parent / entry.name) for entry in path.parent.glob("*") if entry.is_dir()]
-        raise UserError(f"data.path: {path} {what}: name the folder that holds the images{close(str(path), beside)}")
+        near = close(path.name, sorted(entry.name for entry in path.parent.glob("*") if entry.is_dir()))
+        raise UserError(f"data.path: {path} {what}: name the folder that holds the images{near}")
     root = path / _split_folder(path, split)
     files, skipped, num_ignored = _walk(root)
     if not files:

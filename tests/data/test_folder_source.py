@@ -50,8 +50,10 @@ def test_the_classes_are_named_five_at_most(folder: Path) -> None:
 
 
 def test_a_mistyped_folder_is_told_the_one_beside_it(folder: Path) -> None:
-    with pytest.raises(UserError, match=rf"does not exist.*; did you mean '{folder}'\?"):
+    with pytest.raises(UserError, match=rf"does not exist.*; did you mean '{folder.name}'\?"):
         load(folder.with_name(folder.name + "s"))
+    with pytest.raises(UserError, match=r"holds the images$"):
+        load(folder.with_name("xyz"))
 
 
 def test_other_files_and_hidden_ones_are_counted_and_ignored(folder: Path) -> None:
