@@ -36,7 +36,8 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
     for no such folder, no images in it, or a bad override.
     """
     if len(overrides["data.path"]) != 1:
-        raise UserError("--data.path: takes one folder")
+        words = " ".join(overrides["data.path"])
+        raise UserError(f"--data.path: takes one folder{f'; quote a name with spaces: {words!r}' if words else ''}")
     folder = Path(*overrides["data.path"])
     output = " ".join(overrides.get("output_dir", [f"runs/{folder.resolve().name}"]))
     if Path(output, "config.yaml").is_file():
@@ -44,7 +45,7 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
         return config.resolve(output, None, overrides)
     on_gpu = overrides.get("machine.device") != ["cpu"] and torch.cuda.is_available()
     source = open_folder(folder, " ".join(overrides.get("data.split", ["train"])))
-    tree, seen = choose(_look(source), len(source), source.num_classes, on_gpu, overrides)
+    tree, seen = choose(_look(source), len(source), source.classes, on_gpu, overrides)
     tree["data"]["path"], tree["output_dir"] = str(folder), output
     chosen = config.load(tree, overrides)
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
@@ -65,7 +66,7 @@ def _look(source: Any) -> list[Image.Image]:
 
 
 def choose(
-    images: Sequence[Image.Image], count: int, num_classes: int | None, on_gpu: bool, given: Mapping[str, list[str]]
+    images: Sequence[Image.Image], count: int, classes: str, on_gpu: bool, given: Mapping[str, list[str]]
 ) -> tuple[dict[str, Any], str]:
     """Settings for a folder of `count` such images, and what they are in words. The network fits an image size that is `given`."""
     short = [min(image.size) for image in images] or [32]
@@ -89,7 +90,6 @@ def choose(
     }
     tree["training"] |= {"warmup_steps": "5%", "log_every": "1%", "sample_every": "25%"}
     sides = f"{min(short)}" if min(short) == max(short) else f"{min(short)} to {max(short)}"
-    classes = "no classes" if num_classes is None else f"{num_classes} classes"
     return tree, f"{count:,} {'grey' if grey else 'colour'} images, shorter side {sides} pixels, {classes}"
 
 

@@ -74,6 +74,7 @@ def test_help_of_a_stage_lists_every_setting_with_its_meaning_its_own_first(
         (["train", "--training.steps", "5"], "--data.path FOLDER"),
         (["features"], "--data.path FOLDER"),
         (["train", "--data.path"], "--data.path: takes one folder"),
+        (["train", "--data.path", "my", "cats"], "takes one folder; quote a name with spaces: 'my cats'"),
         (["train", "--data.path", "nowhere"], "nowhere does not exist"),
         (["score", "runs/digits", "--dry-run"], "no run directory"),
         (["sweep", "--config", "configs/digits.yaml"], "--evaluation.sweep.stds 0.02:0.25:12"),

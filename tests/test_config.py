@@ -295,12 +295,22 @@ def test_one_value_for_a_setting_that_takes_several_is_a_list_of_one() -> None:
         (["--config"], "--config: takes one file"),
         (["--config", "a", "b"], "--config: takes one file"),
         (["--config", "nowhere.yaml"], r"--config nowhere\.yaml: No such file"),
-        (["nowhere"], r"nowhere: no run directory: it holds no config\.yaml; name the settings with --config FILE"),
+        (["nowhere"], r"nowhere: no such run directory; name one, or settings with --config FILE"),
+        (["."], r"\.: no run directory: it holds no config\.yaml; .* a folder of images with --data\.path"),
     ],
 )
 def test_a_command_line_that_names_no_settings_is_one_message(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         config.parse(arguments)
+
+
+def test_a_mistyped_run_is_told_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"no such run directory.*; did you mean 'photos'\?"):
+        config.parse([str(tmp_path / "fotos")])
+    with pytest.raises(UserError, match="FILE; known here: photos"):  # the folder above makes no two names alike
+        config.parse([str(tmp_path / "x")])
 
 
 def test_a_run_directory_gives_its_settings_where_it_lies_now(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ddpm_ema import cli, config, own_folder
 from ddpm_ema.errors import EXIT_DONE
+from ddpm_ema.train.dry_run import length
 
 
 def photo(width: int, height: int, grey: bool = False, mode: str = "RGB") -> Image.Image:
@@ -18,7 +19,7 @@ def photo(width: int, height: int, grey: bool = False, mode: str = "RGB") -> Ima
 
 
 def chosen(
-    images: list[Image.Image], count: int = 1000, classes: int | None = None, on_gpu: bool = False, **given: str
+    images: list[Image.Image], count: int = 1000, classes: str = "no classes", on_gpu: bool = False, **given: str
 ):
     overrides = {key.replace("__", "."): [value] for key, value in given.items()}
     tree, words = own_folder.choose(images, count, classes, on_gpu, overrides)
@@ -26,11 +27,11 @@ def chosen(
 
 
 def test_photographs_are_cut_to_a_power_of_two_that_a_cpu_can_train() -> None:
-    settings, words = chosen([photo(96, 72), photo(640, 480)], classes=2)
+    settings, words = chosen([photo(96, 72), photo(640, 480)], classes="2 classes (cat, dog)")
     assert (settings.data.image_size, settings.data.channels, settings.data.horizontal_flip) == (32, 3, True)
     assert settings.model.block_out_channels == (32, 64, 64)
     assert settings.evaluation.extractors == ("classifier",)
-    assert words == "1,000 colour images, shorter side 72 to 480 pixels, 2 classes"
+    assert words == "1,000 colour images, shorter side 72 to 480 pixels, 2 classes (cat, dog)"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "1"])
@@ -58,6 +59,12 @@ def test_a_few_images_make_one_batch_and_intervals_are_shares_of_whatever_steps_
     settings, _ = chosen([photo(16, 16)], count=40, training__steps="200")
     assert settings.training.batch_size == 32
     assert (settings.checkpoints.every, settings.training.sample_every, settings.training.warmup_steps) == (10, 50, 10)
+
+
+def test_a_run_longer_than_an_hour_is_told_the_steps_of_one() -> None:
+    assert length(3000, 4.5).endswith("; --training.steps 800 takes an hour")
+    assert length(100, 4.5) == "100 steps, 7:30 without saving and sampling"
+    assert "hour" not in length(2, 4000.0)
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def test_a_run_of_a_folder_keeps_its_settings_and_goes_on_with_them(
 ) -> None:
     assert cli.main(["train", "--data.path", "shapes", *SHORT]) == EXIT_DONE
     said = capsys.readouterr().err
-    assert "40 grey images, shorter side 8 pixels, 2 classes; settings chosen" in said
+    assert "40 grey images, shorter side 8 pixels, 2 classes (round, square); settings chosen" in said
     assert "step 4 of 4: loss " in said
     assert "\r" not in said
     kept = yaml.safe_load((folder / "runs/shapes/config.yaml").read_text())

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from ddpm_ema.config.agreement import chosen
 from ddpm_ema.config.loading import load, require_named, to_dict
 from ddpm_ema.config.settings import INTERVAL, Config, sections
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, nearest
 
 WORDS = {int: "INT", float: "FLOAT", bool: "true | false", str: "TEXT", Path: "PATH"}
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -31,7 +31,14 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
         return load(path, overrides, output_dir=run)
     kept = Path(run, "config.yaml")
     if not kept.is_file():
-        raise UserError(f"{run}: no run directory: it holds no config.yaml; name the settings with --config FILE")
+        if Path(run).exists():
+            why = (
+                "it holds no config.yaml; name the settings with --config FILE, or a folder of images with --data.path"
+            )
+            raise UserError(f"{run}: no run directory: {why}")
+        runs = sorted(path.parent.name for path in Path(run).parent.glob("*/config.yaml"))
+        hint = nearest(Path(run).name, runs)
+        raise UserError(f"{run}: no such run directory; name one, or settings with --config FILE{hint}")
     return require_named(load(kept, overrides, output_dir=run), " ".join(overrides.get("model.factory", [])), kept)
 
 

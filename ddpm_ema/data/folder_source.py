@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, close
 
 _IMAGE_FILE = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|p[pgbn]m|tga|jp2|avif)", re.IGNORECASE)
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -35,7 +35,8 @@ def open_folder(path: Path, split: str) -> Source:
     """
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"data.path: {path} {what}: name the folder that holds the images")
+        near = close(path.name, sorted(entry.name for entry in path.parent.glob("*") if entry.is_dir()))
+        raise UserError(f"data.path: {path} {what}: name the folder that holds the images{near}")
     root = path / _split_folder(path, split)
     files, skipped, num_ignored = _walk(root)
     if not files:
@@ -44,7 +45,7 @@ def open_folder(path: Path, split: str) -> Source:
         raise UserError(
             f"no images under {root} ({found}): data.path must hold .png, .jpg, .webp, .tif or the like{passed}"
         )
-    labels, num_classes = _labels([file.relative for file in files])
+    labels, num_classes, classes = _labels([file.relative for file in files])
 
     def read(index: int) -> Image.Image:
         with Image.open(root / files[index].relative) as image:
@@ -59,18 +60,23 @@ def open_folder(path: Path, split: str) -> Source:
         stamp=[str(root.resolve()), *(f"{file.relative}\t{file.size}\t{file.modified}" for file in files)],
         labels=labels,
         num_classes=num_classes,
+        classes=classes,
         skipped=skipped,
         num_ignored=num_ignored,
     )
 
 
-def _labels(paths: list[str]) -> tuple[Tensor | None, int | None]:
-    """A class per folder of the first level, and their number; None and None where an image lies outside of them."""
+def _labels(paths: list[str]) -> tuple[Tensor | None, int | None, str]:
+    """A class per folder of the first level, their number, and both in words; no labels where an image lies outside of them."""
     folders = [path.partition("/")[0] for path in paths if "/" in path]
-    if len(folders) < len(paths):
-        return None, None
-    number = {name: label for label, name in enumerate(sorted(set(folders), key=os.fsencode))}
-    return torch.tensor([number[name] for name in folders], dtype=torch.int64), len(number)
+    names = sorted(set(folders), key=os.fsencode)
+    shown = printable(", ".join(names[:5])) + ", …" * (len(names) > 5)
+    if outside := [path for path in paths if "/" not in path]:
+        why = f", because {printable(outside[0])} lies beside the folders {shown}" if names else ""
+        return None, None, f"no classes{why}"
+    number = {name: label for label, name in enumerate(names)}
+    words = f"{len(names)} class{'es' * (len(names) > 1)} ({shown})"
+    return torch.tensor([number[name] for name in folders], dtype=torch.int64), len(names), words
 
 
 def _split_folder(path: Path, split: str) -> str:

@@ -18,6 +18,7 @@ class Source:
     stamp: list[str]  # lines that change when the images on this machine may have changed: the key of a cache file
     labels: Tensor | None = None  # int64 [size]
     num_classes: int | None = None
+    classes: str = ""  # how many and which, or why there are none, in words
     skipped: list[str] = field(default_factory=list)  # one line, with the reason, per file
     num_ignored: int = 0  # hidden files, and files whose names are not those of images
 

@@ -119,7 +119,8 @@ def train_classifier(
     classes = 4 if labels is None else int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
         raise UserError(
-            f"a feature classifier needs 20 images and 2 classes at least: {len(images)} and {classes} here"
+            f"a feature classifier needs 20 images{' and 2 classes' * (labels is not None)} at least: "
+            f"{len(images)}{f' and {classes}' * (labels is not None)} here"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
@@ -218,7 +219,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("ddpm_ema", "{}"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
-            f"the feature classifier is not at {path}: make it with ddpm-ema features --config ..., "
+            f"the feature classifier is not at {path}: make it with ddpm-ema features RUN, "
             "or name another file: --evaluation.extractors classifier=FILE"
         ) from None
     except (OSError, SafetensorError, ValueError) as error:

@@ -30,6 +30,8 @@ def dry_run(config: Config) -> None:
     processes = Processes.start(machine.device, timeout=machine.timeout, expected=machine.world_size)
     with processes.telling_peers():
         trainer = build(config, processes, RunDir(config.output_dir))
+        if processes.is_main:
+            logger.info("measuring three steps")
         seconds = time_steps(trainer)
         trainer.writer.close()
     if processes.is_main:
@@ -58,7 +60,7 @@ def cost(trainer: Trainer, seconds: float) -> Iterator[str]:
     weights = 4 * sum(parameter.numel() for parameter in trainer.network.parameters())
     saved = (3 + len(config.averages)) * weights
     yield f"step         {seconds:.3g} s here (two steps), {batch / max(seconds, 1e-9):,.1f} images/s"
-    yield f"run          {steps:,} steps, {clock(seconds * steps)} without saving and sampling"
+    yield f"run          {length(steps, seconds)}"
     yield f"epoch        {epoch:,.1f} steps; the run sees each image {steps / epoch:,.1f} times"
     kept = checkpoints.keep + (steps // checkpoints.keep_every if checkpoints.keep_every else 0)
     kept = min(kept, -(-steps // checkpoints.every))
@@ -71,6 +73,12 @@ def cost(trainer: Trainer, seconds: float) -> Iterator[str]:
         yield f"snapshots    {total:,.1f} MiB: {each}, {size / MIB:,.1f} MiB each"
     yield "memory, without activations and images:"
     yield from aligned([("", "1 process", *(f"each of {n}" for n in SPLIT_OVER)), *_memory(config, weights)])
+
+
+def length(steps: int, seconds: float) -> str:
+    """How long the run takes, and how many steps an hour has where it is longer."""
+    hour = f"; --training.steps {int(3600 / seconds)} takes an hour" if steps * seconds > 3600 > seconds else ""
+    return f"{steps:,} steps, {clock(seconds * steps)} without saving and sampling{hour}"
 
 
 def _memory(config: Config, weights: int) -> Iterator[tuple[str, ...]]:

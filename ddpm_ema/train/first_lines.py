@@ -29,6 +29,8 @@ def intervals(config: Config) -> str:
     parts |= {"snapshots": checkpoints.snapshots_every, "sample grids": training.sample_every}
     parts |= {"quick scorings": config.evaluation.every}
     return ", ".join(
-        f"{training.steps // every:,} {what} (every {every:,} steps)" if every else f"no {what}"
+        f"{training.steps // every:,} {what} (every {f'{every:,} steps' if every > 1 else 'step'})"
+        if every
+        else f"no {what}"
         for what, every in parts.items()
     )

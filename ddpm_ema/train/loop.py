@@ -78,7 +78,7 @@ def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> No
     finally:
         metrics_log.close()
         trainer.writer.close()
-    _say(processes, f"{trainer.rundir.path}: complete at step {trainer.step}")
+    _say(processes, f"{trainer.rundir.path}: complete at step {trainer.step}; ddpm-ema score compares its weights")
 
 
 def _at_intervals(trainer: Trainer, preview: Preview | None, evaluator: Evaluator | None) -> None:

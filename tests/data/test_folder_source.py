@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from image_sets import STORAGES, everything, load
 
+from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.errors import UserError
 
 
@@ -35,6 +36,22 @@ def test_an_image_outside_of_the_class_folders_leaves_all_without_labels(folder:
     (folder / "a" / "0.png").rename(folder / "0.png")
     dataset = load(folder)
     assert (dataset.labels, dataset.num_classes, len(dataset)) == (None, None, 12)
+    assert open_folder(folder, "train").classes == "no classes, because 0.png lies beside the folders a, b, c"
+    assert open_folder(folder / "c", "train").classes == "no classes"
+
+
+def test_the_classes_are_named_five_at_most(folder: Path) -> None:
+    assert open_folder(folder, "train").classes == "3 classes (a, b, c)"
+    for name in "def":
+        (folder / name).symlink_to(folder / "c")
+    assert open_folder(folder, "train").classes == "6 classes (a, b, c, d, e, …)"
+
+
+def test_a_mistyped_folder_is_told_the_one_beside_it(folder: Path) -> None:
+    with pytest.raises(UserError, match=rf"does not exist.*; did you mean '{folder.name}'\?"):
+        load(folder.with_name(folder.name + "s"))
+    with pytest.raises(UserError, match=r"holds the images$"):
+        load(folder.with_name("xyz"))
 
 
 def test_other_files_and_hidden_ones_are_counted_and_ignored(folder: Path) -> None:
