@@ -84,7 +84,8 @@ def open_floor(config: Config, processes: Processes) -> dict[str, Any]:
         if split != "test":
             raise
         if processes.is_main:
-            logger.info(f"no real images beside the reference (data.held_out keeps some): {error}")
+            logger.debug(str(error))
+            logger.info("no split 'test', and no data.held_out from before training: the table has no line of real images")
         return {}
 
 
@@ -188,7 +189,7 @@ def _description(config: Config, generator: Generator, references: Mapping[str, 
     lines = [
         f"device       {device}{threads}, {precision}{', compiled' if evaluation.compile else ''}",
         f"processes    {world_size}",
-        *(f"features     {one.label}, {one.dim} of {one.feature_layer}" for one in generator.extractors.values()),
-        f"reference    {evaluation.reference}, {next(iter(references.values())).statistics.count} images",
+        *(f"features     {one.label}, {one.dim:,} dimensions" for one in generator.extractors.values()),
+        f"reference    {evaluation.reference}, {next(iter(references.values())).statistics.count:,} images",
     ]
     return "\n".join(lines)
