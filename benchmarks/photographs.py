@@ -1,6 +1,6 @@
 """Raw weights and averages of a run on photographs: over training, over widths, in the features of two classifiers.
 
-    python benchmarks/photographs.py IMAGES FOLDER [--steps 15625] [--num-images 2000] [--output FILE.json] [--figures DIR]
+    python benchmarks/photographs.py IMAGES FOLDER [--steps 15625] [--num-images 2000] [--output FILE.json] [--figure FILE.png]
 
 IMAGES holds the folders `train` and `test`, and in each a folder per class. The run and the two classifiers (which differ in their
 seed) learn from `train`; all distances are to `test`, which no network has seen, read as a sample of a population. Weights at four
@@ -8,8 +8,6 @@ earlier steps and at the end are scored from the same noise, then averages of ot
 Everything that is scored was chosen before the first score; no setting was chosen by a reported figure. Results in FOLDER are reused,
 so a run that was stopped continues; `ddpm-ema train | features | score` on several processes leave the same files.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
