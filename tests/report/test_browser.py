@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get i
 QUIET = ("gpu", "quic", "background-networking", "component-update", "sync")
 OUTSIDE = """() => [...document.querySelectorAll("body *:not(svg *), svg text")].filter(element => {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element);
-    const cut = style.overflowX !== "visible" && element.scrollWidth > element.clientWidth + 1;
+    const bounded = style.overflowX !== "visible" || element.matches("td");
+    const cut = bounded && element.scrollWidth > element.clientWidth + 1;
     const around = (element.closest(".card") ?? document.body).getBoundingClientRect();
     return box.width && (cut || box.left < around.left - 1 || box.right > around.right + 1);
 }).map(element => element.outerHTML.slice(0, 80))"""
@@ -45,6 +46,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = [fake_run.make_run(folder / name) for name in ("a_run_with_a_long_name", "b")]
     name = "a_folder/of_weights_with_a_name_that_is_long_and_has_no_space"
     rows = [fake_run.row(name, 12345.678, 0.01234, delta=(12340.0, 0.5)), *fake_run.results()["rows"]]
+    rows.append(fake_run.row("close_to_raw", 27.4, delta=(-6.7e-5, 5.1e-5)))
     floor = {"distance": 1.9, "stderr": 0.2, "interval95": [1.5, 2.3], "num_images": 500, "split": "test"}
     fake_run.write_results(runs[0], fake_run.results(rows=rows, sampler="ddim", floor=floor, **fake_run.swept()), "odd")
     return {"one": report.write(runs[0])[0], "two": report.write(runs)[0]}
