@@ -60,7 +60,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 OVER_TRAINING = ("raw", "ema_0_999_debiased", "power_0_05", "power_0_10")
-SWEEP = {"stds": "0.03:0.24:8", "decays": "0.99:0.9998:5"}
+SWEEP = {"stds": "0.03:0.24:8"}
 KEPT = (
     "weights",
     "num_images",
