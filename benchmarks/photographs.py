@@ -60,7 +60,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 OVER_TRAINING = ("raw", "ema_0_999_debiased", "power_0_05", "power_0_10")
-SWEEP = {"stds": "0.03:0.24:8"}
+STDS = "0.03:0.24:8"
 KEPT = (
     "weights",
     "num_images",
@@ -91,8 +91,8 @@ def tables(run: Config) -> Iterator[dict[str, Any]]:
     steps = run.training.steps
     for step in range(steps // 5, steps, steps // 5):
         yield from score.run(evaluating(run, steps=(step,), weights=OVER_TRAINING))
-    cooldowns = f"{steps // 25}:{2 * steps // 5}:5"
-    sweep = run.evaluation.sweep.model_copy(update={**SWEEP, "cooldowns": cooldowns})
+    widths = {"stds": STDS, "cooldowns": f"{steps // 25}:{2 * steps // 5}:5"}
+    sweep = run.evaluation.sweep.model_copy(update=widths)
     yield from score.run(evaluating(run, sweep=sweep))
 
 
