@@ -62,16 +62,10 @@ SETTINGS: dict[str, Any] = {
 OVER_TRAINING = ("raw", "ema_0_999_debiased", "power_0_05", "power_0_10")
 STDS = "0.03:0.24:8"
 KEPT = (
-    "weights",
-    "num_images",
-    "frechet_distance",
-    "frechet_distance_unbiased",
-    "stderr",
-    "interval95",
-    "delta_vs_raw",
-)
-KEPT += ("delta_stderr", "interval", "p_value", "significant", "kid", "kid_stderr", "precision", "precision_stderr")
-KEPT += ("recall", "recall_stderr", "saturated", "seconds", "sweep", "std", "decay", "cooldown")
+    "weights", "num_images", "frechet_distance", "frechet_distance_unbiased", "stderr", "interval95", "delta_vs_raw",
+    "delta_stderr", "interval", "p_value", "significant", "kid", "kid_stderr", "recall", "recall_stderr", "saturated",
+    "nearer_to_training", "seconds", "sweep", "std", "cooldown",
+)  # fmt: skip
 
 
 def settings_of(images: Path, folder: Path, steps: int, num_images: int) -> Config:
@@ -127,16 +121,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name in OVER_TRAINING:
         cells = (at(one["rows"], name, step) for step in steps)
         lines.append(f"| `{name}` | " + " | ".join(with_error(row) for row in cells) + " |")
-    lines += [
-        "",
-        "| weights | distance | minus raw | | second classifier | minus raw | | precision | recall |",
-        "|---" * 9 + "|",
-    ]
+    lines += ["", "| weights | distance | minus raw | | second classifier | minus raw | | recall |", "|---" * 8 + "|"]
     for row in last(one):
         other = at(two["rows"], row["weights"], steps[-1])
-        shares = (f"{row[key]:.2f}" for key in ("precision", "recall"))
-        cells = [f"`{row['weights']}`", with_error(row), *gap(row), with_error(other), *gap(other), *shares]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [f"`{row['weights']}`", with_error(row), *gap(row), with_error(other), *gap(other)]
+        lines.append(f"| {' | '.join(cells)} | {row['recall']:.2f} |")
     lines += ["", "| reconstructed | distance | minus raw | | second classifier | minus raw | |", "|---" * 7 + "|"]
     for row in one["sweep"]:
         other = next(found for found in two["sweep"] if found["weights"] == row["weights"])
@@ -180,7 +169,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for name in OVER_TRAINING:
             rows = sorted((row for row in of["rows"] if row["weights"] == name), key=lambda row: int(row["step"]))
             _plot(over_training, [row["step"] for row in rows], rows, name)
-        over_training.set(xlabel="training step", ylabel=f"distance, {which} classifier", yscale="log")
+        over_training.set(xlabel="training step", ylabel=f"distance, {which} classifier")
         rows = [row for row in of["sweep"] if row["sweep"] == "std"]
         _plot(over_width, [row["std"] for row in rows], rows, "reconstructed power functions")
         raw = at(of["rows"], "raw", max(row["step"] for row in of["rows"]))
