@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,14 +64,23 @@ def _protocol(scoring: Scoring) -> dict[str, str]:
 def differing(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Name of a setting -> its value in each, for settings that are not the same in all."""
     keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
-    values = {key: [one.get(key, "none")[:100] for one in settings] for key in keys}
+    values = {key: [_brief(one.get(key, "none")) for one in settings] for key in keys}
     return {LABELS.get(key, key): found for key, found in values.items() if len(set(found)) > 1}
+
+
+def _brief(value: str) -> str:
+    """Of a hash the first digits."""
+    return value[:12] if re.fullmatch("[0-9a-f]{40,64}", value) else value[:100]
 
 
 def scorings(record: Record, scoring: Scoring) -> Table | None:
     """All scorings of the run, this one first, then the newest."""
     found = sorted(record.scorings, key=lambda s: (s is scoring, s.step, s.finished), reverse=True)
     differs = differing([one.settings for one in found])
+    told_once = {
+        tuple(values): key for key, values in reversed(differs.items())
+    }  # that of the reference is its extractor's
+    differs = {key: values for key, values in differs.items() if told_once[tuple(values)] == key}
     rows = []
     for i, one in enumerate(found):
         told = (

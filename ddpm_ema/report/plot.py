@@ -123,9 +123,10 @@ class Plot:
 
     @cached_property
     def y(self) -> Axis:
-        """Logarithmic where values span more than a factor of 8 and all are positive."""
-        values = [p.y for s in self.series for p in s.points] + ([self.level[0]] if self.level else [])
-        log = not self.linear and 0 < 8 * min(values) < max(values)
+        """Logarithmic where the series span more than a factor of 8 and all is positive; a level near 0 makes no axis so."""
+        values, level = [p.y for s in self.series for p in s.points], [self.level[0]] if self.level else []
+        log = not self.linear and 8 * min(values) < max(values) and min(values + level) > 0
+        values += level
         ends = [
             p.y + e * p.error for s in self.series for p in s.points for e in ((-2, 2) if s.kind == "band" else (-1, 1))
         ]

@@ -76,7 +76,7 @@ def results_of(
     warnings = [warning for row in rows for warning in row["warnings"]]
     noise = reference.precision_of_noise
     if says_nothing(noise):
-        text = f"precision says nothing here and is left out: images of uniform noise reach {noise:.2f} of it with this extractor"
+        text = f"precision says nothing here: images of uniform noise reach {noise:.2f} of it with this extractor"
         warnings.insert(0, text)
     return {
         "schema": SCHEMA,

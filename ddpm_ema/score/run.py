@@ -85,7 +85,9 @@ def open_floor(config: Config, processes: Processes) -> dict[str, Any]:
             raise
         if processes.is_main:
             logger.debug(str(error))
-            logger.info("no split 'test', and no data.held_out from before training: the table has no line of real images")
+            logger.info(
+                "no split 'test', and no data.held_out from before training: the table has no line of real images"
+            )
         return {}
 
 

@@ -71,6 +71,7 @@ class Preview:
         names = ["raw", *trainer.bank.profiles]
         rows = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
         if trainer.processes.is_main:
-            places = torch.arange(trainer.config.training.sample_images) * 101  # of several classes
-            rows = {REAL: trainer.dataset.batch(places % len(trainer.dataset)).cpu(), **rows}
+            count, size = trainer.config.training.sample_images, len(trainer.dataset)
+            places = torch.arange(count) * size // count  # of all classes, which a folder gives one after another
+            rows = {REAL: trainer.dataset.batch(places).cpu(), **rows}
             save_grid(trainer.rundir.sample_grid(trainer.step), rows, trainer.step, self.settings, self.note)

@@ -58,6 +58,19 @@ def test_of_several_scorings_those_that_were_made_alike_are_compared(tmp_path: P
     ]
 
 
+def test_scorings_of_two_extractors_differ_in_one_column_by_the_first_digits_of_their_hashes(tmp_path: Path) -> None:
+    """The reference's extractor is the same one, and 64 digits would leave no room for the answer."""
+    run = tmp_path / "a"
+    for step, digits in ((2000, "ab"), (3000, "cd")):
+        origin = {"split": "train", "size": 1797, "extractor_sha256": 32 * digits}
+        scored(run, 4.0, step=step, extractor_sha256=32 * digits, reference_origin=origin)
+    record = read(run)
+    table = compare.scorings(record, record.scorings[0])
+    assert table is not None
+    assert [title for title in table.head if "sha256" in title] == ["extractor_sha256"]
+    assert {row[table.head.index("extractor_sha256")] for row in table.rows} == {6 * "ab", 6 * "cd"}
+
+
 def test_a_run_that_was_not_scored_is_shown_without_an_answer(tmp_path: Path) -> None:
     fake_run.make_run(tmp_path / "b")
     scored(tmp_path / "a", 4.0)

@@ -41,7 +41,8 @@ def test_an_axis_is_logarithmic_only_for_positive_values_that_span_a_factor_of_8
     assert not plot(Point(0, 1), Point(1, 7)).y.log
     assert not plot(Point(0, 0), Point(1, 9)).y.log
     assert not plot(Point(0, 1), Point(1, 9), linear=True).y.log
-    assert plot(Point(0, 5), Point(1, 9), level=(0.5, "floor")).y.log  # the line is in the plot
+    assert not plot(Point(0, 5), Point(1, 9), level=(0.005, "floor")).y.log  # which would press the series flat
+    assert not plot(Point(0, 1), Point(1, 9), level=(0, "floor")).y.log
 
 
 def test_a_long_line_keeps_its_extremes_and_the_csv_all_its_values() -> None:
