@@ -102,9 +102,10 @@ def scoring() -> str:
         "Scoring one set of samples, with the FID's Inception",
         "scoring.py",
         table(["contender", "times ours (lowest–highest round)", "MiB beside the features"], rows),
-        f"{found['images']} images of 32×32 at {found['machine']['threads']} thread: torch-fidelity writes PNG files, reads them and "
+        f"{found['images']} images of 32×32 on {found['machine']['threads']} thread: torch-fidelity writes PNG files, reads them and "
         "gives one number; ours gives the corrected distance with its error, KID, precision and recall, from memory. The network, "
-        "which both share, is most of the time. The plain distances differ by "
+        "which both share, is most of our time; torch-fidelity also loads it and starts readers in each round, which weighs less for "
+        "more images. The plain distances differ by "
         f"{abs(ours - theirs) / theirs:.0e} of themselves. Memory is that of the distance at {found['features']:,} × 2,048 features.",
     )
 
