@@ -12,7 +12,7 @@ from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.image_grid import save_grid
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.train.preview import preview_settings
+from ddpm_ema.train.preview import preview_settings, spread
 
 
 def title(path: Path) -> str:
@@ -39,6 +39,12 @@ def test_a_preview_is_sampled_as_the_scoring_is_in_at_most_50_steps(tmp_path, ev
 def test_more_steps_than_noise_levels_end_no_training(tmp_path) -> None:
     run = settings(tmp_path, diffusion__num_train_timesteps=30, evaluation__num_inference_steps=1000)
     assert preview_settings(run).num_inference_steps == 30
+
+
+def test_real_images_beside_a_preview_are_spread_over_the_data_set() -> None:
+    assert spread(4, 12).tolist() == [0, 3, 6, 9]
+    assert spread(4, 50_000).tolist() == [0, 12_500, 25_000, 37_500]
+    assert spread(4, 3).tolist() == [0, 0, 1, 2]  # never beyond the end
 
 
 @pytest.mark.slow

@@ -32,6 +32,11 @@ def preview_settings(config: Config) -> EvaluationSettings:
     return evaluation.model_copy(update=update)
 
 
+def spread(count: int, size: int) -> Tensor:
+    """Places of `count` of `size` images, int64 [count]: of all classes, which a folder gives one after another."""
+    return torch.arange(count) * size // count
+
+
 class Preview:
     """A sampling model of its own, for grids while training: the training model's weights are never swapped."""
 
@@ -71,7 +76,6 @@ class Preview:
         names = ["raw", *trainer.bank.profiles]
         rows = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
         if trainer.processes.is_main:
-            count, size = trainer.config.training.sample_images, len(trainer.dataset)
-            places = torch.arange(count) * size // count  # of all classes, which a folder gives one after another
+            places = spread(trainer.config.training.sample_images, len(trainer.dataset))
             rows = {REAL: trainer.dataset.batch(places).cpu(), **rows}
             save_grid(trainer.rundir.sample_grid(trainer.step), rows, trainer.step, self.settings, self.note)
