@@ -332,3 +332,16 @@ def test_labels_are_dropped_at_the_rate_that_was_set_and_by_position() -> None:
     assert torch.equal(dropped[part], objective.drop_labels(labels[part], 10, 0, 3, positions[part]))
     assert torch.equal(Objective(settings(label_dropout=0)).drop_labels(labels, 10, 0, 3, positions), labels)
     assert (Objective(settings(label_dropout=1)).drop_labels(labels, 10, 0, 3, positions) == 10).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+def test_the_loss_is_the_same_on_the_gpu(variance: str) -> None:
+    x_0, noise = images()
+    output = torch.randn(len(TIMESTEPS), 6 if variance == "learned" else 3, 4, 4)
+    on_cpu = Objective(settings(variance=variance)).loss(lambda *_: output, x_0, noise, TIMESTEPS)
+    there = output.cuda()
+    on_gpu = Objective(settings(variance=variance)).to("cuda")
+    loss = on_gpu.loss(lambda *_: there, x_0.cuda(), noise.cuda(), TIMESTEPS.cuda())
+    torch.testing.assert_close(loss.cpu(), on_cpu, rtol=1e-4, atol=1e-5)

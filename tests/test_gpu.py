@@ -7,7 +7,7 @@ import pytest
 import torch
 from live_runs import assert_bit_equal, exact, rows, settings, state
 
-from ddpm_ema import AverageBank, BiasCorrected, ConstantDecay, PowerFunction, train
+from ddpm_ema import AverageBank, BiasCorrected, ConstantDecay, PowerFunction, keyed_random, train
 from ddpm_ema.distributed import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train.loop import batches_of
@@ -101,3 +101,10 @@ def test_a_compiled_run_in_low_precision_trains(tmp_path: Path, precision: str) 
     train.run(run)
     losses = [row["loss"] for row in rows(run)]
     assert losses[-1] < losses[0]
+
+
+def test_random_streams_give_the_same_bits_as_on_the_cpu() -> None:
+    positions = torch.arange(128)
+    cpu = keyed_random.normal(7, keyed_random.Purpose.NOISE, 11, positions, (3, 32, 32))
+    gpu = keyed_random.normal(7, keyed_random.Purpose.NOISE, 11, positions.cuda(), (3, 32, 32))
+    assert torch.equal(cpu, gpu.cpu())

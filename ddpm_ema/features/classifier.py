@@ -118,10 +118,10 @@ def train_classifier(
     """
     classes = 4 if labels is None else int(num_classes or int(labels.max()) + 1)
     if len(images) < 20 or classes < 2:
-        raise UserError(
-            f"a feature classifier needs 20 images{' and 2 classes' * (labels is not None)} at least: "
-            f"{len(images)}{f' and {classes}' * (labels is not None)} here"
-        )
+        needs, has = "20 images", f"{len(images)}"
+        if labels is not None:
+            needs, has = f"{needs} and 2 classes", f"{has} and {classes}"
+        raise UserError(f"a feature classifier needs {needs} at least: {has} here")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     held_out, kept = order[: len(images) // 10], order[len(images) // 10 :]

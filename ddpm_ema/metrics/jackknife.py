@@ -134,9 +134,11 @@ def estimate_distance(
             independently of these features; None where it is held fixed.
 
     Raises:
-        UserError: features that are not finite, or one image beside a group.
+        UserError: features that are not finite, fewer than 2 images (also beside any group), or images in fewer than 2 groups.
     """
     check_finite(features, indices, name=name)
+    if features.shape != (len(indices), len(reference.mu)):
+        raise ValueError(f"features must be [{len(indices)}, {len(reference.mu)}], got {tuple(features.shape)}")
     plain, samples = _leave_out(features, indices.cpu() % groups, reference)
     sides, fewest = [samples], len(features)
     if sampled_from is not None:
@@ -161,6 +163,10 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
 def _leave_out(features: Tensor, membership: Tensor, fixed: FrechetReference) -> tuple[float, Side]:
     """The plain distance, and the pseudo-values of the groups of these features, the other side held fixed."""
     counts = group_counts(membership)
+    if len(features) < 2:
+        raise UserError(f"scoring needs at least 2 images and there are {len(features)}: raise --evaluation.num-images")
+    if len(counts) < 2:
+        raise UserError(f"error bars need images in at least 2 groups: {len(features)} images fill {len(counts)}")
 
     def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
         return features[(membership == group).to(features.device)].to(fixed.device).double() - fixed.mu

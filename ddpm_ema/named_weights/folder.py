@@ -37,9 +37,7 @@ class PipelineConfig:
     """What weights are sampled with, as plain values that can be compared."""
 
     unet: Mapping[str, Any]  # arguments of UNet2DModel
-    schedule: (
-        Mapping[str, Any] | None
-    )  # arguments of DDPMScheduler; None where the folder has none (the settings' counts)
+    schedule: Mapping[str, Any] | None  # of DDPMScheduler; None where the folder has none (the settings' counts)
 
 
 def unet_config_of(unet: Any) -> dict[str, Any]:

@@ -85,3 +85,17 @@ def test_averages_in_host_memory_of_a_model_on_cuda_equal_those_on_cuda(dtype: t
         beside.update(step)
         on_host.update(step)
     torch.testing.assert_close(on_host.weights("a")["w"], beside.weights("a")["w"].cpu(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_an_update_on_cuda_never_waits_for_the_device() -> None:
+    parameters = [(f"w{i}", torch.randn(1000, device="cuda")) for i in range(10)]
+    bank = AverageBank(parameters, {"a": ConstantDecay(0.9), "p": PowerFunction(0.1)})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bank.update(1)
+        bank.squared_distances()
+        bank.squared_norm()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import fidelity
 import pytest
 import torch
 from oracles import frechet_distance
@@ -268,6 +269,16 @@ class TestExtractor:
         assert (ours.name, ours.dim, other.dim) == (other.name, 64, 16)
         assert ours.key != other.key
 
+    def test_no_images_give_no_features_and_other_input_is_refused(self, extractor: Extractor) -> None:
+        assert extractor(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)).shape == (0, 64)
+        for bad in (
+            torch.zeros(2, 1, 8, 8),
+            torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
+            torch.zeros(8, 8, dtype=torch.uint8),
+        ):
+            with pytest.raises(ValueError, match="images must be uint8"):
+                extractor(bad)
+
 
 class TestInception:
     @pytest.fixture(autouse=True)
@@ -381,6 +392,17 @@ class TestAgainstTorchFidelity:
         grey = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
         found, expected = extractor(grey), extractor(grey.repeat(1, 3, 1, 1))
         assert torch.equal(found, expected)
+
+    def test_on_our_classifier_all_metrics_are_those_of_calculate_metrics_on_png_files(
+        self, trained_folder: Path, extractor: Extractor, tmp_path: Path
+    ) -> None:
+        images, _ = digits()
+        noise = torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 25
+        fake, real = (images[:400] + noise).clamp(0, 255).round().to(torch.uint8), images[400:1000]
+        path = trained_folder / "features.safetensors"
+        expected = theirs(as_png(fake, tmp_path / "a"), as_png(real, tmp_path / "b"), fidelity.register(), path, 200)
+        assert expected["frechet_inception_distance"] > 0.5
+        agree(extractor, fake, real, expected, 200)
 
 
 def random_inception(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

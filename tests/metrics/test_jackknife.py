@@ -109,6 +109,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"40 and 50 images in groups .* cannot be paired"):
             metrics.difference(of(features(40, 2, 0), 10, reference), of(features(50, 2, 0), 10, reference))
 
+    def test_too_few_images_or_groups_are_errors(self) -> None:
+        reference = standard_reference(2)
+        with pytest.raises(UserError, match=r"at least 2 images and there are 1: raise --evaluation.num-images"):
+            of(features(1, 2, 0), 10, reference)
+        with pytest.raises(UserError, match="in at least 2 groups: 3 images fill 1"):
+            metrics.estimate_distance(features(3, 2, 0), torch.tensor([0, 10, 20]), 10, reference)
+        with pytest.raises(UserError, match="at least 2 images"):
+            of(features(2, 2, 0), 10, reference)
+
+    def test_features_that_are_not_finite_name_weights_and_image(self) -> None:
+        values = features(20, 2, 0)
+        values[3, 0] = float("nan")
+        with pytest.raises(UserError, match="power_0_05: the features of image 103 are not finite"):
+            metrics.estimate_distance(values, torch.arange(100, 120), 10, standard_reference(2), name="power_0_05")
+
 
 class Draws:
     """Two copies with features correlated 0.9, drawn again and again; true distances in closed form."""

@@ -11,6 +11,7 @@ import torch
 from oracles import frechet_distance
 from pickled import Bomb
 from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -77,6 +78,12 @@ class TestFrechetDistance:
         good = statistics_of(gaussian(50, 3))
         with pytest.raises(UserError, match="the reference: the covariance of the features is not finite"):
             FrechetReference(Statistics(good.mu, good.sigma * float("nan"), 50))
+
+    def test_it_is_torch_fidelitys_on_the_same_features(self) -> None:
+        real, fake = gaussian(400, 16, 1, offset=0.5), gaussian(300, 16, 2, 1.2)
+        theirs = fid_statistics_to_metric(fid_features_to_statistics(fake), fid_features_to_statistics(real), False)
+        found = metrics.estimate_distance(fake, torch.arange(300), 10, FrechetReference(statistics_of(real)))
+        assert found.plain == pytest.approx(*theirs.values(), rel=1e-6)
 
 
 def groups(features: Tensor, number: int = 10) -> Tensor:

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from oracles import frechet_distance
 from pickled import Bomb
 from safetensors.torch import load_file, save_file
-from scored import again, figures, make_run, results, settings, weights
+from scored import again, figures, make_run, results, settings, start, weights
 
 from ddpm_ema import data, diffusion, metrics, model, sampling
 from ddpm_ema.config import Config
@@ -403,3 +403,12 @@ class TestEnsembles:
         same = save(tmp_path / "same", model.build(run), DDPMScheduler(**COSINE))
         with pytest.raises(UserError, match=r"whose schedule has another .*prediction_type"):
             results(again(run, evaluation__weights=[f"raw+{same}"]))
+
+
+@pytest.mark.slow
+def test_several_processes_score_a_pipeline_as_one_does(run: Config, folder: Path, tmp_path: Path) -> None:
+    one = figures(results(alone(run, tmp_path / "one", folder)))[str(folder)]
+    launch = start(alone(run, tmp_path / "two", folder), world_size=2)
+    assert launch.wait() == [0, 0], launch.output()
+    (path,) = (tmp_path / "two").glob("scores/*/results.json")
+    assert figures(json.loads(path.read_text()))[str(folder)] == pytest.approx(one, rel=0.01)

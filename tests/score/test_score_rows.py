@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from scored import again, make_run, results, settings, weights
+from scored import again, make_run, results, settings, start, weights
 
 from ddpm_ema import config, data, metrics, sampling
 from ddpm_ema.averaging import PowerFunction, write_snapshot
@@ -191,6 +191,18 @@ class TestVersions:
         results(again(run, evaluation__weights=["raw"]))
         assert self.folder(run).with_name(f"{self.folder(run).name}.1").is_dir()
 
+    @pytest.mark.slow
+    def test_all_ranks_agree(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", **SETTINGS)
+        results(again(run, evaluation__weights=["raw"]))
+        self.pretend(run, other_images=True)
+        launch = start(again(run, evaluation__weights=["raw", "ema_0_9"]), world_size=2)
+        assert launch.wait() == [0, 0], launch.output(0)
+        folder = self.folder(run)
+        assert folder.with_name(f"{folder.name}.1").is_dir()
+        (table,) = folder.parent.glob(f"{folder.name}-*/results.json")
+        assert names(json.loads(table.read_text())) == ["ema_0_9", "raw"]
+
 
 def batch(features: torch.Tensor, images: torch.Tensor) -> FeatureBatch:
     """Features of images."""
@@ -351,3 +363,12 @@ class TestFullDisk:
         assert not [name for name in left if not name.endswith((".json", ".safetensors", ".lock"))], left
         mount(run.output_dir / "scores", "4m")
         assert len(results(run)["rows"]) == 3
+
+    @pytest.mark.slow
+    def test_every_rank_ends_with_it(self, tmp_path: Path, mount: Callable[..., None]) -> None:
+        run = make_run(tmp_path / "run", **SETTINGS)
+        mount(run.output_dir / "scores", "36k")
+        launch = start(run, world_size=2)
+        assert launch.wait() == [2, 2]
+        assert "the disk is full" in launch.output(0)
+        assert "Traceback" not in launch.output(0) + launch.output(1)

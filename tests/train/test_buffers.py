@@ -7,7 +7,7 @@ import batch_norm_unet
 import pytest
 import scored
 import torch
-from live_runs import assert_bit_equal, settings, state
+from live_runs import assert_bit_equal, finish, kill_at, settings, start, state
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -147,3 +147,12 @@ def test_a_network_without_buffers_has_the_files_it_always_had(
     monkeypatch.setattr(model, "build", None)
     monkeypatch.setattr(data, "load", None)
     assert_bit_equal(with_own_statistics(weights, uninterrupted), weights)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_with_the_buffers_of_rank_0(tmp_path: Path) -> None:
+    whole, run = settings(tmp_path / "whole", **SWA), settings(tmp_path / "run", **SWA)
+    finish(whole, 2, before=batch_norm_unet.use)
+    kill_at(start(run, 2, before=batch_norm_unet.use), run, 6)
+    finish(run, 2, before=batch_norm_unet.use)
+    assert_bit_equal(state(run), state(whole))

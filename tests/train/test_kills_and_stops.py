@@ -155,3 +155,17 @@ def test_when_accelerate_s_launcher_is_gone_the_trainer_saves_and_ends(tmp_path:
     wait_until(lambda: not any(alive(child) for child in children))
     newest, _ = RunDir(run.output_dir).newest_whole()
     assert newest.step >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_killed_twenty_times_ends_bit_equal_to_one_never_killed(tmp_path: Path, world_size: int) -> None:
+    whole = settings(tmp_path / "whole", training__steps=120, checkpoints__every=5)
+    finish(whole, world_size)
+    run = settings(tmp_path / "run", training__steps=120, checkpoints__every=5)
+    chance = random.Random(world_size)
+    for kill in range(20):
+        kill_at(start(run, world_size), run, 5 * kill + chance.randrange(6), delay=chance.uniform(0, 0.12))
+    finish(run, world_size)
+    assert_bit_equal(state(run), state(whole))
+    assert exact(run) == exact(whole)
