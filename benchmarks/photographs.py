@@ -1,6 +1,6 @@
 """Raw weights and averages of a run on photographs: over training, over widths, in the features of two classifiers.
 
-    python benchmarks/photographs.py IMAGES FOLDER [--steps 15625] [--num-images 2000] [--output FILE.json] [--figure FILE.png]
+    python benchmarks/photographs.py IMAGES FOLDER [--steps 15625] [--image-size 16] [--num-images 2000] [...]
 
 IMAGES holds the folders `train` and `test`, and in each a folder per class. The run and the two classifiers (which differ in their
 seed) learn from `train`; all distances are to `test`, which no network has seen, read as a sample of a population. Weights at four
@@ -26,7 +26,7 @@ EMA = {"ema_0_999": ("constant", 0.999), "ema_0_999_debiased": ("bias_corrected"
 EMA |= {"ema_0_9999": ("constant", 0.9999), "ema_0_9999_debiased": ("bias_corrected", 0.9999)}
 SETTINGS: dict[str, Any] = {
     "seed": 0,
-    "data": {"source": "folder", "split": "train", "image_size": 16, "channels": 3, "horizontal_flip": True},
+    "data": {"source": "folder", "split": "train", "channels": 3, "horizontal_flip": True},
     "model": {
         "block_out_channels": [64, 128, 128],
         "layers_per_block": 1,
@@ -68,10 +68,11 @@ KEPT = (
 )  # fmt: skip
 
 
-def settings_of(images: Path, folder: Path, steps: int, num_images: int) -> Config:
+def settings_of(images: Path, folder: Path, steps: int, num_images: int, image_size: int = 16) -> Config:
     """The run: checkpoints at every fifth of it are kept, and 125 snapshots."""
     fifth = steps // 5
-    tree = {**SETTINGS, "output_dir": str(folder / "run"), "data": {**SETTINGS["data"], "path": str(images)}}
+    tree = {**SETTINGS, "output_dir": str(folder / "run")}
+    tree["data"] = {**SETTINGS["data"], "path": str(images), "image_size": image_size}
     tree["training"] = {**SETTINGS["training"], "steps": steps, "sample_every": fifth}
     checkpoints = {"every": max(1, fifth // 5), "keep": 2, "keep_every": fifth, "snapshots_every": max(1, fifth // 25)}
     tree["checkpoints"] = {**checkpoints, "snapshots": ["power_0_05", "power_0_10", "uniform", "raw"]}
@@ -191,12 +192,14 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder of photographs, with train/CLASS/ and test/CLASS/")
     parser.add_argument("folder", type=Path, help="folder of the run")
     parser.add_argument("--steps", type=int, default=15625, help="of 64 images each; a multiple of 125")
+    parser.add_argument("--image-size", type=int, default=16, help="pixels; the photographs are read at this size")
     parser.add_argument("--num-images", type=int, default=2000, help="sampled from each set of weights")
     parser.add_argument("--output", type=Path, help="default: photographs.json in FOLDER")
     parser.add_argument("--figure", type=Path, help="default: photographs.png in FOLDER")
     arguments = parser.parse_args()
     folder = arguments.folder
-    results = study(settings_of(arguments.images, folder, arguments.steps, arguments.num_images), folder)
+    run = settings_of(arguments.images, folder, arguments.steps, arguments.num_images, arguments.image_size)
+    results = study(run, folder)
     environment = {"torch": torch.__version__, "python": platform.python_version()}
     output = arguments.output or folder / "photographs.json"
     output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
