@@ -68,12 +68,16 @@ KEPT = (
 )  # fmt: skip
 
 
-def settings_of(images: Path, folder: Path, steps: int, num_images: int, image_size: int = 16) -> Config:
+def settings_of(
+    images: Path, folder: Path, steps: int, num_images: int, image_size: int = 16, eager: bool = False
+) -> Config:
     """The run: checkpoints at every fifth of it are kept, and 125 snapshots."""
     fifth = steps // 5
     tree = {**SETTINGS, "output_dir": str(folder / "run")}
     tree["data"] = {**SETTINGS["data"], "path": str(images), "image_size": image_size}
     tree["training"] = {**SETTINGS["training"], "steps": steps, "sample_every": fifth}
+    if eager:
+        tree["training"] |= {"compile": False, "channels_last": False}
     checkpoints = {"every": max(1, fifth // 5), "keep": 2, "keep_every": fifth, "snapshots_every": max(1, fifth // 25)}
     tree["checkpoints"] = {**checkpoints, "snapshots": ["power_0_05", "power_0_10", "uniform", "raw"]}
     extractors = ["classifier", f"classifier={folder / 'other' / 'features.safetensors'}"]
@@ -81,9 +85,12 @@ def settings_of(images: Path, folder: Path, steps: int, num_images: int, image_s
     return config.validate(tree)
 
 
-def tables(run: Config) -> Iterator[dict[str, Any]]:
+def tables(run: Config, short: bool) -> Iterator[dict[str, Any]]:
     """results.json per step and classifier: the weights over training, then all of the last step with the sweep."""
     steps = run.training.steps
+    if short:
+        yield from score.run(evaluating(run, weights=OVER_TRAINING))
+        return
     for step in range(steps // 5, steps, steps // 5):
         yield from score.run(evaluating(run, steps=(step,), weights=OVER_TRAINING))
     widths = {"stds": STDS, "cooldowns": f"{steps // 25}:{2 * steps // 5}:5"}
@@ -95,18 +102,18 @@ def evaluating(run: Config, **changed: Any) -> Config:
     return run.model_copy(update={"evaluation": run.evaluation.model_copy(update=changed)})
 
 
-def study(run: Config, folder: Path) -> dict[str, Any]:
+def study(run: Config, folder: Path, short: bool = False) -> dict[str, Any]:
     train.run(run)
     for seed, place in ((0, run.output_dir), (1, folder / "other")):
         classifier_training.train_features(run.model_copy(update={"seed": seed, "output_dir": place}))
     found: dict[str, Any] = {"training": run.model_dump(mode="json")["training"], "classifiers": [{}, {}]}
-    for place, results in enumerate(tables(run)):
+    for place, results in enumerate(tables(run, short)):
         of = found["classifiers"][place % 2]
         for row in results["rows"]:
             of.setdefault("rows", []).append({"step": results["step"], **kept(row)})
         if "sweep" in results:
-            of |= {"sweep": [kept(row) for row in results["sweep"]], "may_be_best": results["may_be_best"]}
-            of["floor"] = results["floor"]
+            of["sweep"] = [kept(row) for row in results["sweep"]]
+        of |= {"may_be_best": results["may_be_best"], "floor": results["floor"]}  # of the last step in the end
     return found
 
 
@@ -118,17 +125,24 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The tables, as docs/results.md has them."""
     one, two = results["classifiers"]
     steps = sorted({row["step"] for row in one["rows"]})
-    lines = ["| weights | " + " | ".join(f"step {step:,}" for step in steps) + " |", "|---" * (1 + len(steps)) + "|"]
-    for name in OVER_TRAINING:
-        cells = (at(one["rows"], name, step) for step in steps)
-        lines.append(f"| `{name}` | " + " | ".join(with_error(row) for row in cells) + " |")
-    lines += ["", "| weights | distance | minus raw | | second classifier | minus raw | | recall |", "|---" * 8 + "|"]
+    lines = []
+    if len(steps) > 1:
+        lines = [
+            "| weights | " + " | ".join(f"step {step:,}" for step in steps) + " |",
+            "|---" * (1 + len(steps)) + "|",
+        ]
+        for name in OVER_TRAINING:
+            cells = (at(one["rows"], name, step) for step in steps)
+            lines.append(f"| `{name}` | " + " | ".join(with_error(row) for row in cells) + " |")
+        lines.append("")
+    lines += ["| weights | distance | minus raw | | second classifier | minus raw | | recall |", "|---" * 8 + "|"]
     for row in last(one):
         other = at(two["rows"], row["weights"], steps[-1])
         cells = [f"`{row['weights']}`", with_error(row), *gap(row), with_error(other), *gap(other)]
         lines.append(f"| {' | '.join(cells)} | {row['recall']:.2f} |")
-    lines += ["", "| reconstructed | distance | minus raw | | second classifier | minus raw | |", "|---" * 7 + "|"]
-    for row in one["sweep"]:
+    if "sweep" in one:
+        lines += ["", "| reconstructed | distance | minus raw | | second classifier | minus raw | |", "|---" * 7 + "|"]
+    for row in one.get("sweep", ()):
         other = next(found for found in two["sweep"] if found["weights"] == row["weights"])
         cells = [f"`{row['weights']}`", with_error(row), *gap(row), with_error(other), *gap(other)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -193,17 +207,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the run")
     parser.add_argument("--steps", type=int, default=15625, help="of 64 images each; a multiple of 125")
     parser.add_argument("--image-size", type=int, default=16, help="pixels; the photographs are read at this size")
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile and channels-last")
+    parser.add_argument("--short", action="store_true", help="only four weights at the last step, and no figure")
     parser.add_argument("--num-images", type=int, default=2000, help="sampled from each set of weights")
     parser.add_argument("--output", type=Path, help="default: photographs.json in FOLDER")
     parser.add_argument("--figure", type=Path, help="default: photographs.png in FOLDER")
     arguments = parser.parse_args()
     folder = arguments.folder
-    run = settings_of(arguments.images, folder, arguments.steps, arguments.num_images, arguments.image_size)
-    results = study(run, folder)
+    size = (arguments.steps, arguments.num_images, arguments.image_size)
+    results = study(settings_of(arguments.images, folder, *size, arguments.eager), folder, arguments.short)
     environment = {"torch": torch.__version__, "python": platform.python_version()}
     output = arguments.output or folder / "photographs.json"
     output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
-    draw(results, arguments.figure or folder / "photographs.png")
+    if not arguments.short:
+        draw(results, arguments.figure or folder / "photographs.png")
     print(markdown(results))
 
 
