@@ -9,8 +9,7 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
 from ddpm_ema.export.usage import Usage
 from ddpm_ema.from_run import load
-from ddpm_ema.new_folder import new_folder, refuse_used
-from ddpm_ema.rundir import RunDir
+from ddpm_ema.rundir import RunDir, new_folder, refuse_used
 from ddpm_ema.weight_names import split_step
 
 

@@ -23,8 +23,7 @@ from ddpm_ema.errors import UserError
 from ddpm_ema.importing.network import Tree, diffusion_settings, read_unet, with_unet
 from ddpm_ema.importing.sources import Found, diffusers_checkpoints, series
 from ddpm_ema.named_weights import PipelineFolder, parse_target
-from ddpm_ema.new_folder import new_folder
-from ddpm_ema.rundir import RunDir, as_user_error, atomic_write, weights_file
+from ddpm_ema.rundir import RunDir, as_user_error, atomic_write, new_folder, weights_file
 
 
 def import_run(path: Path, found: Sequence[Found], origin: str, tree: Tree | None, num_checkpoints: int = 1) -> None:
