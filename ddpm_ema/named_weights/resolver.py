@@ -9,10 +9,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_ema import config
-from ddpm_ema.averaging.coefficients import RAW, StepVariance
+from ddpm_ema.averaging.coefficients import RAW, ROUNDOFF, StepVariance
 from ddpm_ema.averaging.posthoc import Fit, fit
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 from ddpm_ema.averaging.snapshots import Snapshot
@@ -110,6 +111,8 @@ class WeightResolver:
         checkpoint = self._checkpoint(name.step)
         if checkpoint is not None and name.name in checkpoint.names:
             return self._stored(name, checkpoint)
+        if checkpoint is None and name.step is not None and (found := self._from_snapshot(name, name.step)) is not None:
+            return found
         profile = profile_named(name.name)
         # An average's name means that average: where it is not stored, only the same profile may stand for it.
         if profile is not None and self.averages.get(name.name, profile) == profile:
@@ -133,6 +136,22 @@ class WeightResolver:
         key = checkpoint.manifest["files"][weights_file(name.name)]["sha256"]
         profile, read = _profile_in(checkpoint, name.name), lambda: settle(checkpoint.weights(name.name))
         return NamedWeights(str(name), key, checkpoint.step, profile, (read,))
+
+    def _from_snapshot(self, name: WeightName, step: int) -> NamedWeights | None:
+        """The weights as a snapshot, which outlives its step's checkpoint, has them; None where it was rounded or is of others."""
+        path, raw = self.run.snapshot_path(step, name.name), name.name == "raw"
+        if not path.is_file():
+            return None
+        [snapshot] = _opened(self.run, [path])
+        profile = profile_to_dict(snapshot.profile)
+        meant = profile_to_dict(RAW) if raw else self.averages.get(name.name) or profile_named(name.name)
+        if snapshot.roundoff() > ROUNDOFF or profile != (meant or profile):
+            return None
+        settle = dict if raw else self._settle
+        # The key that they had in the checkpoint, so that images and scores from its time are still theirs.
+        key = hashlib.sha256(save(read_tensors(path), {})).hexdigest()
+        members = (lambda: settle(read_tensors(path) | _buffers_beside(path)),)
+        return NamedWeights(str(name), key, step, None if raw else profile, members)
 
     def reconstructed(self, target: Profile, step: int | None = None) -> NamedWeights:
         """The average with profile `target` as it would stand after `step` steps (None: the checkpoint's, else the last
@@ -215,16 +234,20 @@ def name_of(profile: Profile) -> str:
 
 def snapshots_of(run: RunDir) -> list[Snapshot]:
     """Every snapshot of the run, by step. Raises UserError where there is none."""
-    try:
-        found = [Snapshot.open(path) for paths in run.snapshots().values() for path in paths]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
+    found = _opened(run, [path for paths in run.snapshots().values() for path in paths])
     if not found:
         raise UserError(
             f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with a power_function and "
             "a uniform average and checkpoints.snapshots_every"
         )
     return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+def _opened(run: RunDir, paths: list[Path]) -> list[Snapshot]:
+    try:
+        return [Snapshot.open(path) for path in paths]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
 
 
 def _measured(path: Path) -> StepVariance | None:
@@ -236,10 +259,13 @@ def _measured(path: Path) -> StepVariance | None:
 
 
 def _combined(run: RunDir, name: str, found: Fit) -> Tensors:
-    newest = found.snapshots[-1].path
-    buffers = newest.parent / buffers_file(newest.stem)
     with _explained(run, name, found.step):
-        return found.combined() | (read_tensors(buffers) if buffers.is_file() else {})
+        return found.combined() | _buffers_beside(found.snapshots[-1].path)
+
+
+def _buffers_beside(snapshot: Path) -> Tensors:
+    path = snapshot.parent / buffers_file(snapshot.stem)
+    return read_tensors(path) if path.is_file() else {}
 
 
 @contextlib.contextmanager
