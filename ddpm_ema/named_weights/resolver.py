@@ -1,9 +1,8 @@
 """Names → weights: raw, averages, reconstructed ones, earlier steps, diffusers folders, and ensembles of them."""
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from ddpm_ema import config
 from ddpm_ema.averaging.coefficients import RAW, ROUNDOFF, StepVariance
-from ddpm_ema.averaging.posthoc import Fit, fit
+from ddpm_ema.averaging.posthoc import fit
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 from ddpm_ema.averaging.snapshots import Snapshot
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.named_weights.folder import PipelineConfig, PipelineFolder, sha256_of
 from ddpm_ema.rundir import Checkpoint, RunDir, buffers_file, read_tensors, weights_file
 from ddpm_ema.weight_names import WeightName, name_of_profile, parse, profile_named
@@ -69,10 +68,8 @@ class WeightResolver:
 
     def named(self, text: str) -> NamedWeights:
         """The weights that `text` names (see `weight_names`). Raises UserError for what means nothing here."""
-        try:
+        with explained("weights ", ValueError):
             names = parse(text, self.averages)
-        except ValueError as error:
-            raise UserError(f"weights {error}") from None
         parts = [self._part(name) for name in names]
         if len(parts) == 1:
             return parts[0]
@@ -116,7 +113,9 @@ class WeightResolver:
         profile = profile_named(name.name)
         # An average's name means that average: where it is not stored, only the same profile may stand for it.
         if profile is not None and self.averages.get(name.name, profile) == profile:
-            return self.reconstructed(_profile(name.name, profile), name.step)
+            with explained(f"{name.name!r}: ", ValueError):
+                target = profile_from_dict(profile)
+            return self.reconstructed(target, name.step)
         if checkpoint is None and name.step is not None:
             self.run.checkpoint(name.step)  # names the steps there are
         if checkpoint is None:
@@ -167,16 +166,25 @@ class WeightResolver:
             )
         snapshots = snapshots_of(self.run)
         at = step or (self.checkpoint.step if self.checkpoint else snapshots[-1].step)
-        with _explained(self.run, name, at):
+        told = partial(
+            explained, f"{self.run.path}: {name} cannot be reconstructed at step {at}: ", ValueError, OSError
+        )
+        with told():
             found = fit(snapshots, at, target, step_variance=self._step_variance)
             check = found.checked(self._kept_at(at))
+
+        def read() -> Tensors:
+            with told():
+                combined = found.combined() | _buffers_beside(found.snapshots[-1].path)
+            return self._settle(combined)
+
         made_from = [[s.step, profile_to_dict(s.profile), sha256_of(s.path)] for s in found.snapshots]
         return NamedWeights(
             name=str(WeightName(name, step)),
             key=_key([found.identity, profile, made_from]),
             step=at,
             profile=profile,
-            members=(lambda: self._settle(_combined(self.run, name, found)),),
+            members=(read,),
             reconstruction=found.summary(check),
             warnings=tuple(found.warnings(check)),
         )
@@ -244,10 +252,8 @@ def snapshots_of(run: RunDir) -> list[Snapshot]:
 
 
 def _opened(run: RunDir, paths: list[Path]) -> list[Snapshot]:
-    try:
+    with explained(f"{run.path}: a snapshot cannot be read: ", ValueError, OSError):
         return [Snapshot.open(path) for path in paths]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
 
 
 def _measured(path: Path) -> StepVariance | None:
@@ -258,29 +264,9 @@ def _measured(path: Path) -> StepVariance | None:
         raise UserError(f"{path}: has no valid step_variance ({error}); import the run again") from None
 
 
-def _combined(run: RunDir, name: str, found: Fit) -> Tensors:
-    with _explained(run, name, found.step):
-        return found.combined() | _buffers_beside(found.snapshots[-1].path)
-
-
 def _buffers_beside(snapshot: Path) -> Tensors:
     path = snapshot.parent / buffers_file(snapshot.stem)
     return read_tensors(path) if path.is_file() else {}
-
-
-@contextlib.contextmanager
-def _explained(run: RunDir, name: str, step: int) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: {name} cannot be reconstructed at step {step}: {error}") from None
-
-
-def _profile(name: str, settings: dict[str, Any]) -> Profile:
-    try:
-        return profile_from_dict(settings)
-    except ValueError as error:
-        raise UserError(f"{name!r}: {error}") from None
 
 
 def _profile_in(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
