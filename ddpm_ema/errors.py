@@ -1,7 +1,8 @@
 """Errors that a user can cause, with their exit codes. One message: what, where, what to do."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
@@ -44,6 +45,15 @@ class LostRankError(StoppedError):
     """Ranks lost each other: likewise a reason to start again."""
 
     prefix, everywhere = UserError.prefix, False
+
+
+@contextlib.contextmanager
+def explained(before: str, *errors: type[Exception], after: str = "") -> Iterator[None]:
+    """Any of `errors` inside becomes a UserError: `before`, what the library said, `after`."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{before}{error}{after}") from None
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -11,7 +11,7 @@ from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.averaging.plan import plans
 from ddpm_ema.averaging.profiles import BiasCorrected, PowerFunction, Profile, Uniform
 from ddpm_ema.averaging.snapshots import snapshot_metadata
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.named_weights import NamedWeights, WeightResolver, name_of, parse_target
 from ddpm_ema.numbers import MISSING, aligned, listed
 from ddpm_ema.rundir import RunDir, step_folder
@@ -63,10 +63,8 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
 
     `room`: bytes for snapshots, of `size` bytes each. Raises UserError where no plan fits.
     """
-    try:
+    with explained("--plan: ", ValueError):
         found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)
-    except ValueError as error:
-        raise UserError(f"--plan: {error}") from None
     best = found[0]
     names = [" + ".join("raw" if one == RAW else name_of(one) for one in plan.stored) for plan in found]
     rows = [["stored", *names], ["every", *(f"{plan.every:,} steps" for plan in found)]]

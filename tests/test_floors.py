@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: ["averaging", "errors", "lost_ranks", "messages", "options", "transfer", "weight_names"],
-    1: ["config", "numbers", "new_folder", "keyed_random", "network_call", "rundir", "distributed", "integrations"],
+    1: ["config", "numbers", "keyed_random", "network_call", "rundir", "distributed", "integrations"],
     2: [
         *["batch_order", "compiling", "data", "model", "diffusion", "sampling", "features", "metrics"],
         *["capabilities", "image_grid", "named_weights", "sampling_network"],

@@ -148,11 +148,9 @@ def posthoc_coefficients(
         Stored(int(step), as_profile(profile), int(n), float(u))
         for step, profile, n, u in zip(steps_in, profiles_in, updates, roundoffs, strict=True)
     ]
-    for i, one in enumerate(stored):
+    for one in stored:
         if not 0 <= one.step <= step_out or step_out < 1:
             raise ValueError(f"steps_in: expected 0 <= step <= step_out = {step_out}, got {one.step}")
-        if one in stored[:i]:
-            raise ValueError(f"steps_in, profiles_in: {one.profile!r} at step {one.step} is given twice")
     return solve(stored, [Stored(step_out, as_profile(target))], step_variance, white_noise, magnitude)[0]
 
 
@@ -167,8 +165,11 @@ def solve(
     white_noise: float = 0.0,
     magnitude: float = 1.0,
 ) -> list[Coefficients]:
-    """`posthoc_coefficients` for several targets at one step, in one factorisation."""
+    """`posthoc_coefficients` for several targets at one step, in one factorisation. Raises ValueError for one stored twice."""
     num_in, goals = len(stored), [*targets, Stored(targets[0].step, RAW)]
+    if len(set(stored)) < num_in:
+        one = next(one for i, one in enumerate(stored) if one in stored[:i])
+        raise ValueError(f"steps_in, profiles_in: {one.profile!r} at step {one.step} is given twice")
     errors, weightings, noise, updates, initial, total = _equations(stored, goals, step_variance)
     rows = np.concatenate([errors, np.sqrt(white_noise) * noise]) / np.sqrt(total)  # in the unit sum v = 1
     storing = np.eye(num_in, num_in + len(goals)) * [[one.roundoff] for one in stored]

@@ -23,23 +23,27 @@ HEAD_BYTES = 9
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives an empty temporary beside `path`; what is written to it becomes `path` at the end, whole or not at all.
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Gives an empty temporary, a file or a folder, beside `path`; what is written to it becomes `path`, whole or not at all.
 
-    An error inside leaves `path` as it was. What a kill leaves behind is named `.<name>.<process>.partial`. The folder is made if
-    need be.
+    An error inside leaves `path` as it was. What a kill leaves behind is named `.<name>.<process>.partial`. The folder around `path`
+    is made if need be; a folder at `path` must be empty or gone by the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         clear_rests(path)
-        open(temporary, "xb").close()  # "x": a link that a stranger left there is not followed
+        if folder:
+            temporary.mkdir()
+        else:
+            open(temporary, "xb").close()  # "x": a link that a stranger left there is not followed
         yield temporary
-        sync(temporary)
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # a read-only folder refuses this, too
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
     sync(path.parent)
 
 

@@ -22,7 +22,6 @@ from ddpm_ema.averaging.coefficients import (
     Stored,
     as_profile,
     expected_distance,
-    posthoc_coefficients,
     solve,
     variance_between,
 )
@@ -166,18 +165,9 @@ def fit(
     if white_noise is None:
         white_noise = estimate_white_noise([s for s in used if s.profile == RAW and s.step > 0], step_variance)
     magnitude = _magnitude(used[0], used[-1], step_variance)
-    coefficients = posthoc_coefficients(
-        [snapshot.step for snapshot in used],
-        [snapshot.profile for snapshot in used],
-        step_out,
-        target,
-        step_variance=step_variance,
-        white_noise=white_noise,
-        every=[snapshot.every for snapshot in used],
-        roundoff=[snapshot.roundoff() for snapshot in used],
-        magnitude=magnitude,
-    )
-    return Fit(step_out, as_profile(target), used, coefficients, step_variance, white_noise, magnitude)
+    wanted, model = as_profile(target), (step_variance, white_noise, magnitude)
+    coefficients = solve([_stored(snapshot) for snapshot in used], [Stored(step_out, wanted)], *model)[0]
+    return Fit(step_out, wanted, used, coefficients, *model)
 
 
 def reconstruct(

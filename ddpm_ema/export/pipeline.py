@@ -7,11 +7,9 @@ from ddpm_ema import diffusion, options, sampling
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import card
-from ddpm_ema.export.scorings import scorings_of
 from ddpm_ema.export.usage import Usage
 from ddpm_ema.from_run import load
-from ddpm_ema.new_folder import new_folder, refuse_used
-from ddpm_ema.rundir import RunDir
+from ddpm_ema.rundir import RunDir, new_folder, refuse_used
 from ddpm_ema.weight_names import split_step
 
 
@@ -45,7 +43,7 @@ def export(
         raise UserError(f"{name!r} is an ensemble of several predictions, which no single pipeline folder holds")
     if weights.pipeline is not None:
         raise UserError(f"{name!r} is a pipeline folder already; name weights of the run")
-    scored = scorings_of(rundir, weights.key)
+    scored = card.scorings_of(rundir, weights.key)
     usage = Usage(config, scored[0].evaluation if scored else _affordable(config), loaded.network)
     variant_name = split_step(weights.name)[0] if variant else None
     with new_folder(target, "--output") as partial:

@@ -10,7 +10,7 @@ import torch
 from ddpm_ema import config as settings
 from ddpm_ema import model
 from ddpm_ema.diffusion import SCHEDULES, VARIANCES, noise_scheduler
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.named_weights import build_unet, schedule_of, unet_config_of
 from ddpm_ema.named_weights.folder import SCHEDULER, PipelineFolder
 
@@ -19,14 +19,12 @@ Tree = dict[str, Any]
 
 def read_unet(file: Path) -> Tree:
     """The arguments of the U-Net that a config.json describes. Raises UserError for another network."""
-    try:
+    with explained(f"{file}: describes no UNet2DModel (", OSError, ValueError, TypeError, AttributeError, after=")"):
         given = json.loads(file.read_text(encoding="utf-8"))
         if given.get("_class_name") != "UNet2DModel":
             raise UserError(f"{file}: is of a {given.get('_class_name')!s:.80}; only a UNet2DModel can be scored")
         with torch.device("meta"):
             return unet_config_of(build_unet(given))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: describes no UNet2DModel ({error})") from None
 
 
 def with_unet(tree: Tree, unet: Mapping[str, Any]) -> Tree:

@@ -19,12 +19,11 @@ from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.averaging.profiles import profile_to_dict
 from ddpm_ema.averaging.snapshots import Snapshot, write_snapshot
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.importing.network import Tree, diffusion_settings, read_unet, with_unet
 from ddpm_ema.importing.sources import Found, diffusers_checkpoints, series
 from ddpm_ema.named_weights import PipelineFolder, parse_target
-from ddpm_ema.new_folder import new_folder
-from ddpm_ema.rundir import RunDir, as_user_error, atomic_write, weights_file
+from ddpm_ema.rundir import RunDir, as_user_error, atomic_write, new_folder, weights_file
 
 
 def import_run(path: Path, found: Sequence[Found], origin: str, tree: Tree | None, num_checkpoints: int = 1) -> None:
@@ -69,10 +68,8 @@ def _write_snapshots(run: RunDir, found: Sequence[Found]) -> list[Snapshot]:
             )
         tensors = one.read()
         shapes = shapes or {name: tensor.shape for name, tensor in tensors.items()}
-        try:
+        with explained("", ValueError):
             check_tensors(tensors, shapes, f"{one.path}: not of the same network as {found[0].path}")
-        except ValueError as error:
-            raise UserError(str(error)) from None
         dtypes = {tensor.dtype for tensor in tensors.values()}
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
         with as_user_error(path, sum(t.numel() * dtype.itemsize for t in tensors.values()), "Nothing was imported"):

@@ -17,7 +17,7 @@ from ddpm_ema.averaging.coefficients import RAW
 from ddpm_ema.averaging.interop import read_diffusers_ema
 from ddpm_ema.averaging.naming import clean_named
 from ddpm_ema.averaging.profiles import Profile
-from ddpm_ema.errors import UserError, one_line
+from ddpm_ema.errors import UserError, explained, one_line
 from ddpm_ema.named_weights import PipelineFolder, name_of
 from ddpm_ema.rundir import read_tensors
 from ddpm_ema.weight_names import FIELDS
@@ -158,10 +158,8 @@ def _read(path: Path, prefix: str, key: str | None) -> Tensors:
     taken = {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix) and t.is_floating_point()}
     if not taken:
         raise UserError(f"{path}: --prefix {prefix}: no weights begin so{_names(named)}")
-    try:
+    with explained("", ValueError, after="; choose one with --prefix"):
         return clean_named(taken.items(), str(path))
-    except ValueError as error:
-        raise UserError(f"{error}; choose one with --prefix") from None
 
 
 def _names(state: Any) -> str:

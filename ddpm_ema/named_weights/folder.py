@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddpm_ema.averaging.files import open_safetensors
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError, one_line
+from ddpm_ema.errors import UserError, explained, one_line
 from ddpm_ema.rundir import file_sha256
 
 UNET2D: Any = diffusers.UNet2DModel  # diffusers is not typed
@@ -238,11 +238,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _shapes(file: Path) -> list[torch.Size]:
-    try:
-        with open_safetensors(file) as opened:
-            return [torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
+    with explained("", ValueError, OSError), open_safetensors(file) as opened:
+        return [torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
 
 
 def sha256_of(path: Path) -> str:

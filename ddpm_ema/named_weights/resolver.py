@@ -1,23 +1,23 @@
 """Names → weights: raw, averages, reconstructed ones, earlier steps, diffusers folders, and ensembles of them."""
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_ema import config
-from ddpm_ema.averaging.coefficients import RAW, StepVariance
-from ddpm_ema.averaging.posthoc import Fit, fit
+from ddpm_ema.averaging.coefficients import RAW, ROUNDOFF, StepVariance
+from ddpm_ema.averaging.posthoc import fit
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 from ddpm_ema.averaging.snapshots import Snapshot
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.named_weights.folder import PipelineConfig, PipelineFolder, sha256_of
 from ddpm_ema.rundir import Checkpoint, RunDir, buffers_file, read_tensors, weights_file
 from ddpm_ema.weight_names import WeightName, name_of_profile, parse, profile_named
@@ -68,10 +68,8 @@ class WeightResolver:
 
     def named(self, text: str) -> NamedWeights:
         """The weights that `text` names (see `weight_names`). Raises UserError for what means nothing here."""
-        try:
+        with explained("weights ", ValueError):
             names = parse(text, self.averages)
-        except ValueError as error:
-            raise UserError(f"weights {error}") from None
         parts = [self._part(name) for name in names]
         if len(parts) == 1:
             return parts[0]
@@ -110,10 +108,14 @@ class WeightResolver:
         checkpoint = self._checkpoint(name.step)
         if checkpoint is not None and name.name in checkpoint.names:
             return self._stored(name, checkpoint)
+        if checkpoint is None and name.step is not None and (found := self._from_snapshot(name, name.step)) is not None:
+            return found
         profile = profile_named(name.name)
         # An average's name means that average: where it is not stored, only the same profile may stand for it.
         if profile is not None and self.averages.get(name.name, profile) == profile:
-            return self.reconstructed(_profile(name.name, profile), name.step)
+            with explained(f"{name.name!r}: ", ValueError):
+                target = profile_from_dict(profile)
+            return self.reconstructed(target, name.step)
         if checkpoint is None and name.step is not None:
             self.run.checkpoint(name.step)  # names the steps there are
         if checkpoint is None:
@@ -134,6 +136,22 @@ class WeightResolver:
         profile, read = _profile_in(checkpoint, name.name), lambda: settle(checkpoint.weights(name.name))
         return NamedWeights(str(name), key, checkpoint.step, profile, (read,))
 
+    def _from_snapshot(self, name: WeightName, step: int) -> NamedWeights | None:
+        """The weights as a snapshot, which outlives its step's checkpoint, has them; None where it was rounded or is of others."""
+        path, raw = self.run.snapshot_path(step, name.name), name.name == "raw"
+        if not path.is_file():
+            return None
+        [snapshot] = _opened(self.run, [path])
+        profile = profile_to_dict(snapshot.profile)
+        meant = profile_to_dict(RAW) if raw else self.averages.get(name.name) or profile_named(name.name)
+        if snapshot.roundoff() > ROUNDOFF or profile != (meant or profile):
+            return None
+        settle = dict if raw else self._settle
+        # The key that they had in the checkpoint, so that images and scores from its time are still theirs.
+        key = hashlib.sha256(save(read_tensors(path), {})).hexdigest()
+        members = (lambda: settle(read_tensors(path) | _buffers_beside(path)),)
+        return NamedWeights(str(name), key, step, None if raw else profile, members)
+
     def reconstructed(self, target: Profile, step: int | None = None) -> NamedWeights:
         """The average with profile `target` as it would stand after `step` steps (None: the checkpoint's, else the last
         snapshot's), from the run's snapshots.
@@ -148,16 +166,25 @@ class WeightResolver:
             )
         snapshots = snapshots_of(self.run)
         at = step or (self.checkpoint.step if self.checkpoint else snapshots[-1].step)
-        with _explained(self.run, name, at):
+        told = partial(
+            explained, f"{self.run.path}: {name} cannot be reconstructed at step {at}: ", ValueError, OSError
+        )
+        with told():
             found = fit(snapshots, at, target, step_variance=self._step_variance)
             check = found.checked(self._kept_at(at))
+
+        def read() -> Tensors:
+            with told():
+                combined = found.combined() | _buffers_beside(found.snapshots[-1].path)
+            return self._settle(combined)
+
         made_from = [[s.step, profile_to_dict(s.profile), sha256_of(s.path)] for s in found.snapshots]
         return NamedWeights(
             name=str(WeightName(name, step)),
             key=_key([found.identity, profile, made_from]),
             step=at,
             profile=profile,
-            members=(lambda: self._settle(_combined(self.run, name, found)),),
+            members=(read,),
             reconstruction=found.summary(check),
             warnings=tuple(found.warnings(check)),
         )
@@ -215,16 +242,18 @@ def name_of(profile: Profile) -> str:
 
 def snapshots_of(run: RunDir) -> list[Snapshot]:
     """Every snapshot of the run, by step. Raises UserError where there is none."""
-    try:
-        found = [Snapshot.open(path) for paths in run.snapshots().values() for path in paths]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: a snapshot cannot be read: {error}") from None
+    found = _opened(run, [path for paths in run.snapshots().values() for path in paths])
     if not found:
         raise UserError(
             f"{run.path}: holds no snapshots, so no other average can be reconstructed; train with a power_function and "
             "a uniform average and checkpoints.snapshots_every"
         )
     return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+def _opened(run: RunDir, paths: list[Path]) -> list[Snapshot]:
+    with explained(f"{run.path}: a snapshot cannot be read: ", ValueError, OSError):
+        return [Snapshot.open(path) for path in paths]
 
 
 def _measured(path: Path) -> StepVariance | None:
@@ -235,26 +264,9 @@ def _measured(path: Path) -> StepVariance | None:
         raise UserError(f"{path}: has no valid step_variance ({error}); import the run again") from None
 
 
-def _combined(run: RunDir, name: str, found: Fit) -> Tensors:
-    newest = found.snapshots[-1].path
-    buffers = newest.parent / buffers_file(newest.stem)
-    with _explained(run, name, found.step):
-        return found.combined() | (read_tensors(buffers) if buffers.is_file() else {})
-
-
-@contextlib.contextmanager
-def _explained(run: RunDir, name: str, step: int) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UserError(f"{run.path}: {name} cannot be reconstructed at step {step}: {error}") from None
-
-
-def _profile(name: str, settings: dict[str, Any]) -> Profile:
-    try:
-        return profile_from_dict(settings)
-    except ValueError as error:
-        raise UserError(f"{name!r}: {error}") from None
+def _buffers_beside(snapshot: Path) -> Tensors:
+    path = snapshot.parent / buffers_file(snapshot.stem)
+    return read_tensors(path) if path.is_file() else {}
 
 
 def _profile_in(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.weight_names import profile_named
 
 
@@ -22,10 +22,8 @@ def parse_target(text: str, option: str = "--target") -> Profile:
                 f"{option} {text}: {field!r} is not FIELD=VALUE; write for example power_function:std=0.075"
             )
         values[key.strip()] = _number(value, f"{option} {text}")
-    try:
+    with explained(f"{option} {text}: ", ValueError):
         return profile_from_dict(values)
-    except ValueError as error:
-        raise UserError(f"{option} {text}: {error}") from None
 
 
 def _number(value: str, where: str) -> int | float:

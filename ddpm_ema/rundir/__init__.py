@@ -5,5 +5,5 @@ Importing this loads no torch; reading or writing tensors does.
 
 from ddpm_ema.rundir.checkpoint import Checkpoint
 from ddpm_ema.rundir.directory import RunDir
-from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors
+from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, new_folder, read_tensors, refuse_used
 from ddpm_ema.rundir.layout import OPTIMIZER_FILE, buffers_file, step_folder, weights_file

@@ -1,22 +1,16 @@
-"""One checkpoint: a folder of safetensors files with a manifest that holds their sizes and hashes.
-
-It is written into a hidden folder beside its target, synced, and renamed.
-"""
+"""One checkpoint: a folder of safetensors files with a manifest that holds their sizes and hashes."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_ema.averaging.files import save_tensors, sync
 from ddpm_ema.errors import UserError
-from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, read_tensors, require_space
+from ddpm_ema.rundir.files import file_sha256, read_tensors
 from ddpm_ema.rundir.layout import buffers_file, step_of, weights_file
 
 if TYPE_CHECKING:
@@ -103,42 +97,3 @@ def _lists_files(manifest: Mapping[str, Any]) -> bool:
         FILE.fullmatch(name) and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
         for name, entry in files.items()
     )
-
-
-def write_checkpoint(
-    target: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
-) -> Checkpoint:
-    """Writes the folder `target`, which appears whole or not at all; one that proved bad may be there already.
-
-    `files`: relative path -> tensors by name; `manifest`: what manifest.json holds beside schema, step and files. Raises UserError
-    where the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
-    """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-    with as_user_error(target, needed):
-        try:
-            partial.mkdir(parents=True)
-            require_space(partial, needed)
-            entries = {file: _write_file(partial / file, tensors) for file, tensors in files.items()}
-            whole = {"schema": SCHEMA, "step": step_of(target), **manifest, "files": entries}
-            atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
-            _move_into_place(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return Checkpoint(target)
-
-
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Writes one file; returns its entry in the manifest."""
-    save_tensors(path, tensors)
-    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Renames; a bad checkpoint that is already there leaves in one rename, too."""
-    doomed = target.with_name(f".{target.name}.{os.getpid()}.deleted")
-    if target.exists():
-        os.replace(target, doomed)
-    os.replace(partial, target)
-    sync(target.parent)
-    shutil.rmtree(doomed, ignore_errors=True)

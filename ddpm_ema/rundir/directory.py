@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_ema.averaging.files import no_follow, remove
+from ddpm_ema.averaging.files import no_follow, remove, replacing, save_tensors
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
-from ddpm_ema.rundir.checkpoint import Checkpoint, write_checkpoint
-from ddpm_ema.rundir.files import atomic_write
-from ddpm_ema.rundir.layout import Layout, step_folder, step_folders, step_of
+from ddpm_ema.rundir.checkpoint import SCHEMA, Checkpoint
+from ddpm_ema.rundir.files import as_user_error, atomic_write, file_sha256, require_space
+from ddpm_ema.rundir.layout import step_folder, step_folders, step_of
 from ddpm_ema.rundir.lock import Lock
 
 if TYPE_CHECKING:
@@ -42,8 +42,38 @@ REFUSALS = "EROFS EACCES EPERM ENOTDIR EEXIST ENOSPC EDQUOT ELOOP"
 UNWRITABLE = {getattr(errno, name) for name in REFUSALS.split()}
 
 
-class RunDir(Layout):
-    """Layout, checkpoints and the lock of one run directory."""
+class RunDir:
+    """One run directory: where everything lies in it, its checkpoints, and its lock. Making this object reads and writes nothing."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.report_path = self.path / "report.html"
+        self.imported_path = self.path / "imported.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.snapshots_path = self.path / "snapshots"
+
+    def sample_grid(self, step: int) -> Path:
+        return self.path / "samples" / f"{step_folder(step)}.png"
+
+    def score_dir(self, step: int, digest: str) -> Path:
+        return self.path / "scores" / f"{step:08d}-{digest}"
+
+    def score_dirs(self) -> list[Path]:
+        """Folders of scorings, by step."""
+        return sorted(path for path in (self.path / "scores").glob("*-*") if path.is_dir())
+
+    def snapshot_path(self, step: int, name: str) -> Path:
+        return self.snapshots_path / step_folder(step) / f"{name}.safetensors"
+
+    def snapshots(self) -> dict[str, list[Path]]:
+        """Average name -> its snapshot files, by step."""
+        found: dict[str, list[Path]] = {}
+        for folder in step_folders(self.snapshots_path):
+            for path in sorted(folder.glob("[!.]*.safetensors")):
+                found.setdefault(path.stem, []).append(path)
+        return found
 
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints that were renamed into place, by step. Their content is checked when it is read."""
@@ -86,8 +116,26 @@ class RunDir(Layout):
     def write_checkpoint(
         self, step: int, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
     ) -> Checkpoint:
-        """`checkpoint.write_checkpoint` at the place of `step`."""
-        return write_checkpoint(self.checkpoints_path / step_folder(step), files, manifest)
+        """Writes the checkpoint of `step`, which appears whole or not at all; one that proved bad may be there already.
+
+        `files`: relative path -> tensors by name; `manifest`: what manifest.json holds beside schema, step and files. Raises
+        UserError where the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
+        """
+        target, entries = self.checkpoints_path / step_folder(step), {}
+        needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        doomed = target.with_name(f".{target.name}.{os.getpid()}.deleted")
+        with as_user_error(target, needed), replacing(target, folder=True) as partial:
+            require_space(partial, needed)
+            for file, tensors in files.items():
+                path = partial / file
+                save_tensors(path, tensors)
+                entries[file] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
+            atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
+            if target.exists():
+                os.replace(target, doomed)  # in one rename, as the new one comes
+        shutil.rmtree(doomed, ignore_errors=True)
+        return Checkpoint(target)
 
     def prune(self, keep: int, keep_every: int | None) -> None:
         """Deletes old checkpoints but the newest `keep` (at least two) and those at multiples of `keep_every`."""

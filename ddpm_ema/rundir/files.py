@@ -71,3 +71,26 @@ def as_user_error(target: Path, needed: int, kept: str = "Earlier checkpoints ar
                 f"{target}: the disk is full: {needed:,} bytes needed, {free:,} free. {kept}; make room and start again"
             ) from None
         raise UserError(f"{target}: cannot be written ({error})") from None
+
+
+def refuse_used(path: Path, option: str) -> None:
+    """Raises UserError, which names the command line's `option`, if there is more at `path` than an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already holds something; remove it or choose another folder with {option}")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, option: str) -> Iterator[Path]:
+    """A temporary folder that becomes `path` at the end, whole or not at all: a pipeline folder, an imported run.
+
+    Raises UserError, which names the command line's `option`, if `path` is used already or cannot be written.
+    """
+    refuse_used(path, option)
+    try:
+        with replacing(path.absolute(), folder=True) as partial:
+            yield partial
+    except (OSError, SafetensorError) as error:  # the latter of a full disk, too
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            refuse_used(path, option)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); choose another folder with {option}") from None

@@ -41,37 +41,3 @@ def weights_file(name: str) -> str:
 def buffers_file(name: str) -> str:
     """Where a checkpoint, or a snapshot's folder, holds the buffers of `raw` or an average, if the network has any."""
     return f"buffers/{name}.safetensors"
-
-
-class Layout:
-    """Where everything of one run directory lies. Nothing is read or made."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.config_path = self.path / "config.yaml"
-        self.metrics_path = self.path / "metrics.jsonl"
-        self.report_path = self.path / "report.html"
-        self.imported_path = self.path / "imported.json"
-        self.checkpoints_path = self.path / "checkpoints"
-        self.snapshots_path = self.path / "snapshots"
-
-    def sample_grid(self, step: int) -> Path:
-        return self.path / "samples" / f"{step_folder(step)}.png"
-
-    def score_dir(self, step: int, digest: str) -> Path:
-        return self.path / "scores" / f"{step:08d}-{digest}"
-
-    def score_dirs(self) -> list[Path]:
-        """Folders of scorings, by step."""
-        return sorted(path for path in (self.path / "scores").glob("*-*") if path.is_dir())
-
-    def snapshot_path(self, step: int, name: str) -> Path:
-        return self.snapshots_path / step_folder(step) / f"{name}.safetensors"
-
-    def snapshots(self) -> dict[str, list[Path]]:
-        """Average name -> its snapshot files, by step."""
-        found: dict[str, list[Path]] = {}
-        for folder in step_folders(self.snapshots_path):
-            for path in sorted(folder.glob("[!.]*.safetensors")):
-                found.setdefault(path.stem, []).append(path)
-        return found

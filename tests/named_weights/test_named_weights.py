@@ -1,6 +1,7 @@
 """A name → weights: what each means, what its key holds, and that every stage finds the same ones under it."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 from diffusers import DDPMPipeline
 from scored import STEPS, make_run, weights
 
-from ddpm_ema.averaging import BiasCorrected, ConstantDecay, PowerFunction, write_snapshot
+from ddpm_ema.averaging import RAW, BiasCorrected, ConstantDecay, PowerFunction, write_snapshot
+from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import export
 from ddpm_ema.named_weights import WeightResolver, name_of
 from ddpm_ema.reconstruction import main as reconstruct_script
-from ddpm_ema.rundir import RunDir, file_sha256, read_tensors
+from ddpm_ema.rundir import RunDir, buffers_file, file_sha256, read_tensors
 from ddpm_ema.score.sweep import candidates
 
 
@@ -43,6 +45,36 @@ def test_a_name_with_a_step_is_that_of_an_earlier_checkpoint(resolver: WeightRes
     found = resolver.named("raw@4")
     assert found.step == 4
     torch.testing.assert_close(found.members[0](), weights(0, 1.15))
+
+
+@pytest.mark.parametrize("name", ["raw", "ema_0_9", "power_0_10"])
+def test_a_snapshot_stands_for_the_checkpoint_of_its_step_that_training_has_deleted(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run")
+    rundir, profiles = (
+        RunDir(run.output_dir),
+        {"raw": RAW, "ema_0_9": ConstantDecay(0.9), "power_0_10": PowerFunction(0.10)},
+    )
+    before = resolver_of(run).named(f"{name}@4")
+    tensors = before.members[0]()
+    buffers = {"norm.running_mean": torch.ones(3)}
+    write_snapshot(rundir.snapshot_path(4, name), tensors, 4, profiles[name])
+    save_tensors(rundir.snapshot_path(4, name).parent / buffers_file(name), buffers)
+    shutil.rmtree(rundir.checkpoint(4).path)
+    after = resolver_of(run).named(f"{name}@4")
+    assert (after.name, after.step, after.profile, after.key) == (before.name, 4, before.profile, before.key)
+    assert after.reconstruction is None
+    torch.testing.assert_close(after.members[0](), tensors | buffers, rtol=0, atol=0)
+
+
+def test_a_snapshot_that_was_rounded_or_is_of_another_average_stands_for_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rundir = RunDir(run.output_dir)
+    shutil.rmtree(rundir.checkpoint(4).path)
+    write_snapshot(rundir.snapshot_path(4, "raw"), weights(0), 4, RAW, torch.bfloat16)
+    write_snapshot(rundir.snapshot_path(4, "ema_0_9"), weights(0), 4, ConstantDecay(0.8))
+    for name in ("raw", "ema_0_9"):
+        with pytest.raises(UserError, match="no checkpoint of step 4; steps there: 8"):
+            resolver_of(run).named(f"{name}@4")
 
 
 def test_the_key_of_stored_weights_is_the_sha256_of_their_file(resolver: WeightResolver, run: Config) -> None:

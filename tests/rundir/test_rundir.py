@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from ddpm_ema.averaging import Uniform, write_snapshot
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
-from ddpm_ema.new_folder import new_folder
-from ddpm_ema.rundir import RunDir, atomic_write
+from ddpm_ema.rundir import RunDir, atomic_write, new_folder
 
 
 def files(value: float = 1.0, size: int = 4) -> dict[str, dict[str, torch.Tensor]]:
@@ -174,7 +173,7 @@ def test_a_disk_that_fills_up_while_writing_is_reported_the_same_way(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ddpm_ema.rundir.checkpoint.require_space", lambda *_: None
+        "ddpm_ema.rundir.directory.require_space", lambda *_: None
     )  # as if another program took the space later
     run = RunDir(small_disk / "run")
     run.write_checkpoint(1, files(), {})

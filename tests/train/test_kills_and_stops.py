@@ -24,7 +24,7 @@ from live_runs import (
 )
 
 from ddpm_ema import config
-from ddpm_ema.rundir import RunDir, checkpoint
+from ddpm_ema.rundir import RunDir, directory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,13 +70,13 @@ def test_two_processes_of_which_one_is_killed_go_on_bit_equal(tmp_path: Path) ->
 
 def slow_saving() -> None:
     """Holds every save open for a second, before its manifest is written."""
-    write = checkpoint._write_file
+    write = directory.save_tensors
 
     def slowly(*arguments):
         time.sleep(0.35)
         return write(*arguments)
 
-    checkpoint._write_file = slowly
+    directory.save_tensors = slowly
 
 
 def test_a_kill_in_the_middle_of_a_save_falls_back_to_the_checkpoint_before(
