@@ -28,6 +28,15 @@ def test_a_copy_has_distance_zero_and_its_own_place_in_whatever_batch_it_lies() 
     assert distances.tolist() == [0.0] * 4
 
 
+def test_a_copy_is_told_from_images_that_differ_in_one_pixel_by_one_level() -> None:
+    """Forty such images: squared lengths of 2 * 10^8, whose difference float32 rounds to steps of 16."""
+    training = torch.full((40, 3072), 250, dtype=torch.uint8)
+    training[torch.arange(40), torch.arange(40)] += 1
+    distances, places = nearest_of(training.flip(0), [training])
+    assert places.tolist() == list(reversed(range(40)))
+    assert distances.tolist() == [0.0] * 40
+
+
 def test_distances_are_euclidean_and_places_count_through_all_batches() -> None:
     points = torch.tensor([[0.0, 0.0], [3.0, 6.0], [30.0, 44.0]])
     batches = [torch.tensor([[3.0, 4.0], [10.0, 0.0]]), torch.tensor([[0.0, 1.5]])]
