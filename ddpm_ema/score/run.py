@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ema import capabilities, data
+from ddpm_ema import capabilities, data, numbers
 from ddpm_ema.config import Config, digest
 from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import UserError
@@ -15,7 +15,6 @@ from ddpm_ema.features import Extractor, open_extractor
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
-from ddpm_ema.numbers import listed
 from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.checkpoints import checkpoints
@@ -178,9 +177,12 @@ def _show(results: dict[str, Any]) -> None:
     logger.info(table(results))
     if results.get("sweep"):
         logger.info(describe(results))
+        shares = {row["weights"]: row["saturated"] for row in results["sweep"]}
+        if text := numbers.saturation(shares, results["reference_saturated"]):  # of all candidates at once
+            logger.warning(text)
     for warning in results["warnings"]:
         names = [row["weights"] for row in results["rows"] if warning in row["warnings"]]
-        logger.warning((f"{listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)
+        logger.warning((f"{numbers.listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)
 
 
 def _description(config: Config, generator: Generator, references: Mapping[str, Reference], world_size: int) -> str:
