@@ -22,8 +22,8 @@ from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
 from ddpm_ema.score.reference import reading_of
-from ddpm_ema.score.results import results_of
-from ddpm_ema.score.rows import RowBuilder, Score
+from ddpm_ema.score.results import recommended, results_of
+from ddpm_ema.score.rows import RowBuilder, Score, ranked
 from ddpm_ema.score.sampled import Sampled, made_with
 from ddpm_ema.score.training_images import TrainingImages
 
@@ -173,17 +173,27 @@ class Scorer:
         results |= {"versions": self.versions, "world_size": self.world_size, **self._floor(), **sweep}
         if note is not None:
             results["warnings"].insert(0, note)
-        keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
         known = {name for record in self.folder.records() if record.rows for name in record.names}
-        if left := sorted(known - keys.keys()):
+        if left := sorted(known - {row["weights"] for row in results["rows"]}):
             logger.info(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
-        images = {
-            name: self.sampled.first_images(key, self.config.evaluation.grid_images) for name, key in keys.items()
-        }
-        shown = {name: some for name, some in images.items() if some is not None}
-        self.folder.write(results, shown, self.step, self.config.evaluation)
-        self._keep_nearest({name: (keys[name], some) for name, some in shown.items()})
+        shown = self._shown(results)
+        self.folder.write(results, {name: some for name, (_, some) in shown.items()}, self.step, self.config.evaluation)
+        self._keep_nearest(shown)
         return results
+
+    def _shown(self, results: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+        """The rows of the grid, as far as their images are there: name -> key and images.
+
+        Those of all weights that have a name, and of a candidate that is recommended.
+        """
+        rows = {row["weights"]: row for row in results["rows"]}
+        swept = {row["weights"]: row for row in results.get("sweep", ()) if row["weights"] == recommended(results)}
+        found = {}
+        for row in ranked((swept | rows).values()):
+            images = self.sampled.first_images(row["weights_sha256"], self.config.evaluation.grid_images)
+            if images is not None:
+                found[row["weights"]] = row["weights_sha256"], images
+        return found
 
     def _keep_nearest(self, shown: Mapping[str, tuple[str, Tensor]]) -> None:
         """The training image nearest to each that the grid shows (name -> key and images), where it is not kept yet."""
