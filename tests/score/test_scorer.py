@@ -16,6 +16,7 @@ from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.feature_store import FeatureBatch, ImageBatch
 from ddpm_ema.score.folder import ScoreFolder
+from ddpm_ema.score.real_images import RealImages
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
 
@@ -93,8 +94,8 @@ def scorer_of(run, extractors=("numbers",)) -> Scorer:
         "clip_sample": True,
     }
     resolver = WeightResolver(rundir, rundir.checkpoint(8), run)
-    reference = Reference(statistics_of(real), {}, real)
-    return Scorer(run, generator, extractor, reference, resolver, sampled, folder, settings)
+    images = RealImages(run, extractor, Reference(statistics_of(real), {}, real))
+    return Scorer(generator, images, resolver, sampled, folder, settings)
 
 
 def all_rows(scorer: Scorer):

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from scored import again, make_run, results, start
 
 from ddpm_ema import data
+from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
+from ddpm_ema.metrics import Reference, statistics_of
 from ddpm_ema.metrics.nearest import nearest_of
-from ddpm_ema.score.training_images import TrainingImages
+from ddpm_ema.score.real_images import RealImages
 
 SHOWN = 5  # images per row of the grid
 
@@ -51,7 +53,8 @@ def test_copies_of_training_images_find_themselves_by_pixels_and_by_features() -
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     extractor = SimpleNamespace(label="numbers", device=torch.device("cpu"))
     for known in (None, features):
-        found = TrainingImages(dataset, extractor, known).nearest(images[[39, 5]], features[[39, 5]])
+        real = RealImages(Config(), extractor, Reference(statistics_of(features), {}, known), trained=dataset)
+        found = real.nearest_trained(images[[39, 5]], features[[39, 5]])
         assert torch.equal(found, images[[39, 5]])
 
 
