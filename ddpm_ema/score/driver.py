@@ -72,7 +72,7 @@ class Driver:
         """Does rank 0's `jobs`, one after another; returns what they return, on rank 0, and None on the others."""
         returned: list[T] = []
 
-        def all_jobs() -> Iterator[Job]:
+        def all_jobs() -> Jobs[None]:
             returned.append((yield from jobs))
 
         with contextlib.closing(all_jobs()) as each:
@@ -87,7 +87,7 @@ class Driver:
         members = []
         for member in weights.members:
             read: dict[str, Tensor] = {}
-            self.processes.on_main(lambda read=read, member=member: read.update(member()))
+            self.processes.on_main(partial(_read, member, read))
             members.append(self.processes.broadcast_tensors(read))
         self.generator.load(weights.name, weights.pipeline, members)
         self._loaded = weights.key
@@ -97,10 +97,9 @@ class Driver:
 
     def do(self, job: Job) -> None:
         """Makes what a job asks for, with the weights that are loaded; rank 0 takes what was made of each round."""
-        total = len(job.images)
-        with messages.bar(job.title, total, "images", hidden=not self.processes.is_main) as bar:
-            finished = 0
-            for shares in self._shares(job):
+        rounds, finished = self._shares(job), 0
+        with messages.bar(job.title, len(job.images), "images", hidden=not self.processes.is_main) as bar:
+            for shares in rounds:
                 made = self._round(job, shares, bar)
                 finished += sum(map(len, shares))
                 bar.update(finished - bar.n)
@@ -156,6 +155,10 @@ def _joined(parts: list[Any], images: list[int]) -> Any:
     batch = type(parts[0]).join(parts, torch.tensor(images))
     batch.seconds = max(part.seconds for part in parts)
     return batch
+
+
+def _read(member: Callable[[], dict[str, Tensor]], into: dict[str, Tensor]) -> None:
+    into.update(member())
 
 
 def sampling_rounds(images: list[int], world_size: int, batch_size: int) -> Iterator[Shares]:

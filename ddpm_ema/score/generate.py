@@ -35,7 +35,7 @@ class Generator:
         datasets: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.batch_size, self.datasets = config, batch_size, dict(datasets or {})
-        trained = self.datasets.get(config.data.split)
+        trained: Any = self.datasets.get(config.data.split)
         self.extractors = {extractor.key: extractor for extractor in extractors}
         self.device = extractors[0].device
         self.num_classes: int | None = trained.num_classes if trained is not None else None

@@ -12,7 +12,6 @@ from ddpm_ema import keyed_random, metrics
 from ddpm_ema.config import Config
 from ddpm_ema.data import HELD_OUT
 from ddpm_ema.keyed_random import Purpose
-from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.score.driver import Job, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch, Joined
@@ -75,9 +74,7 @@ def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[st
     lacking: dict[str, dict[str, Any]] = {}
     for name, extractor in generator.extractors.items():
         key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor.identity)
-        reference, notes = metrics.load_cached(cache, key)
-        for note in notes:
-            logger.warning(note)
+        reference = metrics.load_cached(cache, key)
         if reference is None:
             lacking[name] = key
         else:
@@ -88,8 +85,7 @@ def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[st
             noise = generator.extractors[name](noise_images(generator.image_shape))
             saturated = float(features[name].saturated.double().mean())
             found[name] = metrics.reference_of(features[name].features, key, saturated, noise)
-            for note in metrics.keep(found[name], cache):
-                logger.warning(note)
+            metrics.keep(found[name], cache)
     return found
 
 

@@ -149,10 +149,6 @@ class Scorer:
             if self._still_named(record, name) is not None
         ]
 
-    def raw(self) -> Score | None:
-        """The score of raw, where it was asked for."""
-        return next((score for score in self.scores() if score.row["weights"] == "raw"), None)
-
     def _floor(self) -> dict[str, Any]:
         """`floor` of results.json, which is computed once; empty where there are no such images."""
         known = self.folder.results().get("floor")
@@ -162,8 +158,7 @@ class Scorer:
 
     def write(self, sweep: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
         """Writes results.json and grid.png of what is finished; returns the results."""
-        real = self.real
-        results = results_of(self.config, real.extractor, self.settings, self.step, self.scores(), real.reference)
+        results = results_of(self.real, self.settings, self.step, self.scores())
         results |= {"versions": self.versions, "world_size": self.world_size, **self._floor(), **sweep}
         if note is not None:
             results["warnings"].insert(0, note)
