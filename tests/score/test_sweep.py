@@ -158,7 +158,7 @@ class TestSweep:
         monkeypatch.setattr(numbers, "SATURATION_MARGIN", 0.05)
         found = results(again(run, evaluation__sweep={"stds": "0.05:0.15:3"}))
         shares = [f"{row['saturated']:.0%} of {row['weights']}" for row in found["sweep"]]
-        text = f"{shares[0]}, {shares[1]} and {shares[2]}, but {found['reference_saturated']:.0%} of the reference"
+        text = f"{numbers.listed(shares)}, but {found['reference_saturated']:.0%} of the reference"
         assert f"warning: Channel values at 0 or 255: {text}" in capsys.readouterr().err
 
     def test_an_emulated_decay_is_the_mean_of_the_last_steps_reconstructed_and_scored_beside_the_others(self, tmp_path):
