@@ -21,7 +21,7 @@ from ddpm_ema import cli, config, metrics
 from ddpm_ema.distributed import Processes
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
-from ddpm_ema.score.driver import Driver, Jobs
+from ddpm_ema.score.driver import Driver, Job, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
 from ddpm_ema.score.generate import Made
 from ddpm_ema.score.reference import open_references
@@ -42,19 +42,20 @@ def sample(run: config.Config, processes: Processes, name: str) -> FeatureBatch:
     def take(made: Made) -> None:
         batches.append(made[extractor])
 
-    Driver(processes, generator).generate(f"{name} {run.evaluation.mixed_precision}", images, [extractor], take)
+    Driver(processes, generator).do(Job(f"{name} {run.evaluation.mixed_precision}", images, (extractor,), take))
     return FeatureBatch.join(batches, torch.tensor(images))
 
 
 def row_builder(run: config.Config, processes: Processes) -> RowBuilder:
-    generator, found = open_generator(run, processes), list[RowBuilder]()
+    generator = open_generator(run, processes)
 
-    def jobs() -> Jobs[None]:
-        references = yield from open_references(run, generator)
-        found.append(RowBuilder(next(iter(references.values())), run.evaluation, processes.device))
+    def jobs() -> Jobs[RowBuilder]:
+        references = yield from open_references(generator)
+        return RowBuilder(next(iter(references.values())), run.evaluation, processes.device)
 
-    Driver(processes, generator).run(jobs())
-    return found[0]
+    found = Driver(processes, generator).run(jobs())
+    assert found is not None
+    return found
 
 
 def curve(builder: RowBuilder, batches: dict[str, FeatureBatch], sizes: list[int]) -> list[dict[str, Any]]:

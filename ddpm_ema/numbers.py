@@ -84,3 +84,21 @@ def reading(results: Mapping[str, Any]) -> str:
 def says_nothing(precision_of_noise: float | None) -> bool:
     """Whether images of noise reach so high a precision that it means nothing with this extractor and reference."""
     return precision_of_noise is not None and precision_of_noise >= NOISE_PRECISION
+
+
+def saturation(shares: Mapping[str, float | None], expected: float | None) -> str:
+    """A warning where samples of some weights lie at the ends of the range of pixels far more, or far less, often than the reference.
+
+    `shares`: by weights, of their channel values at 0 or 255; `expected`: of the reference's. Empty where all is well or unknown.
+    """
+    if expected is None:
+        return ""
+    off = {
+        name: share for name, share in shares.items() if share is not None and abs(share - expected) > SATURATION_MARGIN
+    }
+    if not off:
+        return ""
+    return (
+        f"Channel values at 0 or 255: {listed([f'{share:.0%} of {name}' for name, share in off.items()])}, but {expected:.0%} of the "
+        "reference. The sampler may be the cause: another sampler, or more steps, may rank the weights differently."
+    )

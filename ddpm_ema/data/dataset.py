@@ -15,7 +15,6 @@ from ddpm_ema.config import DataSettings
 from ddpm_ema.data.cache import Cached, Fingerprint, open_cached, readable
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding
-from ddpm_ema.data.digits_source import open_digits
 from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError
@@ -148,7 +147,7 @@ def load(settings: DataSettings, *, split: str | None = None) -> ImageDataset:
 
 def _open(settings: DataSettings, split: str, cache_dir: Path) -> Source:
     if settings.source == "digits":
-        return open_digits(split)
+        return _digits(split)
     if settings.source == "folder":
         assert settings.path is not None  # `Config` asks for it, and for the name below
         return open_folder(settings.path, split)
@@ -161,6 +160,18 @@ def _open(settings: DataSettings, split: str, cache_dir: Path) -> Source:
     from ddpm_ema.data.hub_source import open_hub
 
     return open_hub(settings.name, split)
+
+
+def _digits(split: str) -> Source:
+    """Of scikit-learn: 1,797 images of 8×8 pixels, 17 grey levels scaled to 0..255, ten classes."""
+    if split != "train":
+        raise UserError(f"data.split: the digits have one split, train, and no {split!r}")
+    from sklearn.datasets import load_digits  # slow to import, and needed for nothing else
+
+    digits = load_digits()
+    images: npt.NDArray[np.uint8] = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return Source("digits", len(images), images.__getitem__, "digits[{}]".format, ["digits"], labels, 10)
 
 
 def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:

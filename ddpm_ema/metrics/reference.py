@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
+from ddpm_ema.messages import logger
 from ddpm_ema.metrics.frechet import check_statistics
 from ddpm_ema.metrics.neighbours import NEIGHBOURS, inside, neighbour_radii
 from ddpm_ema.metrics.statistics import Statistics, statistics_of
@@ -79,8 +80,8 @@ def _cache_path(cache_dir: Path, key: Mapping[str, Any]) -> Path:
     return Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
 
 
-def load_cached(cache_dir: Path, key: Mapping[str, Any]) -> tuple[Reference | None, list[str]]:
-    """(the entry of exactly this key, notes for the user). A damaged or foreign entry counts as none, with a note."""
+def load_cached(cache_dir: Path, key: Mapping[str, Any]) -> Reference | None:
+    """The entry of exactly this key. A damaged or foreign entry counts as none, with a warning."""
     path = _cache_path(cache_dir, key)
     try:
         with safe_open(path, framework="pt") as file:
@@ -92,15 +93,16 @@ def load_cached(cache_dir: Path, key: Mapping[str, Any]) -> tuple[Reference | No
         check_statistics(statistics, "the cached reference")
         notes = tuple(json.loads(metadata["warnings"]))
         shares = json.loads(metadata["saturated"]), json.loads(metadata["precision_of_noise"])
-        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes, *shares), []
+        return Reference(statistics, dict(key), tensors.get("features"), tensors.get("radii"), notes, *shares)
     except FileNotFoundError:
-        return None, []
+        return None
     except (OSError, SafetensorError, ValueError, KeyError, UserError) as error:
-        return None, [f"{path}: not used, made anew: {error}"]
+        logger.warning(f"{path}: not used, made anew: {error}")
+        return None
 
 
-def keep(reference: Reference, cache_dir: Path) -> list[str]:
-    """Writes a cache entry. Where it cannot be written, a note for the user is returned, and scoring goes on."""
+def keep(reference: Reference, cache_dir: Path) -> None:
+    """Writes a cache entry. Where it cannot be written, that is a warning, and scoring goes on."""
     path = _cache_path(cache_dir, reference.origin)
     tensors = {"mu": reference.statistics.mu, "sigma": reference.statistics.sigma}
     tensors |= {name: tensor for name in ("features", "radii") if (tensor := getattr(reference, name)) is not None}
@@ -117,8 +119,7 @@ def keep(reference: Reference, cache_dir: Path) -> list[str]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         where = f"{path.parent}: {reason} (--data.cache-dir takes another folder)"
-        return [f"reference statistics are not cached and will be computed again next time: {where}"]
-    return []
+        logger.warning(f"reference statistics are not cached and will be computed again next time: {where}")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddpm_ema import numbers
 from ddpm_ema.errors import UserError
-from ddpm_ema.numbers import SATURATION_MARGIN, listed, says_nothing, verdict_of, with_error
+from ddpm_ema.numbers import listed, says_nothing, verdict_of, with_error
 from ddpm_ema.report.record import Row, Scoring
 
 BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
@@ -205,13 +206,5 @@ def _size(row: Row) -> str:
 
 def saturation(scoring: Scoring, rows: Sequence[Row]) -> Iterator[str]:
     """A warning where samples lie at the ends of the range of pixels far more, or far less, often than the reference."""
-    expected = scoring.reference_saturated
-    if expected is None:
-        return
-    off = [row for row in rows if row.saturated is not None and abs(row.saturated - expected) > SATURATION_MARGIN]
-    if off:
-        shares = listed([f"{row.saturated:.0%} of {row.weights}" for row in off])
-        yield (
-            f"Channel values at 0 or 255: {shares}, but {expected:.0%} of the reference. The sampler may be the cause: "
-            "another sampler, or more steps, may rank the weights differently."
-        )
+    if text := numbers.saturation({row.weights: row.saturated for row in rows}, scoring.reference_saturated):
+        yield text

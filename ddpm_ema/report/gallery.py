@@ -111,7 +111,7 @@ def galleries(record: Record, scorings: Sequence[Scoring]) -> list[Gallery]:
 
 def _nearest(record: Record, scoring: Scoring | None, name: str, count: int) -> Picture | None:
     """The training images nearest to the `count` samples of these weights, where the scoring kept them."""
-    key = next((row.weights_sha256 for row in scoring.rows if row.weights == name), "") if scoring else ""
+    key = next((row.weights_sha256 for row in scoring.entries if row.weights == name), "") if scoring else ""
     if scoring is None or not key:
         return None
     path = record.path / "scores" / scoring.folder / "nearest" / f"{key[:16]}-{count}.png"

@@ -12,25 +12,21 @@ def checkpoints(config: Config) -> list[Checkpoint | None]:
     Raises:
         UserError: a checkpoint is missing or damaged, or of another network than the settings describe.
     """
-    found = _found(config)
-    for checkpoint in found:
-        if checkpoint is not None:
-            check_settings(config, checkpoint)
-    return found
-
-
-def _found(config: Config) -> list[Checkpoint | None]:
-    rundir, evaluation = RunDir(config.output_dir), config.evaluation
+    rundir, steps = RunDir(config.output_dir), config.evaluation.steps
     everything = rundir.checkpoints()
     if not everything:
         if _needs_no_checkpoint(config):
             return [None]
         raise UserError(f"{rundir.path}: no checkpoint to score; train first: ddpm-ema train")
-    if evaluation.steps == "all":
-        return list(everything)
-    if evaluation.steps == "last":
-        return [rundir.newest_usable()]
-    return [rundir.checkpoint(step) for step in evaluation.steps]
+    if steps == "all":
+        found = everything
+    elif steps == "last":
+        found = [newest] if (newest := rundir.newest_usable()) is not None else []
+    else:
+        found = [rundir.checkpoint(step) for step in steps]
+    for checkpoint in found:
+        check_settings(config, checkpoint)
+    return [*found]
 
 
 def _needs_no_checkpoint(config: Config) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -26,15 +26,14 @@ Jobs: TypeAlias = Generator["Job", None, T]
 """Yields jobs and returns what it made of their features. Every rank may hold one; its body runs on rank 0 alone."""
 Shares: TypeAlias = "list[list[int]]"
 """The images of one round: of each rank, ascending indices."""
-Make: TypeAlias = "Callable[[list[int], Tensor | None, Callable[[], None]], Made]"
-"""A rank's images, or what rank 0 sent of them; what to call after each network evaluation -> what was made of them."""
 
 
 @dataclass(frozen=True)
 class Job:
     """Images whose features rank 0 wants: it has all of them when it is asked for its next job.
 
-    They are sampled with `weights`; where that is None they are of `dataset`, or `kept` by rank 0.
+    They are those of a `split` of the data, or `kept` by rank 0, or else sampled: with `weights`, or with those that are loaded
+    where that is None.
     """
 
     title: str  # for the progress bar
@@ -42,16 +41,17 @@ class Job:
     extractors: tuple[str, ...]  # keys of those that are wanted
     take: Callable[[Made], None]  # called on rank 0 with what was made of each round's images
     weights: NamedWeights | None = None
-    dataset: str = ""  # its name in `Generator.datasets`
+    split: str = ""  # one of `Generator.datasets`
     kept: Callable[[Tensor], Tensor] | None = None  # indices, int64 [n] -> uint8 [n, C, H, W]
     at_once: bool = False  # sampled as one batch, whatever the batch size
 
-    def told(self) -> Job:
+    def __getstate__(self) -> dict[str, Any]:
         """What the other ranks hear of it: the files of weights, images and features are rank 0's."""
         weights = self.weights
         if weights is not None:
             weights = replace(weights, members=(_of_rank_0,) * len(weights.members))
-        return replace(self, take=_of_rank_0, weights=weights, kept=_of_rank_0 if self.kept else None)
+        kept = _of_rank_0 if self.kept else None
+        return {**vars(self), "take": _of_rank_0, "weights": weights, "kept": kept}
 
 
 def _of_rank_0(*arguments: Any) -> Any:
@@ -68,46 +68,26 @@ class Driver:
         self.processes, self.generator, self.stop = processes, generator, stop
         self._loaded, self._described, self._prepared = "", "", False
 
-    def run(self, jobs: Jobs[Any]) -> None:
-        """Does rank 0's `jobs`, one after another."""
-        own: list[Job] = []  # on rank 0: the present one
+    def run(self, jobs: Jobs[T]) -> T | None:
+        """Does rank 0's `jobs`, one after another; returns what they return, on rank 0, and None on the others."""
+        returned: list[T] = []
 
-        def advance() -> Job | None:
-            own[:] = itertools.islice(jobs, 1)
-            return own[0].told() if own else None
+        def all_jobs() -> Jobs[None]:
+            returned.append((yield from jobs))
 
-        def take(made: Made) -> None:
-            own[0].take(made)
+        with contextlib.closing(all_jobs()) as each:
+            while (job := self.processes.on_main(lambda: next(each, None))) is not None:
+                if job.weights is not None and job.weights.key != self._loaded:
+                    self._load(job.weights)
+                self.do(job)
+        return returned[0] if returned else None
 
-        with contextlib.closing(jobs):
-            while (job := self.processes.on_main(advance)) is not None:
-                if job.weights is None:
-                    self._read(job, own, take)
-                else:
-                    if job.weights.key != self._loaded:
-                        self._load(job.weights, own)
-                    self.generate(job.title, job.images, job.extractors, take, len(job.images) if job.at_once else None)
-
-    def _read(self, job: Job, own: list[Job], take: Callable[[Made], None]) -> None:
-        """Features of images that exist: every rank has the data sets; what rank 0 kept it sends to all."""
-
-        def send(indices: Tensor) -> Any:
-            return own[0].kept(indices) if own[0].kept else None
-
-        def make(images: list[int], sent: Tensor | None, after_step: Callable[[], None]) -> Made:
-            pixels = self.generator.datasets[job.dataset].batch(torch.tensor(images)) if sent is None else sent
-            return self.generator.read(job.title, images, pixels, job.extractors)
-
-        most = self.generator.config.evaluation.extractor_batch_size
-        rounds = even_rounds(job.images, self.processes.world_size, most)
-        self._rounds(job.title, rounds, make, take, send if job.kept else None)
-
-    def _load(self, weights: NamedWeights, own: list[Job]) -> None:
+    def _load(self, weights: NamedWeights) -> None:
         """Rank 0 reads the weights, one member of an ensemble after another, and sends them to all."""
         members = []
-        for place in range(len(weights.members)):
+        for member in weights.members:
             read: dict[str, Tensor] = {}
-            self.processes.on_main(partial(_read, own, place, read))
+            self.processes.on_main(partial(_read, member, read))
             members.append(self.processes.broadcast_tensors(read))
         self.generator.load(weights.name, weights.pipeline, members)
         self._loaded = weights.key
@@ -115,59 +95,48 @@ class Driver:
             logger.info(text)
         self._described = text
 
-    def generate(
-        self,
-        title: str,
-        images: list[int],
-        extractors: Sequence[str],
-        take: Callable[[Made], None],
-        batch_size: int | None = None,
-    ) -> None:
-        """Generates images with the weights that are loaded; rank 0 takes what was made of each round."""
+    def do(self, job: Job) -> None:
+        """Makes what a job asks for, with the weights that are loaded; rank 0 takes what was made of each round."""
+        rounds, finished = self._shares(job), 0
+        with messages.bar(job.title, len(job.images), "images", hidden=not self.processes.is_main) as bar:
+            for shares in rounds:
+                made = self._round(job, shares, bar)
+                finished += sum(map(len, shares))
+                bar.update(finished - bar.n)
+                self.processes.on_main(partial(job.take, made))
 
-        def make(images: list[int], sent: Tensor | None, after_step: Callable[[], None]) -> Made:
-            with compiling.explained("evaluation.compile", self.stop):
-                return self.generator.generate(images, extractors, after_step)
-
-        if self.generator.config.evaluation.compile and not self._prepared:
+    def _shares(self, job: Job) -> Iterator[Shares]:
+        world_size, generator = self.processes.world_size, self.generator
+        if job.split or job.kept:
+            return even_rounds(job.images, world_size, generator.config.evaluation.extractor_batch_size)
+        if generator.config.evaluation.compile and not self._prepared:
             compiling.prepare("evaluation.compile", logger.info if self.processes.is_main else lambda line: None)
             self._prepared = True
-        rounds = sampling_rounds(images, self.processes.world_size, batch_size or self.generator.batch_size)
-        self._rounds(title, rounds, make, take)
+        return sampling_rounds(job.images, world_size, len(job.images) if job.at_once else generator.batch_size)
 
-    def _rounds(
-        self,
-        title: str,
-        rounds: Iterable[Shares],
-        make: Make,
-        take: Callable[[Made], None],
-        send: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        rounds = list(rounds)
-        total, finished = sum(len(share) for shares in rounds for share in shares), 0
-        with messages.bar(title, total, "images", hidden=not self.processes.is_main) as bar:
-            for shares in rounds:
-                images, sent = torch.tensor(list(itertools.chain(*shares))), None
-                if send is not None:
-                    everything = self.processes.on_main(partial(send, images), "reading images")
-                    sent = everything.split([len(share) for share in shares])[self.processes.rank]
-                made = self._round(title, shares, partial(make, shares[self.processes.rank], sent), bar)
-                finished += len(images)
-                bar.update(finished - bar.n)
-                self.processes.on_main(partial(take, made))
+    def _make(self, job: Job, images: list[int], kept: Tensor | None, after_step: Callable[[], None]) -> Made:
+        """What is made of this rank's images, of which rank 0 may have sent those that it `kept`."""
+        if kept is None and not job.split:
+            with compiling.explained("evaluation.compile", self.stop):
+                return self.generator.generate(images, job.extractors, after_step)
+        pixels = self.generator.datasets[job.split].batch(torch.tensor(images)) if kept is None else kept
+        return self.generator.read(job.title, images, pixels, job.extractors)
 
-    def _round(self, title: str, shares: Shares, make: Callable[[Callable[[], None]], Made], bar: Any) -> Made:
+    def _round(self, job: Job, shares: Shares, bar: Any) -> Made:
         """What all ranks made of their images, on every rank."""
-        images = list(itertools.chain(*shares))
+        images, own, kept = list(itertools.chain(*shares)), shares[self.processes.rank], None
         made: list[Made] = []
+        if job.kept is not None:
+            everything = self.processes.on_main(partial(job.kept, torch.tensor(images)), "reading images")
+            kept = everything.split([len(share) for share in shares])[self.processes.rank]
 
         def after_step() -> None:
-            self._check_stop(title)
+            self._check_stop(job.title)
             _advance(bar, len(images) / len(self.generator.sampler))
 
         with self.processes.sharing_errors():
-            self._check_stop(title)
-            made += [make(after_step)] if shares[self.processes.rank] else []
+            self._check_stop(job.title)
+            made += [self._make(job, own, kept, after_step)] if own else []
         parts = list(itertools.chain(*self.processes.gather(made)))
         joined = {name: _joined([part[name] for part in parts], images) for name in parts[0]}
         for name, batch in joined.items():
@@ -188,9 +157,8 @@ def _joined(parts: list[Any], images: list[int]) -> Any:
     return batch
 
 
-def _read(own: list[Job], place: int, into: dict[str, Tensor]) -> None:
-    assert own[0].weights is not None
-    into.update(own[0].weights.members[place]())
+def _read(member: Callable[[], dict[str, Tensor]], into: dict[str, Tensor]) -> None:
+    into.update(member())
 
 
 def sampling_rounds(images: list[int], world_size: int, batch_size: int) -> Iterator[Shares]:

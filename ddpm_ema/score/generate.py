@@ -24,8 +24,7 @@ Made: TypeAlias = "dict[str, Any]"
 class Generator:
     """Network, sampler and extractors of one process, on one device. One network is held at a time: of the kind that weights need.
 
-    `trained` is the data set that was trained on, for its classes; `datasets` are real images by name: `reference`, unless that is
-    a file, `floor`, where there are any, and `trained`.
+    `datasets`: real images by split. That which was trained on says which classes there are.
     """
 
     def __init__(
@@ -33,11 +32,10 @@ class Generator:
         config: Config,
         extractors: Sequence[Extractor],
         batch_size: int,
-        trained: Any = None,
         datasets: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.batch_size, self.datasets = config, batch_size, dict(datasets or {})
-        self.datasets |= {"trained": trained} if trained is not None else {}
+        trained: Any = self.datasets.get(config.data.split)
         self.extractors = {extractor.key: extractor for extractor in extractors}
         self.device = extractors[0].device
         self.num_classes: int | None = trained.num_classes if trained is not None else None

@@ -10,7 +10,7 @@ from ddpm_ema import capabilities
 from ddpm_ema.averaging import profile_to_dict
 from ddpm_ema.config import Config
 from ddpm_ema.distributed import Processes
-from ddpm_ema.score.driver import Driver, Jobs
+from ddpm_ema.score.driver import Driver, Job, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch
 from ddpm_ema.score.generate import Made
 from ddpm_ema.score.reference import open_references, reading_of
@@ -39,12 +39,12 @@ def while_training(
     config = config.model_copy(update={"evaluation": settings})
     generator = open_generator(config, processes, dataset)
     driver, (extractor,) = Driver(processes, generator), generator.extractors.values()
-    builder: list[RowBuilder] = []  # rank 0's
 
-    def prepare() -> Jobs[None]:
-        references = yield from open_references(config, generator)
-        population = reading_of(config) == "population"
-        builder.append(RowBuilder(references[extractor.key], settings, processes.device, population))
+    def prepare() -> Jobs[RowBuilder]:
+        references = yield from open_references(generator)
+        return RowBuilder(references[extractor.key], settings, processes.device, reading_of(config) == "population")
+
+    builder = driver.run(prepare())
 
     def score(name: str, step: int, weights: dict[str, Tensor]) -> Score:
         generator.load(name, None, [weights])
@@ -53,14 +53,16 @@ def while_training(
         def take(made: Made) -> None:
             batches.append(made[extractor.key])
 
-        driver.generate(f"step {step} {name}", list(range(count)), [extractor.key], take)
+        def build() -> Score:
+            assert builder is not None
+            return builder.build(FeatureBatch.join(batches, torch.arange(count)), name, more)
+
+        driver.do(Job(f"step {step} {name}", list(range(count)), (extractor.key,), take))
         profile = profile_to_dict(config.averages[name]) if name != "raw" else None
         more = {"profile": profile, "metric": metric_of(extractor), "extractor": extractor.label}
-        indices = torch.arange(count)
-        return processes.on_main(lambda: builder[0].build(FeatureBatch.join(batches, indices), name, more))
+        return processes.on_main(build)
 
     def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
         return ranked(compare([score(name, step, weights(name)) for name in ("raw", *config.averages)])[0])
 
-    driver.run(prepare())
     return evaluate

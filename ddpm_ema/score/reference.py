@@ -12,7 +12,6 @@ from ddpm_ema import keyed_random, metrics
 from ddpm_ema.config import Config
 from ddpm_ema.data import HELD_OUT
 from ddpm_ema.keyed_random import Purpose
-from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Reference
 from ddpm_ema.score.driver import Job, Jobs
 from ddpm_ema.score.feature_store import FeatureBatch, Joined
@@ -59,49 +58,49 @@ def reading_of(config: Config) -> str:
     return "images" if ours & theirs else "population"
 
 
-def open_references(config: Config, generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:
+def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:
     """The images that samples are compared with, by extractor: from their file, from the cache, or read once for all extractors.
 
     `of`: `reference`, or `floor` for the real images that are compared with it.
     """
+    config = generator.config
     split = reference_split(config) if of == "reference" else floor_split(config)
     if split is None:
         path = Path(config.evaluation.reference)
         return {key: metrics.read_published(path, one.dim) for key, one in generator.extractors.items()}
-    cache, fingerprint = config.data.cache_folder, generator.datasets[of].fingerprint
+    cache, fingerprint = config.data.cache_folder, generator.datasets[split].fingerprint
     resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
     found: dict[str, Reference] = {}
     lacking: dict[str, dict[str, Any]] = {}
     for name, extractor in generator.extractors.items():
         key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor.identity)
-        reference, notes = metrics.load_cached(cache, key)
-        for note in notes:
-            logger.warning(note)
+        reference = metrics.load_cached(cache, key)
         if reference is None:
             lacking[name] = key
         else:
             found[name] = reference
     if lacking:
-        features = yield from _features(generator, of, tuple(lacking))
+        features = yield from _features(generator, of, split, tuple(lacking))
         for name, key in lacking.items():
             noise = generator.extractors[name](noise_images(generator.image_shape))
             saturated = float(features[name].saturated.double().mean())
             found[name] = metrics.reference_of(features[name].features, key, saturated, noise)
-            for note in metrics.keep(found[name], cache):
-                logger.warning(note)
+            metrics.keep(found[name], cache)
     return found
 
 
-def _features(generator: Generator, dataset: str, extractors: tuple[str, ...]) -> Jobs[dict[str, FeatureBatch]]:
-    """Of all images of a data set, by extractor. Memory: the features, and one batch."""
-    images = torch.arange(len(generator.datasets[dataset]))
+def _features(
+    generator: Generator, title: str, split: str, extractors: tuple[str, ...]
+) -> Jobs[dict[str, FeatureBatch]]:
+    """Of all images of a split, by extractor. Memory: the features, and one batch."""
+    images = torch.arange(len(generator.datasets[split]))
     joined = {key: Joined(FeatureBatch, images) for key in extractors}
 
     def take(made: Made) -> None:
         for key, batch in made.items():
             joined[key].add(batch)
 
-    yield Job(dataset, images.tolist(), extractors, take, dataset=dataset)
+    yield Job(title, images.tolist(), extractors, take, split=split)
     return {key: one.result() for key, one in joined.items()}
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ddpm_ema import numbers
 from ddpm_ema.config import Config, Effect, chosen, digest, to_dict
 from ddpm_ema.features import Extractor
-from ddpm_ema.metrics import Reference
 from ddpm_ema.numbers import aligned, decimals, figure, metric_label, says_nothing, verdict_of, with_error
 from ddpm_ema.sampling import PROTOCOL
+from ddpm_ema.score.real_images import RealImages
 from ddpm_ema.score.reference import reading_of
 from ddpm_ema.score.rows import Score, compare, ranked
 
@@ -63,15 +63,9 @@ def metric_of(extractor: Extractor) -> str:
     return "fid" if extractor.is_published_inception else "fd"
 
 
-def results_of(
-    config: Config,
-    extractor: Extractor,
-    settings: Mapping[str, Any],
-    step: int,
-    scores: Sequence[Score],
-    reference: Reference,
-) -> dict[str, Any]:
+def results_of(real: RealImages, settings: Mapping[str, Any], step: int, scores: Sequence[Score]) -> dict[str, Any]:
     """results.json without the sweep and the versions. `settings` are those of `settings_of`."""
+    config, extractor, reference = real.config, real.extractor, real.reference
     rows, may_be_best = compare(scores)
     warnings = [warning for row in rows for warning in row["warnings"]]
     noise = reference.precision_of_noise
@@ -98,6 +92,16 @@ def results_of(
         "may_be_best": may_be_best,
         "warnings": [*reference.warnings, *dict.fromkeys(warnings)],
     }
+
+
+def recommended(results: Mapping[str, Any]) -> str | None:
+    """The weights that the report says to ship, by the rule in docs/scoring.md; None where nothing was scored."""
+    best, by_name = (
+        results["may_be_best"],
+        {row["weights"]: row for row in (*results.get("sweep", ()), *results["rows"])},
+    )
+    better = [name for name in best if by_name[name].get("significant") and by_name[name]["delta_vs_raw"] < 0]
+    return "raw" if "raw" in best else next(iter(better or best), None)
 
 
 def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:

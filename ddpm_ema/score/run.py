@@ -1,34 +1,31 @@
 """`run`: from settings to results.json, grid and table, for every checkpoint asked for."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from ddpm_ema import capabilities, data
+from ddpm_ema import capabilities, data, numbers
 from ddpm_ema.config import Config, digest
 from ddpm_ema.distributed import Processes, StopFlag
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import Extractor, open_extractor
 from ddpm_ema.messages import logger
-from ddpm_ema.metrics import Reference
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
-from ddpm_ema.numbers import listed
 from ddpm_ema.own_statistics import with_own_statistics
 from ddpm_ema.rundir import Checkpoint, RunDir
 from ddpm_ema.score.checkpoints import checkpoints
 from ddpm_ema.score.driver import Driver, Jobs, even_batch
-from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import ScoreFolder
 from ddpm_ema.score.generate import Generator
-from ddpm_ema.score.reference import floor_split, open_references, reference_split, trained_on
+from ddpm_ema.score.real_images import RealImages
+from ddpm_ema.score.reference import floor_split, open_references, reference_split
 from ddpm_ema.score.results import heading, sampling_settings, settings_of, table
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
 from ddpm_ema.score.sweep import Sweep, candidates, describe, summary
-from ddpm_ema.score.training_images import TrainingImages
 from ddpm_ema.score.versions import check_versions
 
 
@@ -44,98 +41,73 @@ def run(config: Config) -> list[dict[str, Any]]:
     with StopFlag() as stop, processes.telling_peers(), processes.naming_lost_ranks("scoring"):
         found = processes.on_main(lambda: checkpoints(config), "reading checkpoints")
         generator = open_generator(config, processes)
-        generator.datasets |= open_floor(config, processes)
-        generator.datasets |= open_trained(config, processes, generator.datasets)
-        results: list[dict[str, Any]] = []
-        jobs = _score_all(config, generator, found, processes.world_size, results)
-        Driver(processes, generator, stop).run(jobs)
+        open_beside(generator, processes)
+        results = Driver(processes, generator, stop).run(_score_all(generator, found, processes.world_size))
     processes.close()
-    return results
+    return results or []
 
 
 def open_generator(config: Config, processes: Processes, trained: Any = None) -> Generator:
-    """Extractors and data, on every rank; the others find what rank 0 left in the cache.
+    """Extractors and the data that they need, on every rank; the others find what rank 0 left in the cache.
 
     `trained` is the data set that was trained on, where it is loaded already.
     """
-    evaluation, split = config.evaluation, reference_split(config)
+    evaluation, datasets = config.evaluation, {config.data.split: trained} if trained is not None else {}
 
     def open_all() -> list[Extractor]:
         most = evaluation.extractor_batch_size
         return [open_extractor(entry, config.output_dir, processes.device, most) for entry in evaluation.extractors]
 
     extractors = processes.main_first(open_all)
-    if trained is None and (config.model.class_conditional or split == config.data.split):
-        trained = load_split(config, processes, config.data.split)
-    compared = trained if split == config.data.split else None
-    if split is not None and split != config.data.split:
-        compared = load_split(config, processes, split)
+    for split in (config.data.split if config.model.class_conditional else None, reference_split(config)):
+        if split is not None and split not in datasets:
+            datasets[split] = load_split(config, processes, split)
     batch_size = even_batch(evaluation.num_images, processes.world_size, evaluation.batch_size)
-    datasets = {"reference": compared} if compared is not None else {}
-    return Generator(config, extractors, batch_size, trained, datasets)
+    return Generator(config, extractors, batch_size, datasets)
 
 
-def open_floor(config: Config, processes: Processes) -> dict[str, Any]:
-    """The real images that are compared with the reference; empty where there are none."""
-    split = floor_split(config)
-    try:
-        return {"floor": load_split(config, processes, split)}
-    except UserError as error:
-        if split != "test":
-            raise
-        if processes.is_main:
-            logger.debug(str(error))
-            logger.info(
-                "no split 'test', and no data.held_out from before training: the table has no line of real images"
-            )
-        return {}
-
-
-def open_trained(config: Config, processes: Processes, opened: Mapping[str, Any]) -> dict[str, Any]:
-    """The images that were trained on, unless they are `opened`; empty where they are not at hand."""
-    if "trained" in opened or trained_on(config) == "floor":
-        return {"trained": opened.get("trained", opened.get("floor"))}
-    try:
-        return {"trained": load_split(config, processes, config.data.split)}
-    except UserError as error:
-        if processes.is_main:
-            logger.info(f"no training images, of which the report shows the nearest to samples: {error}")
-        return {}
+def open_beside(generator: Generator, processes: Processes) -> None:
+    """Adds the real images that are compared with the reference, and those that were trained on, where they are at hand."""
+    config, floor = generator.config, floor_split(generator.config)
+    without_floor = "no split 'test', and no data.held_out from before training: the table has no line of real images"
+    without_trained = "no training images, of which the report shows the nearest to samples: {error}"
+    for split, lacking in ((floor, without_floor), (config.data.split, without_trained)):
+        try:
+            if split not in generator.datasets:
+                generator.datasets[split] = load_split(config, processes, split)
+        except UserError as error:
+            if split == floor != "test":
+                raise
+            if processes.is_main:
+                logger.debug(str(error))
+                logger.info(lacking.format(error=error))
 
 
 def load_split(config: Config, processes: Processes, split: str) -> Any:
     return processes.main_first(lambda: data.load(config.data, split=split))
 
 
-def _score_all(
-    config: Config, generator: Generator, found: list[Checkpoint | None], world_size: int, results: list[dict[str, Any]]
-) -> Jobs[None]:
-    """What rank 0 does; it adds to `results`."""
-    references = yield from open_references(config, generator)
-    images = (yield from open_references(config, generator, "floor")) if "floor" in generator.datasets else {}
-    floors = {key: Floor(config, images[key], references[key], generator.device) for key in images}
-    seen = {"reference": references, "floor": images}.get(trained_on(config) or "", {})
-    trained = {
-        key: TrainingImages(generator.datasets["trained"], extractor, seen[key].features if key in seen else None)
+def _score_all(generator: Generator, found: list[Checkpoint | None], world_size: int) -> Jobs[list[dict[str, Any]]]:
+    """What rank 0 does."""
+    config, datasets = generator.config, generator.datasets
+    references = yield from open_references(generator)
+    floors = (yield from open_references(generator, "floor")) if floor_split(config) in datasets else {}
+    real = [
+        RealImages(config, extractor, references[key], floors.get(key), datasets.get(config.data.split))
         for key, extractor in generator.extractors.items()
-        if "trained" in generator.datasets
-    }
-    real = {key: (floors.get(key), trained.get(key)) for key in generator.extractors}
-    logger.info(_description(config, generator, references, world_size))
+    ]
+    logger.info(_description(generator, real, world_size))
+    results = []
     for checkpoint in found:
-        yield from _score(config, generator, references, real, checkpoint, world_size, results)
+        results += yield from _score(generator, real, checkpoint, world_size)
+    return results
 
 
 def _score(
-    config: Config,
-    generator: Generator,
-    references: Mapping[str, Reference],
-    real: Mapping[str, tuple[Floor | None, TrainingImages | None]],
-    checkpoint: Checkpoint | None,
-    world_size: int,
-    results: list[dict[str, Any]],
-) -> Jobs[None]:
+    generator: Generator, real: Sequence[RealImages], checkpoint: Checkpoint | None, world_size: int
+) -> Jobs[list[dict[str, Any]]]:
     """Scores one checkpoint (None: weights that need none): a table per extractor, from one sampling."""
+    config = generator.config
     rundir, step = RunDir(config.output_dir), checkpoint.step if checkpoint is not None else 0
     samples = digest(sampling_settings(config, generator.known_labels))
     settle = partial(with_own_statistics, config=config, device=generator.device)
@@ -143,19 +115,19 @@ def _score(
     target = RunDir(config.evaluation.output or rundir.path)
     with RunDir(target.score_dir(step, samples)).lock():
         sampled = Sampled(target.score_dir(step, samples), generator)
-        scorers = []
-        for key, extractor in generator.extractors.items():
-            origin = {**references[key].origin, "size": references[key].statistics.count}
-            settings = settings_of(config, extractor, origin, generator.known_labels)
+        scorers, results = [], []
+        for one in real:
+            origin = {**one.reference.origin, "size": one.reference.statistics.count}
+            settings = settings_of(config, one.extractor, origin, generator.known_labels)
             folder = ScoreFolder(target.score_dir(step, f"{samples}-{digest(settings)}"))
-            tables = (sampled, folder, settings, world_size, *real[key])
-            scorers.append(Scorer(config, generator, extractor, references[key], resolver, *tables))
+            scorers.append(Scorer(generator, one, resolver, sampled, folder, settings, world_size))
         wanted = scorers[0].named()  # all names first: a wrong one is an error at once
         kinds = candidates(config.evaluation.sweep, step).values()
         sweeps = [[Sweep(scorer, of_kind) for of_kind in kinds] for scorer in scorers]
         yield from check_versions(scorers)
         for scorer, own_sweeps in zip(scorers, sweeps, strict=True):
             results.append((yield from _table(scorer, wanted, own_sweeps)))
+    return results
 
 
 def _table(scorer: Scorer, wanted: Sequence[NamedWeights], sweeps: Sequence[Sweep]) -> Jobs[dict[str, Any]]:
@@ -178,20 +150,23 @@ def _show(results: dict[str, Any]) -> None:
     logger.info(table(results))
     if results.get("sweep"):
         logger.info(describe(results))
+        shares = {row["weights"]: row["saturated"] for row in results["sweep"]}
+        if text := numbers.saturation(shares, results["reference_saturated"]):  # of all candidates at once
+            logger.warning(text)
     for warning in results["warnings"]:
         names = [row["weights"] for row in results["rows"] if warning in row["warnings"]]
-        logger.warning((f"{listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)
+        logger.warning((f"{numbers.listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)
 
 
-def _description(config: Config, generator: Generator, references: Mapping[str, Reference], world_size: int) -> str:
+def _description(generator: Generator, real: Sequence[RealImages], world_size: int) -> str:
     """What a person should see before the first image."""
-    evaluation, device = config.evaluation, generator.device
+    evaluation, device = generator.config.evaluation, generator.device
     precision = {"no": "fp32"}.get(evaluation.mixed_precision, evaluation.mixed_precision)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     lines = [
         f"device       {device}{threads}, {precision}{', compiled' if evaluation.compile else ''}",
         f"processes    {world_size}",
-        *(f"features     {one.label}, {one.dim:,} dimensions" for one in generator.extractors.values()),
-        f"reference    {evaluation.reference}, {next(iter(references.values())).statistics.count:,} images",
+        *(f"features     {one.extractor.label}, {one.extractor.dim:,} dimensions" for one in real),
+        f"reference    {evaluation.reference}, {real[0].reference.statistics.count:,} images",
     ]
     return "\n".join(lines)

@@ -9,52 +9,46 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.averaging import profile_from_dict
-from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
-from ddpm_ema.features import Extractor
 from ddpm_ema.messages import logger
-from ddpm_ema.metrics import Estimate, Reference
+from ddpm_ema.metrics import Estimate
 from ddpm_ema.named_weights import NamedWeights, WeightResolver
 from ddpm_ema.sampling import PROTOCOL
 from ddpm_ema.score.driver import Jobs
 from ddpm_ema.score.feature_store import BatchStore, FeatureBatch
-from ddpm_ema.score.floor import Floor
 from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
+from ddpm_ema.score.real_images import RealImages
 from ddpm_ema.score.reference import reading_of
-from ddpm_ema.score.results import results_of
-from ddpm_ema.score.rows import RowBuilder, Score
+from ddpm_ema.score.results import recommended, results_of
+from ddpm_ema.score.rows import RowBuilder, Score, ranked
 from ddpm_ema.score.sampled import Sampled, made_with
-from ddpm_ema.score.training_images import TrainingImages
 
 
 class Scorer:
     """Scores weights of one checkpoint by one extractor, one set after another. Its caller holds the lock of `sampled`.
 
     It knows nothing of other processes: what yields `Job`s is told their features by whoever runs it, before it goes on. The
-    `generator` is asked about network and sampler alone; `folder` keeps the table, `settings` are those of `settings_of`;
-    `floor` are real images beside the reference's, `trained` those that were trained on, each None where there are none.
+    `generator` is asked about settings, network and sampler alone; `real` are the images that samples are compared with; `folder`
+    keeps the table, `settings` are those of `settings_of`.
     """
 
     def __init__(
         self,
-        config: Config,
         generator: Generator,
-        extractor: Extractor,
-        reference: Reference,
+        real: RealImages,
         resolver: WeightResolver,
         sampled: Sampled,
         folder: ScoreFolder,
         settings: Mapping[str, Any],
         world_size: int = 1,
-        floor: Floor | None = None,
-        trained: TrainingImages | None = None,
     ) -> None:
-        self.config, self.generator, self.extractor, self.resolver = config, generator, extractor, resolver
-        self.sampled, self.folder, self.floor, self.trained = sampled, folder, floor, trained
-        self.settings, self.step = settings, resolver.checkpoint.step if resolver.checkpoint else 0
-        self.builder = RowBuilder(reference, config.evaluation, extractor.device, reading_of(config) == "population")
-        self.versions, self.world_size = made_with(extractor.device), world_size
+        self.config, self.generator, self.real, self.resolver = generator.config, generator, real, resolver
+        self.sampled, self.folder, self.settings, self.world_size = sampled, folder, settings, world_size
+        self.step, device = resolver.checkpoint.step if resolver.checkpoint else 0, real.extractor.device
+        population = reading_of(self.config) == "population"
+        self.builder = RowBuilder(real.reference, self.config.evaluation, device, population)
+        self.versions = made_with(device)
 
     def named(self) -> list[NamedWeights]:
         """What `evaluation.weights` names, each once, however often it is spelled.
@@ -82,7 +76,7 @@ class Scorer:
         record = self.record(weights)
         if count not in record.rows:
             batch = self.features(weights.key).join(count)
-            more = self._described(weights) | (self.floor.nearer_to_training(batch.features) if self.floor else {})
+            more = self._described(weights) | self.real.nearer_to_training(batch.features)
             score = self.builder.build(batch, weights.name, more)
             record.rows[count], record.estimates[count] = score.row, score.estimate
         if named and weights.name not in record.names:
@@ -97,7 +91,7 @@ class Scorer:
 
     def features(self, key: str) -> BatchStore[FeatureBatch]:
         """Of the images of the weights with this key."""
-        return self.sampled.features(key, self.extractor.key)
+        return self.sampled.features(key, self.real.extractor.key)
 
     def record(self, weights: NamedWeights) -> Record:
         """What is known of these weights, or a new record."""
@@ -155,39 +149,44 @@ class Scorer:
             if self._still_named(record, name) is not None
         ]
 
-    def raw(self) -> Score | None:
-        """The score of raw, where it was asked for."""
-        return next((score for score in self.scores() if score.row["weights"] == "raw"), None)
-
     def _floor(self) -> dict[str, Any]:
         """`floor` of results.json, which is computed once; empty where there are no such images."""
         known = self.folder.results().get("floor")
-        if self.floor is None or (known and known["data"] == self.floor.images.origin["data"]):
+        if self.real.floor is None or (known and known["data"] == self.real.floor.origin["data"]):
             return {"floor": known} if known else {}
-        return {"floor": self.floor.estimate(self.builder)}
+        return {"floor": self.real.distance_of_floor(self.builder)}
 
     def write(self, sweep: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
         """Writes results.json and grid.png of what is finished; returns the results."""
-        reference = self.builder.reference
-        results = results_of(self.config, self.extractor, self.settings, self.step, self.scores(), reference)
+        results = results_of(self.real, self.settings, self.step, self.scores())
         results |= {"versions": self.versions, "world_size": self.world_size, **self._floor(), **sweep}
         if note is not None:
             results["warnings"].insert(0, note)
-        keys = {row["weights"]: row["weights_sha256"] for row in results["rows"]}
         known = {name for record in self.folder.records() if record.rows for name in record.names}
-        if left := sorted(known - keys.keys()):
+        if left := sorted(known - {row["weights"] for row in results["rows"]}):
             logger.info(f"left out: {', '.join(left)}: the weights that an earlier scoring saw are no longer there")
-        images = {
-            name: self.sampled.first_images(key, self.config.evaluation.grid_images) for name, key in keys.items()
-        }
-        shown = {name: some for name, some in images.items() if some is not None}
-        self.folder.write(results, shown, self.step, self.config.evaluation)
-        self._keep_nearest({name: (keys[name], some) for name, some in shown.items()})
+        shown = self._shown(results)
+        self.folder.write(results, {name: some for name, (_, some) in shown.items()}, self.step, self.config.evaluation)
+        self._keep_nearest(shown)
         return results
+
+    def _shown(self, results: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+        """The rows of the grid, as far as their images are there: name -> key and images.
+
+        Those of all weights that have a name, and of a candidate that is recommended.
+        """
+        rows = {row["weights"]: row for row in results["rows"]}
+        swept = {row["weights"]: row for row in results.get("sweep", ()) if row["weights"] == recommended(results)}
+        found = {}
+        for row in ranked((swept | rows).values()):
+            images = self.sampled.first_images(row["weights_sha256"], self.config.evaluation.grid_images)
+            if images is not None:
+                found[row["weights"]] = row["weights_sha256"], images
+        return found
 
     def _keep_nearest(self, shown: Mapping[str, tuple[str, Tensor]]) -> None:
         """The training image nearest to each that the grid shows (name -> key and images), where it is not kept yet."""
-        if self.trained is None:
+        if self.real.trained is None:
             return
 
         def is_wanted(key: str, count: int) -> bool:
@@ -199,6 +198,6 @@ class Scorer:
             return
         features = [self.features(key).join(len(some)).features for key, some in wanted.values()]
         images = torch.cat([some for _, some in wanted.values()])
-        found = self.trained.nearest(images, torch.cat(features))  # one pass for all weights
+        found = self.real.nearest_trained(images, torch.cat(features))  # one pass for all weights
         for (name, (key, _)), near in zip(wanted.items(), found.split([len(one) for one in features]), strict=True):
-            self.folder.keep_nearest(key, name, near, self.trained.title)
+            self.folder.keep_nearest(key, name, near, self.real.title)

@@ -1,6 +1,7 @@
 """Which width is best, with few images on poor candidates and many on close ones: a bracketing search on a grid."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TypeAlias
 
 from ddpm_ema.metrics import ALPHA, Estimate, difference
@@ -32,14 +33,7 @@ class Search:
         self.num_candidates, self.rungs = num_candidates, rungs
         self.level = ALPHA / ((num_candidates - 1) * len(rungs))
         self.counts: dict[int, int] = {}
-        self._estimate = estimate
-        self._known: dict[tuple[int, int], Estimate] = {}
-
-    def estimate(self, candidate: int, num_images: int) -> Estimate:
-        key = candidate, num_images
-        if key not in self._known:
-            self._known[key] = self._estimate(candidate, num_images)
-        return self._known[key]
+        self.estimate = cache(estimate)
 
     @property
     def best(self) -> int:

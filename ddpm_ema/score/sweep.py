@@ -101,7 +101,7 @@ class Sweep:
         Nothing is sampled that an earlier sweep, a search or a scoring by name has sampled already.
         """
         scorer = self.scorer
-        if scorer.raw() is not None:  # to be paired with it
+        if any(score.row["weights"] == "raw" for score in scorer.scores()):  # to be paired with it
             yield from scorer.sample(scorer.resolver.named("raw"), self.most_images)
         everything = dict.fromkeys(range(len(self.candidates)), self.most_images)
         looked_at = (yield from self._search()) if search else everything

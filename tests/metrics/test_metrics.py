@@ -1,6 +1,7 @@
 """Statistics, the Fréchet distance, KID, precision and recall, and reference statistics kept by content."""
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ddpm_ema import metrics
 from ddpm_ema.errors import UserError
+from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Estimate, FrechetReference, Statistics, statistics_of
 
 
@@ -192,12 +194,17 @@ class TestReference:
         """The reference, and what the user is told."""
         settings = {"fingerprint": "f0", "split": "train", "resize": "none", **changed}
         key = metrics.content_key(extractor={"extractor_sha256": extractor.sha256}, **settings)
-        cached, notes = metrics.load_cached(cache, key)
-        if cached is not None:
-            return cached, notes
-        features = torch.cat([extractor(images) for images in image_batches()])
-        made = metrics.reference_of(features, key, saturated=0.25, noise=128 + 40 * gaussian(20, 3, 5))
-        return made, notes + metrics.keep(made, cache)
+        notes, handler = list[str](), logging.Handler()
+        handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+        logger.addHandler(handler)
+        try:
+            if (found := metrics.load_cached(cache, key)) is None:
+                features = torch.cat([extractor(images) for images in image_batches()])
+                found = metrics.reference_of(features, key, saturated=0.25, noise=128 + 40 * gaussian(20, 3, 5))
+                metrics.keep(found, cache)
+        finally:
+            logger.removeHandler(handler)
+        return found, notes
 
     def test_it_is_made_of_every_image_once_and_kept(self, tmp_path: Path) -> None:
         extractor = CountingExtractor()

@@ -151,7 +151,7 @@ def test_one_network_is_held_at_a_time_and_built_anew_for_another_kind_only(
 def test_what_a_rank_is_told_is_enough_to_build_the_folder_s_network_and_schedule(run: Config, folder: Path) -> None:
     """A rank that sees no file gets the job and the tensors."""
     weights = named(folder, run)
-    job = pickle.loads(pickle.dumps(Job("folder", [0], ("classifier",), lambda made: None, weights).told()))
+    job = pickle.loads(pickle.dumps(Job("folder", [0], ("classifier",), lambda made: None, weights)))
     generator = Generator(run, [open_extractor("classifier", run.output_dir)], batch_size=4)
     generator.load(job.weights.name, job.weights.pipeline, [read() for read in weights.members])
     assert generator.network is not None

@@ -1,6 +1,7 @@
 """All ranks do rank 0's jobs: two ranks as threads of this process, with a generator that makes its features up."""
 
 import io
+import pickle
 import threading
 import time
 import warnings
@@ -114,7 +115,7 @@ class TestJobs:
             assert torch.cat([batch.indices for batch in taken]).tolist() == list(range(40))
             yield Job("a again", list(range(14)), NAMES, take, some_weights("a", 1.0), at_once=True)
             yield Job("b", [60, 61], NAMES, take, some_weights("b", 2.0, 3.0))
-            yield Job("reference", list(range(7)), NAMES, take, dataset="reference")
+            yield Job("reference", list(range(7)), NAMES, take, split="reference")
 
         on_two_ranks(lambda processes: Driver(processes, made[processes.rank]).run(jobs()))
         assert [part[0] for part in made[0].loaded] == ["weights a", "weights b"], "once each"
@@ -123,6 +124,19 @@ class TestJobs:
         assert [batch.indices.tolist() for batch in taken[-3:]] == [[*range(14)], [60, 61], [*range(7)]]
         assert made[0].asked[-3:] == [[*range(14)], [60], [0, 1, 2]]
         assert made[1].asked[-2:] == [[61], [3, 4, 5, 6]]
+
+    def test_rank_0_is_told_what_its_jobs_return_and_other_ranks_hear_nothing_of_its_files(self) -> None:
+        def jobs() -> Any:
+            yield Job("reference", [0, 1], NAMES, lambda found: None, split="reference")
+            return "done"
+
+        assert on_two_ranks(lambda of: Driver(of, Made()).run(jobs() if of.is_main else iter(()))) == ["done", None]
+        job = Job("a", [0], NAMES, lambda made: None, some_weights("a", 1.0), kept=lambda indices: indices)
+        told = pickle.loads(pickle.dumps(job))
+        assert (told.title, told.images, told.weights.key) == ("a", [0], "a")
+        for one in (told.take, told.kept, *told.weights.members):
+            with pytest.raises(AssertionError, match="on a rank that was told of a job"):
+                one(torch.tensor([0]))
 
     def test_images_that_rank_0_kept_are_sent_to_all_who_share_them_out(self) -> None:
         taken, made = list[Any](), [Made(), Made()]
@@ -229,9 +243,9 @@ class TestCompiling:
     ) -> None:
         failure = type("TorchDynamoException", (RuntimeError,), {})("CppCompileError: no compiler")
         made, prepared = self.driver(monkeypatch, failure)
-        made.generate("raw", [20, 21], NAMES, lambda found: None)
+        made.do(Job("raw", [20, 21], NAMES, lambda found: None))
         with pytest.raises(UserError, match=r"evaluation.compile: torch.compile fails here \(CppCompileError"):
-            made.generate("raw", list(range(20, 30)), NAMES, lambda found: None)
+            made.do(Job("raw", list(range(20, 30)), NAMES, lambda found: None))
         assert prepared == ["evaluation.compile"]
 
     def test_a_stop_that_kills_the_compiler_is_a_stop(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +254,7 @@ class TestCompiling:
         made, _ = self.driver(monkeypatch, failure, stop)
         monkeypatch.setattr(made, "_check_stop", lambda title: setattr(stop, "requested", True))
         with pytest.raises(StoppedError, match=r"while torch\.compile worked"):
-            made.generate("raw", list(range(20, 30)), NAMES, lambda found: None)
+            made.do(Job("raw", list(range(20, 30)), NAMES, lambda found: None))
 
 
 class TestRounds:

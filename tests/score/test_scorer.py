@@ -1,18 +1,22 @@
 """What a scorer asks for and what it keeps, without processes: features come from a formula, not from a network."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from scored import again, make_run
 
+from ddpm_ema.averaging import PowerFunction
 from ddpm_ema.errors import UserError
 from ddpm_ema.metrics import Reference, statistics_of
 from ddpm_ema.named_weights import WeightResolver
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.score.feature_store import FeatureBatch, ImageBatch
 from ddpm_ema.score.folder import ScoreFolder
+from ddpm_ema.score.real_images import RealImages
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
 
@@ -90,8 +94,8 @@ def scorer_of(run, extractors=("numbers",)) -> Scorer:
         "clip_sample": True,
     }
     resolver = WeightResolver(rundir, rundir.checkpoint(8), run)
-    reference = Reference(statistics_of(real), {}, real)
-    return Scorer(run, generator, extractor, reference, resolver, sampled, folder, settings)
+    images = RealImages(run, extractor, Reference(statistics_of(real), {}, real))
+    return Scorer(generator, images, resolver, sampled, folder, settings)
 
 
 def all_rows(scorer: Scorer):
@@ -143,6 +147,22 @@ def test_of_large_images_the_first_are_kept_and_the_others_sampled_again(run, mo
     worker = Worker()
     worker.run(all_rows(scorer_of(run, ("others",))))
     assert worker.asked == {"raw": list(range(16, 40)), "raw, others": list(range(16))}
+
+
+def test_a_candidate_that_is_recommended_has_a_row_in_the_grid_where_its_samples_are_at_hand(run):
+    def grid(scorer: Scorer, best: list[str]) -> list[str]:
+        row = {**scorer.record(weights).rows[40], "significant": True, "delta_vs_raw": -1.0}
+        scorer.write({"sweep": [row], "may_be_best": best})
+        return json.loads(Image.open(scorer.folder.grid_path).text["Rows"])["names"]
+
+    scorer = scorer_of(run)
+    weights = scorer.resolver.reconstructed(PowerFunction(std=0.07))
+    Worker().run(all_rows(scorer))
+    Worker().run(scorer.score(weights, named=False))
+    assert sorted(grid(scorer, ["raw", "power_0_07"])) == ["ema_0_9", "raw"], "no average is better than raw"
+    assert sorted(grid(scorer, ["ema_0_9", "power_0_07"])) == ["ema_0_9", "power_0_07", "raw"]
+    shutil.rmtree(run.output_dir / "scores" / "00000008-x" / "weights" / weights.key[:16])
+    assert sorted(grid(scorer_of(run), ["power_0_07"])) == ["ema_0_9", "raw"]
 
 
 def test_a_name_that_means_nothing_is_an_error_before_anything_is_asked_for(run):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scored import STEPS, again, make_run, results, weights
 
-from ddpm_ema import sampling
+from ddpm_ema import numbers, sampling
 from ddpm_ema.averaging import RAW, BiasCorrected, PowerFunction, Uniform, Window, write_snapshot
 from ddpm_ema.config import SweepSettings
 from ddpm_ema.errors import UserError
@@ -153,6 +153,13 @@ class TestSweep:
         lowest = min(found["sweep"][:3], key=lambda row: row["frechet_distance_unbiased"])
         assert f"lowest std of the sweep: {lowest['std']:g}" in describe(found)
         assert {row["weights"] for row in found["rows"]} == {"raw"}
+
+    def test_saturated_candidates_are_warned_of_on_the_terminal_in_one_sentence(self, run, capsys, monkeypatch):
+        monkeypatch.setattr(numbers, "SATURATION_MARGIN", 0.05)
+        found = results(again(run, evaluation__sweep={"stds": "0.05:0.15:3"}))
+        shares = [f"{row['saturated']:.0%} of {row['weights']}" for row in found["sweep"]]
+        text = f"{numbers.listed(shares)}, but {found['reference_saturated']:.0%} of the reference"
+        assert f"warning: Channel values at 0 or 255: {text}" in capsys.readouterr().err
 
     def test_an_emulated_decay_is_the_mean_of_the_last_steps_reconstructed_and_scored_beside_the_others(self, tmp_path):
         """Weights that grow by one part per step: the mean of the last D of T is that of step T - (D - 1) / 2."""

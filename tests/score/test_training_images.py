@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from scored import again, make_run, results, start
 
 from ddpm_ema import data
+from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.features import open_extractor
+from ddpm_ema.metrics import Reference, statistics_of
 from ddpm_ema.metrics.nearest import nearest_of
-from ddpm_ema.score.training_images import TrainingImages
+from ddpm_ema.score.real_images import RealImages
 
 SHOWN = 5  # images per row of the grid
 
@@ -26,6 +28,15 @@ def test_a_copy_has_distance_zero_and_its_own_place_in_whatever_batch_it_lies() 
     distances, places = nearest_of(training[[49, 0, 8, 7]].flatten(1), training.flatten(1).split(30))
     assert places.tolist() == [49, 0, 8, 7]
     assert distances.tolist() == [0.0] * 4
+
+
+def test_a_copy_is_told_from_images_that_differ_in_one_pixel_by_one_level() -> None:
+    """Forty such images: squared lengths of 2 * 10^8, whose difference float32 rounds to steps of 16."""
+    training = torch.full((40, 3072), 250, dtype=torch.uint8)
+    training[torch.arange(40), torch.arange(40)] += 1
+    distances, places = nearest_of(training.flip(0), [training])
+    assert places.tolist() == list(reversed(range(40)))
+    assert distances.tolist() == [0.0] * 40
 
 
 def test_distances_are_euclidean_and_places_count_through_all_batches() -> None:
@@ -42,7 +53,8 @@ def test_copies_of_training_images_find_themselves_by_pixels_and_by_features() -
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     extractor = SimpleNamespace(label="numbers", device=torch.device("cpu"))
     for known in (None, features):
-        found = TrainingImages(dataset, extractor, known).nearest(images[[39, 5]], features[[39, 5]])
+        real = RealImages(Config(), extractor, Reference(statistics_of(features), {}, known), trained=dataset)
+        found = real.nearest_trained(images[[39, 5]], features[[39, 5]])
         assert torch.equal(found, images[[39, 5]])
 
 
