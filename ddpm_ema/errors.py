@@ -46,9 +46,9 @@ class LostRankError(StoppedError):
     prefix, everywhere = UserError.prefix, False
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """A library's message in one line of at most so many characters."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """A library's message in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def nearest(name: object, known: Iterable[str], or_all: bool = True) -> str:
