@@ -64,7 +64,7 @@ def open_generator(config: Config, processes: Processes, trained: Any = None) ->
         most = evaluation.extractor_batch_size
         return [open_extractor(entry, config.output_dir, processes.device, most) for entry in evaluation.extractors]
 
-    extractors = processes.main_first(open_all)
+    extractors = processes.main_first(open_all, "opening the feature extractors")
     if trained is None and (config.model.class_conditional or split == config.data.split):
         trained = load_split(config, processes, config.data.split)
     compared = trained if split == config.data.split else None
@@ -104,7 +104,7 @@ def open_trained(config: Config, processes: Processes, opened: Mapping[str, Any]
 
 
 def load_split(config: Config, processes: Processes, split: str) -> Any:
-    return processes.main_first(lambda: data.load(config.data, split=split))
+    return processes.main_first(lambda: data.load(config.data, split=split), "reading the images")
 
 
 def _score_all(

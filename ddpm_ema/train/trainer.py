@@ -88,7 +88,7 @@ class Trainer:
 def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     """Network, objective, optimizer and averages of a run at step 0."""
     training, device = config.training, processes.device
-    dataset = processes.main_first(lambda: data.load(config.data))
+    dataset = processes.main_first(lambda: data.load(config.data), "reading the images")
     _require_enough(dataset, config, processes)
     _require_same_data(dataset, processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.tf32
