@@ -123,7 +123,7 @@ class Processes:
                 dist.all_reduce(tensor, group=self.control)
         return tensor
 
-    def main_first(self, work: Callable[[], T], what: str = "reading the images") -> T:
+    def main_first(self, work: Callable[[], T], what: str) -> T:
         """Runs `work` on rank 0, then on the others, so that they find what it left (a cache). A collective.
 
         It may take hours: ranks that work keep answering; those that wait log which rank they wait for, and `what` it does. A

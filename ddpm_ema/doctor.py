@@ -162,8 +162,9 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 def check_compiler() -> Iterator[Finding]:
     """torch.compile needs a C++ compiler on CPU; on CUDA, Triton needs a C compiler and Python's headers."""
-    names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
-    compiler = next((found for name in names if (found := shutil.which(name))), "")
+    from ddpm_ema.capabilities import cpp_compiler
+
+    compiler = cpp_compiler() or ""
     lacking = [] if compiler else ["C++ compiler"]
     lacking += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
     hint = "keep training.compile and evaluation.compile off, or install g++ and python3-dev"

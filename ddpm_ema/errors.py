@@ -56,23 +56,17 @@ def explained(before: str, *errors: type[Exception], after: str = "") -> Iterato
         raise UserError(f"{before}{error}{after}") from None
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """A library's message in one line of at most so many characters."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """A library's message in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def close(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` if one of `known` is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: `; did you mean 'x'?`, or if none is near, all that are known."""
+def nearest(name: object, known: Iterable[str], or_all: bool = True) -> str:
+    """The end of a message about an unknown name: `; did you mean 'x'?`; if none is near, all that are known, or nothing."""
     known = list(known)
     near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(
         str(name), known, n=1, cutoff=0.5
     )
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known here: {', '.join(known)}" if known else ""
+    return f"; known here: {', '.join(known)}" if known and or_all else ""

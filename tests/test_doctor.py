@@ -102,6 +102,15 @@ def test_a_cache_folder_that_cannot_be_written_is_a_failure_that_names_the_varia
     assert "HF_HOME=/proc/self/nowhere" in finding.text
 
 
+def test_the_compiler_is_the_one_that_torch_compile_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")  # torch then takes no other
+    [finding] = doctor.check_compiler()
+    assert finding.level == "warning"
+    monkeypatch.setenv("CXX", "sh")
+    [finding] = doctor.check_compiler()
+    assert "C++" not in finding.text
+
+
 def test_a_missing_compiler_is_a_warning_and_fails_only_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError, close
+from ddpm_ema.errors import UserError, nearest
 
 _IMAGE_FILE = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|p[pgbn]m|tga|jp2|avif)", re.IGNORECASE)
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -35,7 +35,8 @@ def open_folder(path: Path, split: str) -> Source:
     """
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        near = close(path.name, sorted(entry.name for entry in path.parent.glob("*") if entry.is_dir()))
+        beside = sorted(entry.name for entry in path.parent.glob("*") if entry.is_dir())
+        near = nearest(path.name, beside, or_all=False)
         raise UserError(f"data.path: {path} {what}: name the folder that holds the images{near}")
     root = path / _split_folder(path, split)
     files, skipped, num_ignored = _walk(root)

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from ddpm_ema import numbers
 from ddpm_ema.errors import UserError
-from ddpm_ema.numbers import listed, says_nothing, verdict_of, with_error
-from ddpm_ema.report.record import Row, Scoring
+from ddpm_ema.numbers import listed, verdict_of, with_error
+from ddpm_ema.report.record import Row, Scoring, differences
 
 BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
 SATURATED = "of the channel values of these samples are at 0 or 255"
@@ -87,14 +87,11 @@ def rivals(scoring: Scoring, scorings: Sequence[Scoring]) -> list[Scoring]:
 
 def differing(scoring: Scoring, other: Scoring) -> str:
     """`sampler (ddim, ddpm) and steps (25, 1,000)`: the settings in which two scorings differ."""
-    ours, theirs = scoring.settings, other.settings
-    found = []
-    for key in dict.fromkeys((*ours, *theirs)):
-        repeats = key == "settings_digest" or key.startswith("reference_origin.")  # other keys say the same
-        if ours.get(key) != theirs.get(key) and not repeats:
-            values = [settings.get(key, "none") for settings in (ours, theirs)]
-            shown = ", ".join(value[:12] if len(value) == 64 else value for value in values)  # a sha256 is cut
-            found.append(f"{LABELS.get(key, key.removeprefix('versions.').replace('_', ' '))} ({shown})")
+    found = [
+        f"{LABELS.get(key, key.removeprefix('versions.').replace('_', ' '))} ({', '.join(values)})"
+        for key, values in differences([scoring.settings, other.settings]).items()
+        if not key.startswith("reference_origin.")  # other keys say the same
+    ]
     return listed(found) or "no settings"
 
 
@@ -184,7 +181,7 @@ def _of_set(scoring: Scoring, best: Row, start: str, end: str = "") -> Answer:
 def _against(scoring: Scoring, best: Row) -> Iterator[str]:
     """Other measures by which raw is better than what is recommended."""
     for key, gap in best.measures_vs_raw.items():
-        silent = key == "precision" and says_nothing(scoring.precision_of_noise)
+        silent = key == "precision" and scoring.precision_note
         if not gap.significant or gap.delta is None or silent:
             continue
         if (gap.delta > 0) == (key == "kid"):  # of precision and recall, more is better

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -14,7 +13,7 @@ from ddpm_ema.report import commands, facts, figures
 from ddpm_ema.report.answer import LABELS, judge, newest
 from ddpm_ema.report.gallery import Gallery, galleries
 from ddpm_ema.report.plot import Look, Plot, Series
-from ddpm_ema.report.record import Record, Row, Scoring, plain
+from ddpm_ema.report.record import Record, Row, Scoring, differences, flat
 
 OF_THE_NETWORK = ("versions.", "model.", "diffusion.", "settings_digest")
 """Settings of a scoring in which compared runs may differ: their distances mean the same."""
@@ -63,14 +62,7 @@ def _protocol(scoring: Scoring) -> dict[str, str]:
 
 def differing(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Name of a setting -> its value in each, for settings that are not the same in all."""
-    keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
-    values = {key: [_brief(one.get(key, "none")) for one in settings] for key in keys}
-    return {LABELS.get(key, key): found for key, found in values.items() if len(set(found)) > 1}
-
-
-def _brief(value: str) -> str:
-    """Of a hash the first digits."""
-    return value[:12] if re.fullmatch("[0-9a-f]{40,64}", value) else value[:100]
+    return {LABELS.get(key, key): values for key, values in differences(settings).items()}
 
 
 def scorings(record: Record, scoring: Scoring) -> Table | None:
@@ -150,18 +142,8 @@ def _distance(scoring: Scoring | None, row: Row | None) -> str:
 
 def _trained(run: Run) -> dict[str, str]:
     """The run's config.yaml by dotted key, without the place."""
-    found = dict(_scalars(yaml.safe_load(run.record.config_text or "{}")))
+    found = dict(flat(yaml.safe_load(run.record.config_text or "{}")))
     return {key: value for key, value in found.items() if key != "output_dir"}
-
-
-def _scalars(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, str]]:
-    """Settings by dotted key, only as deep as ours are: a stranger's YAML may unfold to gigabytes."""
-    if isinstance(tree, dict) and depth:
-        for name, value in tree.items():
-            yield from _scalars(value, f"{key}.{name}".lstrip("."), depth - 1)
-    else:
-        items = tree if isinstance(tree, list) else [tree]
-        yield key, ", ".join(plain(item) for item in items if not isinstance(item, (dict, list)))
 
 
 def sentence(compared: Sequence[Run], together: Table | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from ddpm_ema.numbers import with_error
+from ddpm_ema.numbers import listed, with_error
 from ddpm_ema.report.plot import Look, Plot, Point, Series
 from ddpm_ema.report.record import Logged, Number, Row, Scoring
 from ddpm_ema.weight_names import split_step
@@ -111,8 +111,8 @@ def swept(scoring: Scoring, key: str, value: str = "", prefix: str = "") -> list
     return sorted(points)
 
 
-def sweep(scoring: Scoring, key: str, note: str) -> list[Plot]:
-    """Distance, then precision and recall, over the width of reconstructed averages. `note` is added to the second caption."""
+def sweep(scoring: Scoring, key: str) -> list[Plot]:
+    """Distance, then precision (unless it says nothing) and recall, over the width of reconstructed averages."""
     (title, label), points, metric = WIDTHS[key], swept(scoring, key), scoring.metric_name
     if len(points) < 2:
         return []
@@ -127,16 +127,16 @@ def sweep(scoring: Scoring, key: str, note: str) -> list[Plot]:
         caption += " It lies at the end of the range: a wider range may hold a better one."
     drawn, log = (Series("sweep", Look("c0"), points, "band"),), key == "decay"
     found = [Plot(f"{metric} over {title}", label, metric, drawn, caption, log, level=floor(scoring), ring=ring)]
-    looks = {"precision": Look("c0"), "recall": Look("c1", dash="7 3")}
-    shares = tuple(Series(share, look, swept(scoring, key, share), "band") for share, look in looks.items())
+    shares = [Series("recall", Look("c1", dash="7 3"), swept(scoring, key, "recall"), "band")]
+    caption = "Recall: share of the reference images that lie among samples."
+    if scoring.precision_note:
+        caption += f" {scoring.precision_note}"
+    else:
+        shares.insert(0, Series("precision", Look("c0"), swept(scoring, key, "precision"), "band"))
+        caption = f"Precision: share of the samples that lie among reference images. {caption}"
     if all(len(one.points) > 1 for one in shares):
-        caption = (
-            "Precision: share of the samples that lie among reference images. "
-            f"Recall: share of the reference images that lie among samples. {note}"
-        )
-        found.append(
-            Plot(f"Precision and recall over {title}", label, "share of images", shares, caption, log, linear=True)
-        )
+        names = listed([one.name for one in shares]).capitalize()
+        found.append(Plot(f"{names} over {title}", label, "share of images", tuple(shares), caption, log, linear=True))
     return found
 
 

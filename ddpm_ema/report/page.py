@@ -56,12 +56,12 @@ class Table:
 
     @property
     def columns(self) -> list[tuple[str, str, int]]:
-        return [column for column in FURTHER if any(row.get(column[0]) is not None for row in self.rows)]
+        given = [column for column in FURTHER if any(row.get(column[0]) is not None for row in self.rows)]
+        return [column for column in given if column[0] != "precision" or not self.scoring.precision_note]
 
     @property
     def notes(self) -> list[str]:
-        noise = _precision_note(self.scoring) if any(key == "precision" for key, _, _ in self.columns) else ""
-        return [*answer.saturation(self.scoring, self.rows), *([noise] if noise else [])]
+        return [*answer.saturation(self.scoring, self.rows), *filter(None, [self.scoring.precision_note])]
 
     def place(self, value: float) -> float:
         """Where a difference from raw is drawn, in 0 ... 120: by its square root, because one average may be far worse."""
@@ -129,14 +129,6 @@ def _fill(template: str, records: Sequence[Record], **content: Any) -> str:
     )
 
 
-def _precision_note(scoring: Scoring) -> str:
-    """Where precision says nothing: a small classifier's features of noise may lie among those of the data."""
-    reached = scoring.precision_of_noise
-    if not numbers.says_nothing(reached):
-        return ""
-    return f"Precision says nothing here: images of pure noise reach {reached:.2f} with this extractor and reference."
-
-
 def _quick(record: Record, look: Looks) -> Plot | None:
     """The quick scorings while training."""
     if not record.quick:
@@ -153,7 +145,7 @@ def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
     """The plots of the newest scoring that has a sweep, `scoring` before all others, and the warnings of its rows."""
     later = sorted((s for s in record.scorings if s is not scoring), key=lambda s: (s.step, s.finished), reverse=True)
     for source in (scoring, *later):
-        plots = [plot for key in figures.WIDTHS for plot in figures.sweep(source, key, _precision_note(source))]
+        plots = [plot for key in figures.WIDTHS for plot in figures.sweep(source, key)]
         if plots:
             notes = list(answer.saturation(source, source.sweep))
             texts = ((row.weights, text) for row in source.sweep for text in row.warnings)

@@ -6,18 +6,20 @@ names the place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ddpm_ema.numbers import metric_label, reading, sampler_label
+from ddpm_ema.numbers import metric_label, reading, sampler_label, says_nothing
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 3
 LARGEST = 1e30  # a larger figure is not drawn
+HASH = re.compile(r"\A([0-9a-f]{12})[0-9a-f]{28,52}\Z")
 # Keys of results.json that are no settings: they differ between two scorings with the same settings.
 NO_SETTINGS = {
     *("schema", "step", "finished", "evaluation", "world_size", "rows", "may_be_best", "warnings", "folder", "grid"),
@@ -182,6 +184,14 @@ class Scoring(Shape):
         return f"With {steps} and {self.num_images:,} images per average"
 
     @property
+    def precision_note(self) -> str:
+        """Why precision is left out: features of noise may lie among those of the data. Empty where precision means something."""
+        if not says_nothing(reached := self.precision_of_noise):
+            return ""
+        with_these = "with this extractor and reference"
+        return f"Precision is left out: images of pure noise reach {reached:.2f} of it {with_these}."
+
+    @property
     def raw(self) -> Row | None:
         return next((row for row in self.rows if row.weights == "raw"), None)
 
@@ -193,7 +203,7 @@ class Scoring(Shape):
     @property
     def settings(self) -> dict[str, str]:
         """Everything that was set for this scoring and may change its numbers, versions among it, by dotted key."""
-        return dict(_flat(self.model_dump(mode="json", exclude=NO_SETTINGS)))
+        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS)))
 
     def comparable(self, other: Scoring) -> bool:
         """Whether both may be points of one curve: the same settings, of whatever versions."""
@@ -201,12 +211,21 @@ class Scoring(Shape):
         return all(ours.get(k) == theirs.get(k) for k in (*ours, *theirs) if not k.startswith("versions."))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", plain(value)
+def flat(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, str]]:
+    """Settings by dotted key, only as deep as ours are: a stranger's YAML may unfold to gigabytes."""
+    if isinstance(tree, dict) and depth:
+        for name, value in tree.items():
+            yield from flat(value, f"{key}.{name}".lstrip("."), depth - 1)
+    else:
+        items = tree if isinstance(tree, list) else [tree]
+        yield key, ", ".join(plain(item) for item in items if not isinstance(item, (dict, list)))
+
+
+def differences(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Key of a setting -> its value in each, for settings that are not the same in all. Of a hash, the first digits."""
+    keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
+    values = {key: [HASH.sub(r"\1", one.get(key, "none"))[:100] for one in settings] for key in keys}
+    return {key: found for key, found in values.items() if len(set(found)) > 1}
 
 
 def plain(value: Any) -> str:

@@ -94,16 +94,6 @@ def results_of(real: RealImages, settings: Mapping[str, Any], step: int, scores:
     }
 
 
-def recommended(results: Mapping[str, Any]) -> str | None:
-    """The weights that the report says to ship, by the rule in docs/scoring.md; None where nothing was scored."""
-    best, by_name = (
-        results["may_be_best"],
-        {row["weights"]: row for row in (*results.get("sweep", ()), *results["rows"])},
-    )
-    better = [name for name in best if by_name[name].get("significant") and by_name[name]["delta_vs_raw"] < 0]
-    return "raw" if "raw" in best else next(iter(better or best), None)
-
-
 def _reference_text(config: Config, origin: Mapping[str, Any]) -> str:
     """For a person: which images, and how many."""
     if "file" in origin:

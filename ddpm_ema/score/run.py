@@ -58,7 +58,7 @@ def open_generator(config: Config, processes: Processes, trained: Any = None) ->
         most = evaluation.extractor_batch_size
         return [open_extractor(entry, config.output_dir, processes.device, most) for entry in evaluation.extractors]
 
-    extractors = processes.main_first(open_all)
+    extractors = processes.main_first(open_all, "opening the feature extractors")
     for split in (config.data.split if config.model.class_conditional else None, reference_split(config)):
         if split is not None and split not in datasets:
             datasets[split] = load_split(config, processes, split)
@@ -84,7 +84,7 @@ def open_beside(generator: Generator, processes: Processes) -> None:
 
 
 def load_split(config: Config, processes: Processes, split: str) -> Any:
-    return processes.main_first(lambda: data.load(config.data, split=split))
+    return processes.main_first(lambda: data.load(config.data, split=split), "reading the images")
 
 
 def _score_all(generator: Generator, found: list[Checkpoint | None], world_size: int) -> Jobs[list[dict[str, Any]]]:

@@ -20,7 +20,7 @@ from ddpm_ema.score.folder import Record, ScoreFolder
 from ddpm_ema.score.generate import Generator
 from ddpm_ema.score.real_images import RealImages
 from ddpm_ema.score.reference import reading_of
-from ddpm_ema.score.results import recommended, results_of
+from ddpm_ema.score.results import results_of
 from ddpm_ema.score.rows import RowBuilder, Score, ranked
 from ddpm_ema.score.sampled import Sampled, made_with
 
@@ -173,12 +173,13 @@ class Scorer:
     def _shown(self, results: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
         """The rows of the grid, as far as their images are there: name -> key and images.
 
-        Those of all weights that have a name, and of a candidate that is recommended.
+        Those of all weights that have a name, and of the first candidate of a sweep that may be the best.
         """
         rows = {row["weights"]: row for row in results["rows"]}
-        swept = {row["weights"]: row for row in results.get("sweep", ()) if row["weights"] == recommended(results)}
+        swept = {row["weights"]: row for row in results.get("sweep", ())}
+        best = [swept[name] for name in results["may_be_best"] if name in swept.keys() - rows.keys()]
         found = {}
-        for row in ranked((swept | rows).values()):
+        for row in ranked([*best[:1], *rows.values()]):
             images = self.sampled.first_images(row["weights_sha256"], self.config.evaluation.grid_images)
             if images is not None:
                 found[row["weights"]] = row["weights_sha256"], images

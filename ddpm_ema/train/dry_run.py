@@ -40,9 +40,9 @@ def dry_run(config: Config) -> None:
     processes.close()
 
 
-def time_steps(trainer: Trainer, count: int = 2) -> float:
-    """Seconds per optimizer step: a mean over `count` steps after one that warms up (and compiles); 0 for a run of one step."""
-    batches = list(itertools.islice(batches_of(trainer), 1 + count))
+def time_steps(trainer: Trainer) -> float:
+    """Seconds per optimizer step: a mean over two steps after one that warms up (and compiles); 0 for a run of one step."""
+    batches = list(itertools.islice(batches_of(trainer), 3))
     ends = []
     for micro_batches in batches:
         train_step(trainer, micro_batches)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ddpm_ema import keyed_random, model, network_call
 from ddpm_ema.errors import DivergedError
 from ddpm_ema.keyed_random import Purpose
+from ddpm_ema.sampling_network import AUTOCAST
 from ddpm_ema.train.trainer import FinitenessCheck, MicroBatch, Trainer
 from ddpm_ema.transfer import to_host
 
@@ -63,21 +65,15 @@ def image_losses(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Ten
     if (no_label := model.no_label(trainer.network)) is not None:
         labels = objective.drop_labels(trainer.dataset.labels[micro_batch.indices], no_label, seed, step, positions)
     inputs = objective.inputs(seed, step, positions, micro_batch.images, labels, config.data.horizontal_flip)
-    return objective.loss(_predictor(trainer), *inputs), inputs[2]
+    return objective.loss(partial(_predict, trainer), *inputs), inputs[2]
 
 
-def _predictor(trainer: Trainer) -> network_call.Predict:
+def _predict(trainer: Trainer, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
     """The network inside autocast. Its input keeps the memory order that its weights have."""
-    precision, device = trainer.config.training.mixed_precision, trainer.processes.device.type
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    order = torch.channels_last if trainer.config.training.channels_last else torch.contiguous_format
-
-    def predict(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            x_t = x_t.contiguous(memory_format=order)
-            return network_call.predict(trainer.ddp_network, x_t, timesteps, labels)
-
-    return predict
+    training, dtype = trainer.config.training, AUTOCAST[trainer.config.training.mixed_precision]
+    order = torch.channels_last if training.channels_last else torch.contiguous_format
+    with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype is not None):
+        return network_call.predict(trainer.ddp_network, x_t.contiguous(memory_format=order), timesteps, labels)
 
 
 def _gradient_sync(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

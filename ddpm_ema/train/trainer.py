@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import LoggerType
 from torch import Tensor, nn
 
 from ddpm_ema import batch_order, capabilities, data, diffusion, model
@@ -88,7 +89,7 @@ class Trainer:
 def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     """Network, objective, optimizer and averages of a run at step 0."""
     training, device = config.training, processes.device
-    dataset = processes.main_first(lambda: data.load(config.data))
+    dataset = processes.main_first(lambda: data.load(config.data), "reading the images")
     _require_enough(dataset, config, processes)
     _require_same_data(dataset, processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.tf32
@@ -178,17 +179,9 @@ def warnings_before(config: Config, dataset: Any) -> Iterator[str]:
 def check_capabilities(config: Config) -> None:
     """Raises UserError for what this machine cannot do, before any data is read."""
     capabilities.check("training", config.training, config.machine)
-    names = [name for name in config.training.trackers if name not in _known_trackers()]
-    if names:
-        raise UserError(
-            f"training.trackers: {', '.join(names)} unknown; accelerate knows {', '.join(_known_trackers())}"
-        )
-
-
-def _known_trackers() -> list[str]:
-    from accelerate.utils import LoggerType
-
-    return [str(kind.value) for kind in LoggerType]
+    known = [str(kind.value) for kind in LoggerType]
+    if names := [name for name in config.training.trackers if name not in known]:
+        raise UserError(f"training.trackers: {', '.join(names)} unknown; accelerate knows {', '.join(known)}")
 
 
 def _require_enough(dataset: Any, config: Config, processes: Processes) -> None:

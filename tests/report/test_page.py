@@ -380,11 +380,17 @@ def test_two_scorings_that_contradict_each_other_both_stand_on_the_page_and_noth
     assert "Step 2,000, 6,000 images per average" in chosen
 
 
-def test_precision_that_noise_reaches_too_is_not_shown_without_saying_so(tmp_path: Path, page: Page) -> None:
-    assert "Precision says nothing here" not in page.text
+def test_precision_that_noise_reaches_too_is_left_out_and_the_page_says_why(tmp_path: Path, page: Page) -> None:
+    assert "Precision is left out" not in page.text
+    assert "Precision and recall over the width of the average" in page.text
+    assert {"KID", "Precision", "Recall"} <= set(page.texts)
     fake_run.write_results(tmp_path, fake_run.results(precision_of_noise=0.983, **fake_run.swept()))
-    says = "Precision says nothing here: images of pure noise reach 0.98 with this extractor and reference."
-    assert written(tmp_path).text.count(says) == 2  # the table, and the sweep's figure
+    without = written(tmp_path)
+    says = "Precision is left out: images of pure noise reach 0.98 of it with this extractor and reference."
+    assert without.text.count(says) == 2  # the table, and the sweep's figure
+    assert {"KID", "Precision", "Recall"} & set(without.texts) == {"KID", "Recall"}
+    assert "Recall over the width of the average" in without.text
+    assert "Precision and recall" not in without.text
 
 
 def test_a_sweep_of_emulated_decays_is_drawn_over_their_steps(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_of_large_images_the_first_are_kept_and_the_others_sampled_again(run, mo
     assert worker.asked == {"raw": list(range(16, 40)), "raw, others": list(range(16))}
 
 
-def test_a_candidate_that_is_recommended_has_a_row_in_the_grid_where_its_samples_are_at_hand(run):
+def test_the_best_candidate_of_a_sweep_has_a_row_in_the_grid_where_its_samples_are_at_hand(run):
     def grid(scorer: Scorer, best: list[str]) -> list[str]:
         row = {**scorer.record(weights).rows[40], "significant": True, "delta_vs_raw": -1.0}
         scorer.write({"sweep": [row], "may_be_best": best})
@@ -159,7 +159,7 @@ def test_a_candidate_that_is_recommended_has_a_row_in_the_grid_where_its_samples
     weights = scorer.resolver.reconstructed(PowerFunction(std=0.07))
     Worker().run(all_rows(scorer))
     Worker().run(scorer.score(weights, named=False))
-    assert sorted(grid(scorer, ["raw", "power_0_07"])) == ["ema_0_9", "raw"], "no average is better than raw"
+    assert sorted(grid(scorer, ["raw", "ema_0_9"])) == ["ema_0_9", "raw"], "no candidate may be the best"
     assert sorted(grid(scorer, ["ema_0_9", "power_0_07"])) == ["ema_0_9", "power_0_07", "raw"]
     shutil.rmtree(run.output_dir / "scores" / "00000008-x" / "weights" / weights.key[:16])
     assert sorted(grid(scorer_of(run), ["power_0_07"])) == ["ema_0_9", "raw"]
