@@ -100,9 +100,12 @@ def speed(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
         rounds = [{name: seconds(function, device) for name, function in work.items()} for _ in range(arguments.rounds)]
         for name in work:
             rate = statistics.median(batch * steps / turn[name] for turn in rounds)
-            ratio = statistics.median(turn[pipe] / turn[name] for turn in rounds)
-            found[f"{kind}/{name}"] = {"images_per_second_and_evaluation": rate, "times_the_pipeline": ratio}
-            print(f"{kind:5} {name:20} {rate:8.1f} images/s per evaluation   {ratio:5.2f} × {pipe}")
+            ratios = sorted(turn[pipe] / turn[name] for turn in rounds)
+            ratio, lowest, highest = statistics.median(ratios), ratios[0], ratios[-1]
+            row = {"times_the_pipeline": ratio, "lowest": lowest, "highest": highest}
+            found[f"{kind}/{name}"] = {"images_per_second_and_evaluation": rate, **row}
+            beside = f"{ratio:5.2f} ({lowest:.2f} to {highest:.2f}) × {pipe}"
+            print(f"{kind:5} {name:20} {rate:8.1f} images/s per evaluation   {beside}")
     return found
 
 

@@ -204,14 +204,16 @@ def main() -> None:
 def report(
     arguments: argparse.Namespace, times: dict[str, list[float]], parts: dict[str, float], device: torch.device
 ) -> None:
-    speedup = {
-        name: statistics.median(bare / own for bare, own in zip(times["bare"], values, strict=True))
+    ratios = {
+        name: sorted(bare / own for bare, own in zip(times["bare"], values, strict=True))
         for name, values in times.items()
     }
+    speedup = {name: statistics.median(found) for name, found in ratios.items()}
     result = {
         "batch": BATCH,
         "images_per_second": {name: BATCH / statistics.median(values) for name, values in times.items()},
         "speed_relative_to_bare": speedup,
+        "lowest_and_highest_round": {name: [found[0], found[-1]] for name, found in ratios.items()},
         "milliseconds_of_ours": parts,
         "share_outside_forward_backward_optimizer": share_outside(parts),
         "rounds": arguments.rounds,
@@ -222,7 +224,8 @@ def report(
     }
     print(f"{'variant':12} {'images/s':>9} {'against bare':>13}")
     for name in times:
-        print(f"{name:12} {result['images_per_second'][name]:9.1f} {speedup[name]:12.2f}x")  # type: ignore[index]
+        rate, spread = BATCH / statistics.median(times[name]), f"{ratios[name][0]:.2f} to {ratios[name][-1]:.2f}"
+        print(f"{name:12} {rate:9.1f} {speedup[name]:12.2f}x ({spread})")
     print("\na step of ours, in milliseconds")
     for name, value in parts.items():
         print(f"  {name:28} {value:8.2f}  {100 * value / parts['total']:5.1f}%")
