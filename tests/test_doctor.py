@@ -26,7 +26,7 @@ def test_a_fit_machine_gets_exit_code_0_and_a_clean_output_folder(tmp_path: Path
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize(("package", "level"), [("pyyaml", "failure"), ("torch", "failure"), ("jinja2", "warning")])
+@pytest.mark.parametrize(("package", "level"), [("pyyaml", "failure"), ("torch", "failure"), ("scipy", "warning")])
 def test_a_package_that_is_missing_is_a_failure_where_nothing_could_train_without_it(
     package: str, level: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -147,8 +147,7 @@ class WeightResolver:
         if snapshot.roundoff() > ROUNDOFF or profile != (meant or profile):
             return None
         settle = dict if raw else self._settle
-        # The key that they had in the checkpoint, so that images and scores from its time are still theirs.
-        key = hashlib.sha256(save(read_tensors(path), {})).hexdigest()
+        key = _key_in_checkpoint(path, path.stat().st_mtime_ns)
         members = (lambda: settle(read_tensors(path) | _buffers_beside(path)),)
         return NamedWeights(str(name), key, step, None if raw else profile, members)
 
@@ -262,6 +261,12 @@ def _measured(path: Path) -> StepVariance | None:
         return None if found is None else (found["ends"], found["values"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: has no valid step_variance ({error}); import the run again") from None
+
+
+@lru_cache(maxsize=4096)  # a table asks for the key of each of its rows again and again
+def _key_in_checkpoint(snapshot: Path, modified: int) -> str:
+    """The key that a snapshot's weights had in the checkpoint, so that images and scores from its time are still theirs."""
+    return hashlib.sha256(save(read_tensors(snapshot), {})).hexdigest()
 
 
 def _buffers_beside(snapshot: Path) -> Tensors:

@@ -203,7 +203,7 @@ class Scoring(Shape):
     @property
     def settings(self) -> dict[str, str]:
         """Everything that was set for this scoring and may change its numbers, versions among it, by dotted key."""
-        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS)))
+        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS), depth=8))
 
     def comparable(self, other: Scoring) -> bool:
         """Whether both may be points of one curve: the same settings, of whatever versions."""
@@ -224,8 +224,8 @@ def flat(tree: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, str]]:
 def differences(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Key of a setting -> its value in each, for settings that are not the same in all. Of a hash, the first digits."""
     keys = dict.fromkeys(key for one in settings for key in one if key != "settings_digest")
-    values = {key: [HASH.sub(r"\1", one.get(key, "none"))[:100] for one in settings] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    values = {key: [one.get(key, "none") for one in settings] for key in keys}
+    return {key: [HASH.sub(r"\1", one)[:100] for one in found] for key, found in values.items() if len(set(found)) > 1}
 
 
 def plain(value: Any) -> str:
