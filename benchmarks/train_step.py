@@ -31,7 +31,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.nn import functional
 
-from ddpm_ema import batch_order, config, model, train
+from ddpm_ema import batch_order, config, model, network_call, train
 from ddpm_ema.distributed import Processes
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.train import step as step_module
@@ -132,14 +132,8 @@ def breakdown(ours: Ours, steps: int, device: torch.device) -> dict[str, float]:
 
         return wrapper
 
-    class Timed:
-        def __init__(self, network: Any) -> None:
-            self.network = network
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return timed("forward", self.network)(*args, **kwargs)
-
     patches = [
+        (network_call, "predict", "forward"),
         (trainer.objective, "inputs", "images to floats, noise and timesteps"),
         (step_module, "_clip", "gradient norm and clipping"),
         (torch.Tensor, "backward", "backward"),
@@ -148,14 +142,11 @@ def breakdown(ours: Ours, steps: int, device: torch.device) -> dict[str, float]:
         (trainer.dataset, "batch", "images"),
     ]
     saved = [(target, name, getattr(target, name)) for target, name, _ in patches]
-    ddp_network = trainer.ddp_network
-    trainer.ddp_network = Timed(ddp_network)  # type: ignore[assignment]
     try:
         for target, name, label in patches:
             setattr(target, name, timed(label, getattr(target, name)))
         total = seconds(ours, steps, device)
     finally:
-        trainer.ddp_network = ddp_network
         for target, name, original in saved:
             setattr(target, name, original)
     parts = {name: 1000 * value / steps for name, value in spent.items()}
