@@ -136,11 +136,11 @@ def checkpoints() -> str:
 def startup() -> str:
     rows = []
     for row in read("startup")["rows"]:
-        spread = f"({row['lowest']:.2f}–{row['highest']:.2f})"
+        spread = f"({row['lowest']:.2f}–{row['highest']:.2f})" if row["lowest"] < row["highest"] else ""
         if "times_ours" in row:
-            rows.append([row["what"], f"{row['seconds']:.2f}", f"{row['times_ours']:.2f} {spread}"])
+            rows.append([row["what"], f"{row['seconds']:.2f}", f"{row['times_ours']:.2f} {spread}".strip()])
         else:
-            rows.append([row["what"], f"{row['seconds']:.2f} {spread}", ""])
+            rows.append([row["what"], f"{row['seconds']:.2f} {spread}".strip(), ""])
     head = ["what, in a fresh process", "seconds (lowest–highest)", "times `import ddpm_ema` (lowest–highest round)"]
     return section("Before the first step", "startup.py", table(head, rows))
 
