@@ -86,6 +86,13 @@ def says_nothing(precision_of_noise: float | None) -> bool:
     return precision_of_noise is not None and precision_of_noise >= NOISE_PRECISION
 
 
+def precision_note(precision_of_noise: float | None) -> str:
+    """Why precision is left out: features of noise may lie among those of the data. Empty where precision means something."""
+    if precision_of_noise is None or not says_nothing(precision_of_noise):
+        return ""
+    return f"Precision is left out: images of uniform noise reach {precision_of_noise:.2f} of it with this extractor and reference."
+
+
 def saturation(shares: Mapping[str, float | None], expected: float | None) -> str:
     """A warning where samples of some weights lie at the ends of the range of pixels far more, or far less, often than the reference.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ddpm_ema.numbers import metric_label, reading, sampler_label, says_nothing
+from ddpm_ema.numbers import metric_label, precision_note, reading, sampler_label
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 3
@@ -185,11 +185,8 @@ class Scoring(Shape):
 
     @property
     def precision_note(self) -> str:
-        """Why precision is left out: features of noise may lie among those of the data. Empty where precision means something."""
-        if not says_nothing(reached := self.precision_of_noise):
-            return ""
-        with_these = "with this extractor and reference"
-        return f"Precision is left out: images of pure noise reach {reached:.2f} of it {with_these}."
+        """As `numbers.precision_note`."""
+        return precision_note(self.precision_of_noise)
 
     @property
     def raw(self) -> Row | None:

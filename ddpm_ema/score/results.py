@@ -68,9 +68,7 @@ def results_of(real: RealImages, settings: Mapping[str, Any], step: int, scores:
     config, extractor, reference = real.config, real.extractor, real.reference
     rows, may_be_best = compare(scores)
     warnings = [warning for row in rows for warning in row["warnings"]]
-    noise = reference.precision_of_noise
-    if says_nothing(noise):
-        text = f"precision says nothing here: images of uniform noise reach {noise:.2f} of it with this extractor"
+    if text := numbers.precision_note(reference.precision_of_noise):
         warnings.insert(0, text)
     return {
         "schema": SCHEMA,
@@ -82,7 +80,7 @@ def results_of(real: RealImages, settings: Mapping[str, Any], step: int, scores:
         "reference_origin": settings["reference"],
         "reading": reading_of(config),
         "reference_saturated": reference.saturated,
-        "precision_of_noise": noise,
+        "precision_of_noise": reference.precision_of_noise,
         "timestep_spacing": "trailing",
         "variance": config.diffusion.variance,
         "settings_digest": digest(settings),
