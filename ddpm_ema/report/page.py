@@ -173,7 +173,9 @@ def _warnings(record: Record, scoring: Scoring | None) -> list[str]:
         rows = Table(scoring).rows
         texts = dict.fromkeys((*scoring.warnings, *(text for row in rows for text in row.warnings)))
         known = answer.SATURATED if any(answer.saturation(scoring, rows)) else "\n"
-        found += [f"{_whose(rows, text)}{text}" for text in texts if known not in text and text != scoring.precision_note]
+        found += [
+            f"{_whose(rows, text)}{text}" for text in texts if known not in text and text != scoring.precision_note
+        ]
         if record.last_step is not None and scoring.step < record.last_step:
             found.append(
                 f"Step {scoring.step:,} was scored, and training has gone on to step {record.last_step:,}: "
