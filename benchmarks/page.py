@@ -32,6 +32,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
 
 
+def ranged(figure: float, lowest: float, highest: float) -> str:
+    """`2.25 (2.25–2.26)`; a figure of one round, or of a contender beside itself, has no range."""
+    return f"{figure:.2f} ({lowest:.2f}–{highest:.2f})" if lowest < highest else f"{figure:.2f}"
+
+
 def section(title: str, source: str, body: str, *remarks: str) -> str:
     return "\n\n".join([f"## {title}", f"`benchmarks/{source}`", body, *remarks]) + "\n"
 
@@ -45,7 +50,7 @@ def averaging() -> str:
         for cells in rows:
             row = own.get(cells[0])
             spread = row["times_ours_in_each_process"] if row else []
-            cells.append(f"{row['times_ours']:.2f} ({min(spread):.2f}–{max(spread):.2f})" if row else "")
+            cells.append(ranged(row["times_ours"], min(spread), max(spread)) if row else "")
     return section(
         "One update of K averages",
         "averaging.py",
@@ -66,8 +71,7 @@ def training() -> str:
     }
     rows = []
     for name, speed in found["speed_relative_to_bare"].items():
-        low, high = found["lowest_and_highest_round"][name]
-        rows.append([labels[name], f"{speed:.2f} ({low:.2f}–{high:.2f})"])
+        rows.append([labels[name], ranged(speed, *found["lowest_and_highest_round"][name])])
     share = found["share_outside_forward_backward_optimizer"]
     return section(
         "A training step",
@@ -81,7 +85,7 @@ def training() -> str:
 def sampling() -> str:
     found = read("sampling")
     rows = [
-        [*name.split("/"), f"{row['times_the_pipeline']:.2f} ({row['lowest']:.2f}–{row['highest']:.2f})"]
+        [*name.split("/"), ranged(row["times_the_pipeline"], row["lowest"], row["highest"])]
         for name, row in found["speed"].items()
         if "Pipeline" not in name
     ]
@@ -99,8 +103,13 @@ def scoring() -> str:
     found, memory = read("scoring"), read("scoring")["mib_over_features"]
     ours, theirs = (found["fid"][name] for name in ("ddpm_ema", "torch-fidelity"))
     rows = [["ddpm_ema", "1.00", f"{memory['ddpm_ema']:,.0f}"]]
-    spread = f"{found['times_ours']:.2f} ({found['lowest']:.2f}–{found['highest']:.2f})"
-    rows.append(["torch-fidelity", spread, f"{memory['torch-fidelity']:,.0f}"])
+    rows.append(
+        [
+            "torch-fidelity",
+            ranged(found["times_ours"], found["lowest"], found["highest"]),
+            f"{memory['torch-fidelity']:,.0f}",
+        ]
+    )
     return section(
         "Scoring one set of samples, with the FID's Inception",
         "scoring.py",
@@ -119,7 +128,7 @@ def checkpoints() -> str:
             row["contender"],
             row["part"],
             f"{row['seconds']:.2f}",
-            f"{row['times_ours']:.2f} ({row['lowest']:.2f}–{row['highest']:.2f})",
+            ranged(row["times_ours"], row["lowest"], row["highest"]),
         ]
         for row in read("checkpoints")["rows"]
     ]
@@ -136,11 +145,11 @@ def checkpoints() -> str:
 def startup() -> str:
     rows = []
     for row in read("startup")["rows"]:
-        spread = f"({row['lowest']:.2f}–{row['highest']:.2f})" if row["lowest"] < row["highest"] else ""
+        spread = row["lowest"], row["highest"]
         if "times_ours" in row:
-            rows.append([row["what"], f"{row['seconds']:.2f}", f"{row['times_ours']:.2f} {spread}".strip()])
+            rows.append([row["what"], f"{row['seconds']:.2f}", ranged(row["times_ours"], *spread)])
         else:
-            rows.append([row["what"], f"{row['seconds']:.2f} {spread}".strip(), ""])
+            rows.append([row["what"], ranged(row["seconds"], *spread), ""])
     head = ["what, in a fresh process", "seconds (lowest–highest)", "times `import ddpm_ema` (lowest–highest round)"]
     return section("Before the first step", "startup.py", table(head, rows))
 
