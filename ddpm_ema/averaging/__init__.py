@@ -36,7 +36,16 @@ if TYPE_CHECKING:
     from ddpm_ema.averaging.posthoc import Reconstruction, reconstruct
     from ddpm_ema.averaging.snapshots import Snapshot, find_snapshots, write_snapshot
 
-_NEED_TORCH = ("bank", "batch_norm", "posthoc", "snapshots")
+_NEEDS_TORCH = {
+    "AverageBank": "bank",
+    "merge_states": "bank",
+    "update_batch_norm": "batch_norm",
+    "Reconstruction": "posthoc",
+    "reconstruct": "posthoc",
+    "Snapshot": "snapshots",
+    "find_snapshots": "snapshots",
+    "write_snapshot": "snapshots",
+}
 
 __all__ = ["AverageBank", "merge_states", "update_batch_norm"]
 __all__ += ["PROFILES", "Profile", "profile_from_dict", "profile_to_dict", "resolve_lengths", "summarize"]
@@ -56,7 +65,6 @@ __all__ += ["Snapshot", "find_snapshots", "write_snapshot"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        modules = (import_module(f"{__name__}.{module}") for module in _NEED_TORCH)
-        return next(getattr(module, name) for module in modules if hasattr(module, name))
+    if name in _NEEDS_TORCH:
+        return getattr(import_module(f"{__name__}.{_NEEDS_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
