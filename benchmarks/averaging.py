@@ -12,9 +12,7 @@ several times over. So the figure is the median over several fresh processes, pr
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
+from environment import environment, save
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -201,21 +200,6 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    packages = ("torch", "numpy", "diffusers", "timm", "ema-pytorch")
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--averages", type=int, nargs="+", default=[1, 3, 8], help="numbers of averages")
@@ -240,13 +224,13 @@ def main() -> None:
         return
     numel = sum(parameter.numel() for parameter in UNet2DModel(**CIFAR10_UNET).parameters())
     counts = {"processes": processes, "rounds": arguments.rounds}
-    report: dict[str, Any] = {"environment": environment(device), "parameters": numel, **counts, "averages": {}}
+    here = {**environment("numpy", "diffusers", "timm", "ema-pytorch"), "device": device.type}
+    report: dict[str, Any] = {"environment": here, "parameters": numel, **counts, "averages": {}}
     for count in arguments.averages:
         rows = summarise([fresh_process(count, arguments) for _ in range(processes)])
         report["averages"][str(count)] = {"rows": rows} | ({"targets": targets(rows)} if count == 3 else {})
         show(count, numel, report)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    save(arguments.output, report)
     print(f"\nwritten to {arguments.output}")
 
 

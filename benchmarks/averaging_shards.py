@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from diffusers import UNet2DModel
+from environment import environment, save
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -127,8 +128,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "averaging_shards.json")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "processes": arguments.processes}
-    report |= {"rounds": arguments.rounds, "load_before": os.getloadavg()[0], "averages": {}}
+    sizes = {"processes": arguments.processes, "rounds": arguments.rounds}
+    report: dict[str, Any] = {"environment": environment("diffusers"), **sizes, "averages": {}}
     for count in arguments.averages:
         store = str(arguments.output.absolute()) + f".{os.getpid()}.{count}"
         torch.multiprocessing.spawn(process, (arguments, count, store), nprocs=arguments.processes)
@@ -142,11 +143,8 @@ def main() -> None:
             megabytes = row["bytes_per_process"] / 1e6
             ratio = f"{row['times_ours']:6.2f} x ours ({low:.2f} to {high:.2f})"
             print(f"  {name:32s} {row['median_ms']:8.1f} ms  {ratio}  {megabytes:7.1f} MB")
-    report["load_after"] = os.getloadavg()[0]
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(
-        f"\nload of the machine: {report['load_before']:.1f} before, {report['load_after']:.1f} after; written to {arguments.output}"
-    )
+    save(arguments.output, report)
+    print(f"\nwritten to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ given of a save:
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shutil
 import statistics
 import tempfile
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from environment import environment, save
 
 from ddpm_ema import config, model, train
 from ddpm_ema.distributed import Processes
@@ -99,6 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "checkpoints.json")
     arguments = parser.parse_args()
+    here = environment("accelerate", "diffusers")
     with tempfile.TemporaryDirectory() as folder:
         contenders: dict[str, Callable[[], dict[str, float]]] = {
             "ddpm_ema": Ours(Path(folder) / "ours"),
@@ -123,10 +123,7 @@ def main() -> None:
             print(
                 f"{name:24} {part:8} {row['seconds']:7.3f} s   {row['times_ours']:5.2f} × ours ({ratios[0]:.2f}–{ratios[-1]:.2f})"
             )
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    arguments.output.write_text(
-        json.dumps({"environment": environment, "rounds": arguments.rounds, "rows": rows}, indent=1) + "\n"
-    )
+    save(arguments.output, {"environment": here, "rounds": arguments.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from environment import environment, save
 
 BATCH = 16
 AVERAGES = {
@@ -215,9 +215,7 @@ def main() -> int:
     rates = {n: bandwidths(ranks) for n, ranks in launches.items()}
     for n, found in rates.items():
         print(f"{n:>9}  " + ", ".join(f"{name} at {rate / 1e9:.2f} GB/s" for name, rate in found.items()))
-    machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": machine, "rows": rows, "bytes_a_second": rates}, indent=2) + "\n")
+    save(options.output, {"environment": environment(), "rows": rows, "bytes_a_second": rates})
     return 1 if wrong else 0
 
 

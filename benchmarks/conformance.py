@@ -12,10 +12,8 @@ between the two weightings, as a share of training). benchmarks/averagers.py has
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.metadata
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from averagers import Contender, contenders
 from ddpm_ema.averaging import profile_from_dict
 
 matplotlib.use("Agg")
+from environment import environment, save
 from matplotlib import pyplot as plt
 
 TOLERANCE = 0.01
@@ -113,12 +112,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def versions_of(packages: set[str]) -> dict[str, str]:
-    found = {}
-    for package in sorted(packages):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a module of one's own
-            found[package] = importlib.metadata.version(package)
-    return found
+def installed(packages: set[str]) -> list[str]:
+    """Those that are distributions, and no module of one's own."""
+    return sorted(packages & {found.name for found in importlib.metadata.distributions()})
 
 
 def main() -> None:
@@ -164,10 +160,8 @@ def main() -> None:
     if results:
         curves = ("cumulative", "cumulative_documented")
         kept = [{key: value for key, value in row.items() if key not in curves} for row in rows]
-        versions = versions_of({"torch", *(row["package"] for row in rows)})
-        report = {"steps": arguments.steps, "versions": versions, "missing": missing, "rows": kept}
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(report, indent=2) + "\n")
+        here = environment(*installed({row["package"] for row in rows}))
+        save(results, {"environment": here, "steps": arguments.steps, "missing": missing, "rows": kept})
         print(f"written to {results}")
 
 

@@ -14,9 +14,7 @@ reused, so a benchmark that was stopped continues.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from environment import environment, save
 from torch import Tensor
 
 from ddpm_ema import classifier_training, config, metrics, score, train
@@ -172,10 +171,8 @@ def main() -> None:
     train.run(run)
     classifier_training.train_features(run)
     rows = scored(run, {average: fork(run, average, arguments.folder) for average in wanted})
-    environment = {"torch": torch.__version__, "python": platform.python_version()}
     made = {"steps": arguments.steps, "num_images": arguments.num_images, "training_runs": 1}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"environment": environment, **made, "rows": rows}, indent=1) + "\n")
+    save(arguments.output, {"environment": environment("diffusers"), **made, "rows": rows})
     report(rows)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from environment import environment, save
 from scipy.stats import beta
 
 from ddpm_ema.metrics import (
@@ -237,9 +238,9 @@ def main() -> None:
         for row in pool.map(simulate, every, [arguments.draws] * len(every)):
             rows.append(row)
             print(json.dumps(row, ensure_ascii=False), flush=True)
-    content = {"groups": GROUPS, "rungs": RUNGS, "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    save(
+        arguments.output, {"environment": environment("numpy", "scipy"), "groups": GROUPS, "rungs": RUNGS, "rows": rows}
+    )
     draw(rows, arguments.figure)
     over = [row for row in rows if any(limit > 0.065 for limit in row["upper"].values())]
     print(f"{len(over)} of {len(rows)} cells have an error whose upper 95% limit is above 6.5%")

@@ -9,13 +9,13 @@ compares the first N of them, N from 300 up. The last copy is sampled in bf16, t
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment, save
 
 from ddpm_ema import cli, config, metrics
 from ddpm_ema.distributed import Processes
@@ -110,8 +110,8 @@ def bench(run: config.Config, output: Path) -> None:
     precision = curve(builder, {f"{names[-1]} in bf16": in_bf16, f"{names[-1]} in fp32": batches[names[-1]]}, [count])
     show(precision)
     settings = config.to_dict(run)["evaluation"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"settings": settings, "curve": rows, "bf16": precision[0]}, indent=1) + "\n")
+    found = {"settings": settings, "curve": rows, "bf16": precision[0]}
+    save(output, {"environment": environment("diffusers"), **found})
 
 
 def main(arguments: list[str]) -> int:

@@ -10,14 +10,13 @@ the features of real networks have it.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from environment import environment, save
 from torch import Tensor
 
 from ddpm_ema.metrics import Estimate, FrechetReference, Statistics, difference, estimate_distance
@@ -128,12 +127,8 @@ def main() -> None:
     result = {
         "rows": rows,
         "seconds": time.perf_counter() - start,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.output, {"environment": environment(), **result})
 
 
 if __name__ == "__main__":

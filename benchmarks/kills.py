@@ -24,7 +24,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import socket
@@ -38,11 +37,11 @@ from typing import Any
 
 import psutil
 import torch
+from environment import environment, save
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from ddpm_ema.compiling import _is_whole
-from ddpm_ema.train.first_lines import version
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["accelerate", "torch_fidelity", "ddpm_ema.cli", "ddpm_ema.train", "ddpm_ema.score", "ddpm_ema.export"]
@@ -290,16 +289,16 @@ def main() -> int:
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(PRELOAD)
     began, chance, kills = time.monotonic(), random.Random(arguments.seed), 0
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "version": version(), "seed": arguments.seed}
+    here = {"environment": environment(), "seed": arguments.seed}
     before = json.loads(arguments.output.read_text())["stages"] if arguments.output.exists() else []
     done: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as base:
         for stage in measure(arguments, Path(base), chance):
             done.append({key: value for key, value in asdict(stage).items() if key not in ("arguments", "cache")})
-            done[-1] |= machine
+            done[-1] |= here
             every = [one for one in before if one["name"] not in {own["name"] for own in done}] + done
             kills = sum(one["kills"] for one in every)
-            arguments.output.write_text(json.dumps({"kills": kills, "stages": every}, indent=1) + "\n")
+            save(arguments.output, {"kills": kills, "stages": every})
     print(f"{'stage':<21} processes  length s  kills  torn  rounds  equal  seconds")
     for s in done:
         figures = f"{s['world_size']:>9}  {s['length']:>8.1f}  {s['kills']:>5}  {s['torn']:>4}  {s['rounds']:>6}"

@@ -38,7 +38,19 @@ def ranged(figure: float, lowest: float, highest: float) -> str:
 
 
 def section(title: str, source: str, body: str, *remarks: str) -> str:
-    return "\n\n".join([f"## {title}", f"`benchmarks/{source}`", body, *remarks]) + "\n"
+    """A table and what to know of it, with the place and time of its measurement."""
+    where = read(source.removesuffix(".py")).get("environment", {})
+    told = [f"`benchmarks/{source}`{measured(where)}"]
+    return "\n\n".join([f"## {title}", *told, body, *remarks]) + "\n"
+
+
+def measured(where: dict[str, Any]) -> str:
+    """On what machine, with what and when; "" for a file that does not say."""
+    if "commit" not in where:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}, load before {where['load']}"
+    return f": {where.get('gpu', where['cpu'])}, {threads}; {versions}; commit {where['commit']}, {where['date']}"
 
 
 def averaging() -> str:
@@ -114,8 +126,8 @@ def scoring() -> str:
         "Scoring one set of samples, with the FID's Inception",
         "scoring.py",
         table(["contender", "times ours (lowest–highest round)", "MiB beside the features"], rows),
-        f"{found['images']} images of 32×32 on {found['machine']['threads']} thread: torch-fidelity writes PNG files, reads them and "
-        "gives one number; ours gives the corrected distance with its error, KID, precision and recall, from memory. The network, "
+        f"{found['images']} images of 32×32 on {found['environment']['threads']} thread: torch-fidelity writes PNG files, reads them "
+        "and gives one number; ours gives the corrected distance with its error, KID, precision and recall, from memory. The network, "
         "which both share, is most of our time; torch-fidelity also loads it and starts readers in each round, which weighs less for "
         "more images. The plain distances differ by "
         f"{abs(ours - theirs) / theirs:.0e} of themselves. Memory is that of the distance at {found['features']:,} × 2,048 features.",
@@ -171,13 +183,21 @@ def posthoc() -> str:
 def shards() -> str:
     found = read("averaging_shards")
     names = list(next(iter(found["averages"].values())))
-    rows = [[name, *(f"{of[name]['times_ours']:.1f}" for of in found["averages"].values())] for name in names]
+    rows = [
+        [
+            name,
+            *(
+                ranged(of[name]["times_ours"], *of[name]["quartiles_of_times_ours"])
+                for of in found["averages"].values()
+            ),
+        ]
+        for name in names
+    ]
     return section(
         "Averages over sharded parameters",
         "averaging_shards.py",
-        table(["times ours", *(f"K = {count}" for count in found["averages"])], rows),
-        f"{found['processes']} gloo processes on two cores, under load {found['load_before']:.0f} to {found['load_after']:.0f} of "
-        "other programs: orders of magnitude.",
+        table(["times ours (quartiles of the rounds)", *(f"K = {count}" for count in found["averages"])], rows),
+        f"{found['processes']} gloo processes of one thread.",
     )
 
 

@@ -10,14 +10,12 @@ so a run that was stopped continues; `ddpm-ema train | features | score` on seve
 """
 
 import argparse
-import json
-import platform
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from environment import environment, save
 
 from ddpm_ema import classifier_training, config, score, train
 from ddpm_ema.config import Config
@@ -216,9 +214,7 @@ def main() -> None:
     folder = arguments.folder
     size = (arguments.steps, arguments.num_images, arguments.image_size)
     results = study(settings_of(arguments.images, folder, *size, arguments.eager), folder, arguments.short)
-    environment = {"torch": torch.__version__, "python": platform.python_version()}
-    output = arguments.output or folder / "photographs.json"
-    output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
+    save(arguments.output or folder / "photographs.json", {"environment": environment("diffusers"), **results})
     if not arguments.short:
         draw(results, arguments.figure or folder / "photographs.png")
     print(markdown(results))

@@ -10,8 +10,6 @@ train or score meanwhile (`ddpm-ema train FOLDER/seed_2`) are taken as they lie.
 """
 
 import argparse
-import json
-import platform
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from environment import environment, save
 from photographs import settings_of
 
 from ddpm_ema import classifier_training, score, train
@@ -87,9 +85,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: photographs_seeds.json in FOLDER")
     given = parser.parse_args()
     results = study([run_of(given.images, given.folder, s, given.steps, given.num_images) for s in range(given.seeds)])
-    environment = {"torch": torch.__version__, "python": platform.python_version()}
-    output = given.output or given.folder / "photographs_seeds.json"
-    output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
+    save(given.output or given.folder / "photographs_seeds.json", {"environment": environment("diffusers"), **results})
     print(markdown(results))
 
 

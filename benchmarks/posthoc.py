@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from environment import environment
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -335,8 +335,8 @@ def main() -> None:
         results["simulated"] = simulate()
     if arguments.folder:
         cells = [c for name in arguments.runs for c in measure(train(arguments.folder, name), arguments.counts)]
-        environment = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
-        results |= {"environment": environment, "summary": summary(cells), "columns": COLUMNS, "cells": table(cells)}
+        results |= {"environment": environment("diffusers"), "steps": STEPS}
+        results |= {"summary": summary(cells), "columns": COLUMNS, "cells": table(cells)}
         draw(cells, arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(one_row_per_line(results))

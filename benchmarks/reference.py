@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from environment import environment, save
 from scipy.stats import beta
 from torch import Tensor
 
@@ -129,9 +130,7 @@ def main() -> None:
         for row in pool.map(simulate, CELLS, [arguments.draws] * len(CELLS)):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    content = {"dimensions": DIM, "groups": GROUPS, "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    save(arguments.output, {"environment": environment("numpy"), "dimensions": DIM, "groups": GROUPS, "rows": rows})
     draw(rows, arguments.figure)
 
 

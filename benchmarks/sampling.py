@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +22,7 @@ from unittest import mock
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from environment import environment, save
 from torch import Tensor
 
 from ddpm_ema import config, diffusion, metrics, model, sampling
@@ -204,17 +203,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sampling.json"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.machine()}
-    machine |= {"cores": os.cpu_count(), "device": arguments.device}
     # A part that is not measured now keeps what was measured before.
     result: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    result |= {"machine": machine, "batch": arguments.batch, "rounds": arguments.rounds}
+    result |= {"environment": environment("diffusers"), "device": arguments.device}
+    result |= {"batch": arguments.batch, "rounds": arguments.rounds}
     if "speed" in arguments.parts:
         result["speed"] = speed(arguments, device)
     if "outside" in arguments.parts:
         result["outside"] = outside(arguments, device)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment, save
 from torch import Tensor
 
 DIM, REFERENCE = 2048, 10_000
@@ -161,14 +160,13 @@ def main() -> None:
     if arguments.memory_of:
         print(grown(arguments.memory_of, arguments.features))
         return
-    memory = {}
+    here, memory = environment("torch-fidelity"), {}
     for who in ("ddpm_ema", "torch-fidelity"):
         command = [sys.executable, __file__, "--memory-of", who, "--features", str(arguments.features)]
         memory[who] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     sizes = {"rounds": arguments.rounds, "images": arguments.images, "features": arguments.features}
-    found = {"machine": machine, "load": os.getloadavg()[0], **sizes, **speed(arguments), "mib_over_features": memory}
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    found = {"environment": here, **sizes, **speed(arguments), "mib_over_features": memory}
+    save(arguments.output, found)
     print(json.dumps(found, indent=1))
 
 

@@ -9,15 +9,15 @@ first finished optimizer step of `configs/digits.yaml` on one process, without a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from environment import environment, save
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = {
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "startup.json")
     arguments = parser.parse_args()
+    here = environment("diffusers", "timm", "ema-pytorch")
     work = {name: [sys.executable, "-c", code] for name, code in IMPORTS.items()}
     work[HELP] = [sys.executable, "-m", "ddpm_ema", "score", "--help"]
     for command in work.values():
@@ -92,10 +93,7 @@ def main() -> None:
     for row in rows:
         beside = f"{row['times_ours']:5.2f} × {OURS}" if "times_ours" in row else ""
         print(f"{row['what']:34} {row['seconds']:7.2f} s   {beside}")
-    environment = {"python": platform.python_version(), "cores": os.cpu_count()}
-    arguments.output.write_text(
-        json.dumps({"environment": environment, "rounds": arguments.rounds, "rows": rows}, indent=1) + "\n"
-    )
+    save(arguments.output, {"environment": here, "rounds": arguments.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ over the seeds, Holm over the claims), else the runs cannot tell.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from environment import environment, save
 from scipy import stats
 
 from ddpm_ema import classifier_training, config, score, train
@@ -226,10 +224,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: study.json in FOLDER")
     arguments = parser.parse_args()
     results = study(arguments.folder, arguments.seeds, arguments.steps, arguments.num_images)
-    environment = {"torch": torch.__version__, "python": platform.python_version()}
-    output = arguments.output or arguments.folder / "study.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"environment": environment, **results}, indent=1) + "\n")
+    save(arguments.output or arguments.folder / "study.json", {"environment": environment("diffusers"), **results})
     print(markdown(results))
 
 

@@ -16,8 +16,6 @@ turn of each variant (compilation, allocation) does not count.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from environment import environment, save
 from torch.nn import functional
 
 from ddpm_ema import batch_order, config, model, network_call, train
@@ -209,9 +208,7 @@ def report(
         "share_outside_forward_backward_optimizer": share_outside(parts),
         "rounds": arguments.rounds,
         "steps_a_turn": arguments.steps,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "device": device.type,
     }
     print(f"{'variant':12} {'images/s':>9} {'against bare':>13}")
     for name in times:
@@ -221,8 +218,7 @@ def report(
     for name, value in parts.items():
         print(f"  {name:28} {value:8.2f}  {100 * value / parts['total']:5.1f}%")
     print(f"outside forward, backward and optimizer: {100 * share_outside(parts):.1f}%")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.output, {"environment": environment("diffusers"), **result})
 
 
 if __name__ == "__main__":
