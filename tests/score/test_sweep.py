@@ -230,7 +230,9 @@ class Desk:
             for name, c in self.known.items()
             if name in candidates
         ]
-        self.found += [Record(f"0.3{i}", f"0.3{i}", None, [], self.candidate(f"0.3{i}", 0, looks)) for i in range(unseen)]
+        self.found += [
+            Record(f"0.3{i}", f"0.3{i}", None, [], self.candidate(f"0.3{i}", 0, looks)) for i in range(unseen)
+        ]
         self.folder = SimpleNamespace(records=lambda: self.found, results=dict)
 
     @staticmethod
