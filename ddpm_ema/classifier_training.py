@@ -12,7 +12,10 @@ from ddpm_ema.features import read_metadata, save_classifier, train_classifier
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import as_user_error
 
-MOST_IMAGES = 60_000  # held in memory for training; more cost minutes and change little
+MOST_IMAGES = 60_000  # more cost minutes and change little
+MOST_BYTES = (
+    2**30
+)  # of images held in memory for training; where each is turned four ways, nine times as much for a moment
 
 
 def train_features(config: Config) -> Path:
@@ -27,7 +30,8 @@ def train_features(config: Config) -> Path:
     fingerprint = hashlib.sha256(f"{dataset.fingerprint} {told}".encode()).hexdigest()
     if _is_done(path, fingerprint, config.seed):
         return path
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:MOST_IMAGES]
+    most = min(MOST_IMAGES, MOST_BYTES // (config.data.channels * config.data.image_size**2))
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))[:most]
     device = "cuda" if config.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
     trained = train_classifier(
         dataset.batch(chosen).cpu(),

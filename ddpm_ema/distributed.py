@@ -225,10 +225,10 @@ class Processes:
             raise
 
     def close(self) -> None:
-        """Leaves the group. Call it on every rank once all is done."""
-        self.accelerator.end_training()
-        if self.world_size > 1:
-            _leave_group()
+        """Ends the trackers; the group ends with the interpreter, so that another stage may follow. Call it on every rank."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        atexit.register(_leave_group)
 
 
 def _leave_group() -> None:

@@ -1,6 +1,7 @@
 """Run directories to score, made by hand: a tiny network, weights that differ, snapshots, a classifier nobody trained."""
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,6 @@ def figures(found: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     return {row["weights"]: tuple(row[key] for key in keys) for row in found["rows"]}
 
 
-def start(run: config.Config, world_size: int = 1) -> Launch:
+def start(run: config.Config, world_size: int = 1, command: Callable[[config.Config], Any] = score.run) -> Launch:
     """Scores the run in processes of their own, which can be killed or stopped."""
-    return live_runs.start(run, world_size, command=score.run)
+    return live_runs.start(run, world_size, command=command)

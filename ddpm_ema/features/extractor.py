@@ -54,15 +54,13 @@ class Extractor:
         return f"{re.sub(r'[^A-Za-z0-9_.]+', '_', self.name)}-{self.sha256[:12]}"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images [n, 1 or 3, h, w], n may be 0 -> features fp32 [n, dim], on the extractor's device.
+        """uint8 images [n, 1 or 3, h, w] -> features fp32 [n, dim], on the extractor's device.
 
         Raises:
             ValueError: another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be uint8 [n, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}")
-        if not len(images):
-            return torch.zeros(0, self.dim, device=self.device)
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         return torch.cat([self._features(batch) for batch in images.split(self.batch_size)])

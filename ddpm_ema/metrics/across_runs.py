@@ -9,7 +9,9 @@ of a seed cancels in that difference:
     covariance(T_w, T_raw) = (Var(T_w) + Var(T_raw) - Var(T_w - T_raw)) / 2
 
 A difference holds across runs where Student's t of its R values, with R - 1 degrees of freedom and Holm's correction over the
-averages, says so. Sampling errors need no term of their own there: they are part of the spread of the R values.
+averages, says so. Errors of the samples need no term of their own there: they are part of the spread of the R values. That
+of the reference, which the runs share, is not: all this holds against its images, and where se² has its part, Var(T) comes
+out too small.
 """
 
 from collections.abc import Mapping, Sequence

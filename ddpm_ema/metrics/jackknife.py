@@ -134,7 +134,7 @@ def estimate_distance(
             independently of these features; None where it is held fixed.
 
     Raises:
-        UserError: features that are not finite, fewer than 2 images (also beside any group), or images in fewer than 2 groups.
+        UserError: features that are not finite, or fewer than 2 images beside any one group.
     """
     check_finite(features, indices, name=name)
     if features.shape != (len(indices), len(reference.mu)):
@@ -163,10 +163,11 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
 def _leave_out(features: Tensor, membership: Tensor, fixed: FrechetReference) -> tuple[float, Side]:
     """The plain distance, and the pseudo-values of the groups of these features, the other side held fixed."""
     counts = group_counts(membership)
-    if len(features) < 2:
-        raise UserError(f"scoring needs at least 2 images and there are {len(features)}: raise --evaluation.num-images")
-    if len(counts) < 2:
-        raise UserError(f"error bars need images in at least 2 groups: {len(features)} images fill {len(counts)}")
+    if len(features) - max(counts.values()) < 2:
+        raise UserError(
+            f"error bars need at least 2 images beside any one group, and on one side are {len(features)} images in "
+            f"{len(counts)} groups: raise --evaluation.num-images, or take a larger reference"
+        )
 
     def rows(group: int) -> Tensor:  # made when asked for: all of them in float64 would be twice the features' memory
         return features[(membership == group).to(features.device)].to(fixed.device).double() - fixed.mu
@@ -258,8 +259,6 @@ class _GramPath:
         kept = self.groups != (-1 if leave_out is None else leave_out)
         rows, gram = self.rows[kept], self.gram[kept][:, kept]
         count = len(rows)
-        if count < 2:
-            raise UserError("scoring needs at least 2 images beside any one group: raise --evaluation.num-images")
         offset = rows.mean(dim=0)
         trace = float((rows - offset).square().sum()) / (count - 1)
         gram = gram - gram.mean(dim=0) - gram.mean(dim=1, keepdim=True) + gram.mean()

@@ -6,7 +6,6 @@ k(x, y) = (x·y / d + 1)³. The mean over subsets that published figures are is 
 import torch
 from torch import Tensor
 
-from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
 
 PAIRS = 2**26  # kernel values held at once: 256 MiB
@@ -25,8 +24,6 @@ class KernelReference:
 
     def estimate(self, features: Tensor, membership: Tensor) -> Estimate:
         """Unbiased, so it may be below zero, of features float32 `[n, d]` on the device where the work is done, in groups `[n]`."""
-        if min(len(features), len(self.features)) < 2:
-            raise UserError("the kernel distance needs at least 2 images on both sides: raise --evaluation.num-images")
         _, membership = membership.cpu().unique(return_inverse=True)
         counts, others = group_counts(membership), group_counts(self.membership)
         within = _sums(features, membership, features, membership)

@@ -7,7 +7,6 @@ share of reference images within the balls of samples. Both are torch-fidelity's
 import torch
 from torch import Tensor
 
-from ddpm_ema.errors import UserError
 from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
 
 NEIGHBOURS = 3
@@ -23,12 +22,7 @@ def distances(rows: Tensor, features: Tensor) -> Tensor:
 
 
 def neighbour_radii(features: Tensor) -> Tensor:
-    """Distance [n] from each feature [n, d] to its third nearest neighbour: fp32, on the CPU."""
-    if len(features) <= NEIGHBOURS:
-        raise UserError(
-            f"precision and recall need more than {NEIGHBOURS} images on both sides and there are {len(features)}: "
-            "raise --evaluation.num-images, or set --evaluation.precision-recall false"
-        )
+    """Distance [n] from each feature [n, d], of more than three, to its third nearest neighbour: fp32, on the CPU."""
     # The nearest is the feature itself.
     return torch.cat([distances(rows, features).kthvalue(NEIGHBOURS + 1).values for rows in features.split(ROWS)])
 

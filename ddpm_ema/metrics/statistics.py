@@ -38,7 +38,7 @@ def statistics_of(features: Tensor, *, name: str = "features") -> Statistics:
     check_finite(features, torch.arange(len(features)), name=name)
     count = len(features)
     if count < 2:
-        raise UserError(f"a covariance needs at least 2 images and there are {count}: raise --evaluation.num-images")
+        raise UserError(f"{name}: a covariance needs at least 2 images and there are {count}")
     # Sums are taken about a point nearby: far from the origin the covariance is a small difference of large sums.
     shift = features[:1024].double().mean(dim=0).cpu()
     total, outer = torch.zeros_like(shift), torch.zeros(len(shift), len(shift), dtype=torch.float64)

@@ -87,7 +87,7 @@ class Driver:
         members = []
         for member in weights.members:
             read: dict[str, Tensor] = {}
-            self.processes.on_main(partial(_read, member, read))
+            self.processes.on_main(partial(lambda read, member: read.update(member()), read, member))
             members.append(self.processes.broadcast_tensors(read))
         self.generator.load(weights.name, weights.pipeline, members)
         self._loaded = weights.key
@@ -155,10 +155,6 @@ def _joined(parts: list[Any], images: list[int]) -> Any:
     batch = type(parts[0]).join(parts, torch.tensor(images))
     batch.seconds = max(part.seconds for part in parts)
     return batch
-
-
-def _read(member: Callable[[], dict[str, Tensor]], into: dict[str, Tensor]) -> None:
-    into.update(member())
 
 
 def sampling_rounds(images: list[int], world_size: int, batch_size: int) -> Iterator[Shares]:

@@ -62,6 +62,7 @@ class RealImages:
             "num_images": len(features),
             "split": split,
             "data": self.floor.origin["data"],
+            "warnings": [f"real images ({split}): {warning}" for warning in found.warnings],
         }
 
     def nearer_to_training(self, features: Tensor) -> dict[str, float]:

@@ -27,14 +27,15 @@ def reference_split(config: Config) -> str | None:
 
 
 def floor_split(config: Config) -> str:
-    """The real images that are compared with the reference: those that no sample is, held out, trained on, or of a test split.
+    """The real images that are compared with the reference: those held out, of a test split, which may not exist, or trained on.
 
-    The test split may not exist.
+    Empty where these may be among the reference's.
     """
     split = reference_split(config)
     if config.data.held_out and split != HELD_OUT:
         return HELD_OUT
-    return "test" if split in (None, config.data.split) else config.data.split
+    floor = "test" if split in (None, config.data.split) else config.data.split
+    return "" if split is not None and _share_images(split, floor) else floor
 
 
 def trained_on(config: Config) -> str | None:
@@ -53,9 +54,13 @@ def reading_of(config: Config) -> str:
     split, trained = reference_split(config), config.data.split
     if split is None or split == trained:
         return "images" if split is None else "training images"
-    # `train[:50%]+test` takes images from train and test.
-    ours, theirs = ({part.partition("[")[0].strip() for part in text.split("+")} for text in (split, trained))
-    return "images" if ours & theirs else "population"
+    return "images" if _share_images(split, trained) else "population"
+
+
+def _share_images(one: str, other: str) -> bool:
+    """Whether two splits may: `train[:50%]+test` takes images from train and test, and `all` from any."""
+    ours, theirs = ({part.partition("[")[0].strip() for part in text.split("+")} for text in (one, other))
+    return bool(ours & theirs) or "all" in ours | theirs
 
 
 def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:

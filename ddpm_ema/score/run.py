@@ -68,19 +68,19 @@ def open_generator(config: Config, processes: Processes, trained: Any = None) ->
 
 def open_beside(generator: Generator, processes: Processes) -> None:
     """Adds the real images that are compared with the reference, and those that were trained on, where they are at hand."""
-    config, floor = generator.config, floor_split(generator.config)
-    without_floor = "no split 'test', and no data.held_out from before training: the table has no line of real images"
-    without_trained = "no training images, of which the report shows the nearest to samples: {error}"
-    for split, lacking in ((floor, without_floor), (config.data.split, without_trained)):
+    config = generator.config
+    lacking = {config.data.split: "no training images, of which the report shows the nearest to samples"}
+    lacking[floor_split(config)] = "the table has no line of real images"
+    for split, text in lacking.items():
         try:
-            if split not in generator.datasets:
-                generator.datasets[split] = load_split(config, processes, split)
+            if split and split not in generator.datasets:
+                dataset = load_split(config, processes, split)
+                if len(dataset) < 3:  # fewer have no error bars
+                    raise UserError(f"{split} has {len(dataset)} images")
+                generator.datasets[split] = dataset
         except UserError as error:
-            if split == floor != "test":
-                raise
             if processes.is_main:
-                logger.debug(str(error))
-                logger.info(lacking.format(error=error))
+                logger.info(f"{text}: {error}")
 
 
 def load_split(config: Config, processes: Processes, split: str) -> Any:

@@ -90,11 +90,11 @@ class Sampled:
         return store.read(torch.tensor(there)).images if there else None
 
     def made_with(self) -> list[dict[str, str]]:
-        """Versions and devices that its images were sampled with, in the order in which they came."""
+        """Versions and devices that its images were sampled with, in the order in which they came; `[{}]` if the file is lost."""
         try:
             found: list[dict[str, str]] = json.loads((self.path / "made_with.json").read_text())
         except (OSError, ValueError):
-            return []
+            return [{}]
         return found
 
     def keep_made_with(self, versions: Sequence[Mapping[str, str]]) -> None:

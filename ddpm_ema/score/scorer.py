@@ -160,6 +160,7 @@ class Scorer:
         """Writes results.json and grid.png of what is finished; returns the results."""
         results = results_of(self.real, self.settings, self.step, self.scores())
         results |= {"versions": self.versions, "world_size": self.world_size, **self._floor(), **sweep}
+        results["warnings"] += results.get("floor", {}).get("warnings", ())
         if note is not None:
             results["warnings"].insert(0, note)
         known = {name for record in self.folder.records() if record.rows for name in record.names}

@@ -31,7 +31,7 @@ class Search:
 
     def __init__(self, num_candidates: int, rungs: Sequence[int], estimate: EstimateOf) -> None:
         self.num_candidates, self.rungs = num_candidates, rungs
-        self.level = ALPHA / ((num_candidates - 1) * len(rungs))
+        self.level = ALPHA / (max(1, num_candidates - 1) * len(rungs))
         self.counts: dict[int, int] = {}
         self.estimate = cache(estimate)
 

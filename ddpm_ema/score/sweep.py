@@ -106,12 +106,14 @@ class Sweep:
         everything = dict.fromkeys(range(len(self.candidates)), self.most_images)
         looked_at = (yield from self._search()) if search else everything
         found = {}
-        for place, count in looked_at.items():
+        for place in everything:
+            count = looked_at.get(place, 0)  # what a search did not look at is kept as well: it counts as a test
             before = scorer.record(self.weights[place]).candidate or {"num_images": 0}
             now = {"num_images": count, "looks": len(self.rungs) if search else 1}
             had = before["num_images"]
             found[place] = before if had > count or (search and had == count) else now
-            yield from scorer.score(self.weights[place], found[place]["num_images"], named=False)
+            if images := found[place]["num_images"]:
+                yield from scorer.score(self.weights[place], images, named=False)
         for place, images in found.items():  # all at once: half a sweep is none
             candidate, record = self.candidates[place], scorer.record(self.weights[place])
             record.candidate = {**images, "kind": candidate.kind, "value": candidate.value}
@@ -137,13 +139,12 @@ def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
 
     Candidates count whose weights are still what they were. `spent`: by the searches of this sweep, by kind.
     """
-    swept, named = _swept(scorer), scorer.scores()
+    (swept, unseen), named = _swept(scorer), scorer.scores()
     if not swept:
         return {}
     kinds = [score.row["sweep"] for score in swept]
     searches = {**scorer.folder.results().get("sweep_search", {}), **spent}
     searches = {kind: search for kind, search in searches.items() if kind in kinds}
-    unseen = sum(max(0, search["candidates"] - kinds.count(kind)) for kind, search in searches.items())
 
     def pair(a: Score, b: Score) -> Estimate | None:
         """Over the images that both have; raw has those of every candidate."""
@@ -156,18 +157,20 @@ def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"sweep_search": searches} if searches else {})
 
 
-def _swept(scorer: Scorer) -> list[Score]:
-    """The candidates of all sweeps, by kind and width."""
-    found = []
+def _swept(scorer: Scorer) -> tuple[list[Score], int]:
+    """The candidates of all sweeps, by kind and width; and how many more no search looked at."""
+    found, unseen = [], 0
     for record in scorer.folder.records():
-        candidate = record.candidate
-        score = record.score(candidate["num_images"]) if candidate else None
-        if candidate and score is not None and scorer.weights_of(record) is not None:
-            kind, value = candidate["kind"], candidate["value"]
-            row = {**score.row, "weights": record.name, "sweep": kind, kind: value}
-            found.append(Score(row, score.estimate, candidate["looks"]))
+        if (candidate := record.candidate) is None or scorer.weights_of(record) is None:
+            continue
+        if (score := record.score(candidate["num_images"])) is None:
+            unseen += 1
+            continue
+        kind, value = candidate["kind"], candidate["value"]
+        row = {**score.row, "weights": record.name, "sweep": kind, kind: value}
+        found.append(Score(row, score.estimate, candidate["looks"]))
     found.sort(key=lambda score: score.row[score.row["sweep"]])
-    return sorted(found, key=lambda score: score.row["sweep"], reverse=True)
+    return sorted(found, key=lambda score: score.row["sweep"], reverse=True), unseen
 
 
 def describe(results: Mapping[str, Any]) -> str:

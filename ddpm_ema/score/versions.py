@@ -68,7 +68,7 @@ def _go_on(sampled: Sampled, versions: Mapping[str, str]) -> None:
 def _begin_anew(scorers: Sequence[Scorer]) -> None:
     """Each table gets its results.json first, so that nothing that was finished is lost to the report."""
     sampled, here = scorers[0].sampled, scorers[0].versions
-    before = (sampled.made_with() or [{}])[-1]
+    before = sampled.made_with()[-1]
     note = f"made under {_differing(before, here)}, where other images came out than later: not comparable with those"
     for scorer in scorers:
         if scorer.folder.records():

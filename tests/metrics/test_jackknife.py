@@ -90,10 +90,6 @@ class TestFormulas:
 
 
 class TestBadInput:
-    def test_one_image_beside_a_group_is_an_error(self) -> None:
-        with pytest.raises(UserError, match=r"at least 2 images beside any one group: raise --evaluation\.num-images"):
-            of(features(2, 2, 0), 10, standard_reference(2))
-
     def test_fewer_images_than_dimensions_carry_a_warning_in_the_result(self) -> None:
         (note,) = of(features(32, 32, 0), 10, standard_reference(32)).warnings
         assert note.startswith("32 images for 32 feature dimensions: the covariance is singular")
@@ -111,12 +107,17 @@ class TestBadInput:
 
     def test_too_few_images_or_groups_are_errors(self) -> None:
         reference = standard_reference(2)
-        with pytest.raises(UserError, match=r"at least 2 images and there are 1: raise --evaluation.num-images"):
-            of(features(1, 2, 0), 10, reference)
-        with pytest.raises(UserError, match="in at least 2 groups: 3 images fill 1"):
-            metrics.estimate_distance(features(3, 2, 0), torch.tensor([0, 10, 20]), 10, reference)
-        with pytest.raises(UserError, match="at least 2 images"):
-            of(features(2, 2, 0), 10, reference)
+        for indices in ([0], [0, 1], [0, 10, 20], [0, 10, 20, 1]):
+            with pytest.raises(
+                UserError, match=f"2 images beside any one group, and on one side are {len(indices)} images"
+            ):
+                metrics.estimate_distance(
+                    features(len(indices), 1, 0), torch.tensor(indices), 10, standard_reference(1)
+                )
+        with pytest.raises(UserError, match=r"2 images in 2 groups: raise .* or take a larger reference"):
+            metrics.estimate_distance(
+                features(40, 2, 0), torch.arange(40), 10, reference, sampled_from=features(2, 2, 1)
+            )
 
     def test_features_that_are_not_finite_name_weights_and_image(self) -> None:
         values = features(20, 2, 0)

@@ -48,10 +48,6 @@ class TestStatistics:
         ):
             metrics.check_finite(features, torch.tensor([10, 11, 20, 21, 41, 50]), name="ema_0_999")
 
-    def test_fewer_than_two_images_are_an_error_that_names_the_setting(self) -> None:
-        with pytest.raises(UserError, match=r"at least 2 images and there are 1: raise --evaluation.num-images"):
-            statistics_of(gaussian(1, 3))
-
 
 class TestFrechetDistance:
     def test_it_is_the_closed_form_where_covariances_commute(self) -> None:
@@ -153,10 +149,6 @@ class TestOtherScores:
         assert ratios["kid"] == pytest.approx(1, abs=0.3)
         assert ratios["precision"] == pytest.approx(1, abs=0.3)
         assert 0.85 < ratios["recall"] < 1.8
-
-    def test_too_few_images_are_an_error_that_says_what_to_do(self) -> None:
-        with pytest.raises(UserError, match="more than 3 images on both sides and there are 3"):
-            metrics.neighbour_radii(gaussian(3, 2))
 
     def test_kernel_distance_is_torch_fidelitys_over_all_images(self) -> None:
         features, reference = gaussian(120, 32, 1, 1.1), gaussian(120, 32, 2)
@@ -268,7 +260,7 @@ class TestReference:
         assert "--data.cache-dir" in note
 
     def test_fewer_than_two_images_are_an_error_and_fewer_than_dimensions_a_warning(self) -> None:
-        with pytest.raises(UserError, match="at least 2 images"):
+        with pytest.raises(UserError, match="the reference: a covariance needs at least 2 images and there are 1"):
             metrics.reference_of(torch.zeros(1, 3), {})
         (note,) = metrics.reference_of(gaussian(3, 5), {}).warnings
         assert note == "the reference has 3 images for 5 feature dimensions"

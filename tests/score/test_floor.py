@@ -46,6 +46,14 @@ def test_real_images_that_are_not_the_reference_s_are_compared_with_it(held_out,
     assert (reading_of(settings) == "population") == population
 
 
+@pytest.mark.parametrize("trained", ["train+test", "all"])
+@pytest.mark.parametrize("reference", ["train", "test"])
+def test_images_that_may_be_the_reference_s_own_are_no_floor_and_no_population(trained, reference) -> None:
+    settings = config.validate({"data": {"split": trained}, "evaluation": {"reference": reference}})
+    assert floor_split(settings) == ""
+    assert reading_of(settings) != "population"
+
+
 def test_held_out_digits_stand_in_the_table_beside_samples_and_against_them(tmp_path) -> None:
     run = make_run(tmp_path / "run", data__held_out=0.3, evaluation__weights=["raw"])
     found = results(run)
@@ -70,6 +78,18 @@ def test_without_held_out_images_or_a_test_split_there_is_no_floor(tmp_path) -> 
     found = results(make_run(tmp_path / "run", evaluation__weights=["raw"]))
     assert "floor" not in found
     assert "real images" not in table(found)
+
+
+@pytest.mark.parametrize("share", [1e-4, 4e-4])  # of the digits, none and two
+def test_too_few_held_out_images_do_not_end_a_scoring(tmp_path, capsys, share) -> None:
+    found = results(make_run(tmp_path / "run", data__held_out=share, evaluation__weights=["raw"]))
+    assert "floor" not in found
+    assert "the table has no line of real images: " in capsys.readouterr().err
+
+
+def test_a_floor_of_few_images_is_warned_of_as_a_row_is(tmp_path) -> None:
+    found = results(make_run(tmp_path / "run", data__held_out=2e-3, evaluation__weights=["raw"]))
+    assert "real images (held_out): 7 images for 8 feature dimensions" in " ".join(found["warnings"])
 
 
 @pytest.mark.slow

@@ -41,6 +41,11 @@ def found_results(run):
     return json.loads(next((run.output_dir / "scores").glob("*/results.json")).read_text())
 
 
+def twice(run):
+    score.run(run)
+    score.run(again(run, evaluation__weights=["raw", "ema_0_9"]))
+
+
 class TestStopAndGoOn:
     def test_sigterm_ends_all_ranks_with_75_and_another_number_of_processes_goes_on(self, tmp_path, whole):
         run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw", "ema_0_9"])
@@ -71,9 +76,9 @@ class TestStopAndGoOn:
         assert all(path.stat().st_mtime_ns == made for path, made in before.items())
         assert numbers(done) == {name: pytest.approx(v, rel=CLOSE) for name, v in numbers(whole).items()}
 
-    def test_two_processes_score_what_one_does(self, tmp_path, whole):
-        run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw", "ema_0_9"])
-        launch = start(run, world_size=2)
+    def test_two_processes_score_what_one_does_also_where_they_scored_before(self, tmp_path, whole):
+        run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw"])
+        launch = start(run, world_size=2, command=twice)
         assert launch.wait() == [0, 0], launch.output(0)
         found = found_results(run)
         assert found["world_size"] == 2

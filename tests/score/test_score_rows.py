@@ -191,6 +191,13 @@ class TestVersions:
         results(again(run, evaluation__weights=["raw"]))
         assert self.folder(run).with_name(f"{self.folder(run).name}.1").is_dir()
 
+    def test_where_the_list_of_versions_is_lost_the_first_images_decide(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"])
+        before = results(run)
+        (self.folder(run) / "made_with.json").write_text("[")
+        assert results(run)["rows"] == before["rows"]
+        assert json.loads((self.folder(run) / "made_with.json").read_text())[-1] == before["versions"]
+
     @pytest.mark.slow
     def test_all_ranks_agree(self, tmp_path: Path) -> None:
         run = make_run(tmp_path / "run", **SETTINGS)

@@ -1,6 +1,7 @@
 """The sweep over widths, and the search that spends its images where candidates are close."""
 
 import itertools
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -90,7 +91,7 @@ class TestSearch:
         assert [place for place, _ in looked_at[:5]] == [0, 5, 10, 14, 19]
         assert looked_at[5:] == [(7, 250), (12, 250)], "between 5 and 10 first, then between 10 and 14"
 
-    @pytest.mark.parametrize("number", [2, 3, 5])
+    @pytest.mark.parametrize("number", [1, 2, 3, 5])
     def test_a_short_range_is_searched_whole(self, number):
         assert set(search(Valley(number, 1, depth=9.0)).counts) == set(range(number))
 
@@ -220,7 +221,7 @@ class TestSweep:
 class Desk:
     """Stands for a scorer whose folder holds these: weights -> {images: distance}. Differences have an error of 0.1."""
 
-    def __init__(self, candidates, named=None, looks=1):
+    def __init__(self, candidates, named=None, looks=1, unseen=0):
         known = {**candidates, **(named or {})}
         self.known = {name: {n: self.estimated(d, n) for n, d in counts.items()} for name, counts in known.items()}
         self.named = list(named or {})
@@ -228,6 +229,9 @@ class Desk:
             Record(name, name, None, [], self.candidate(name, max(c), looks), {max(c): self.row(name, max(c))}, c)
             for name, c in self.known.items()
             if name in candidates
+        ]
+        self.found += [
+            Record(f"0.3{i}", f"0.3{i}", None, [], self.candidate(f"0.3{i}", 0, looks)) for i in range(unseen)
         ]
         self.folder = SimpleNamespace(records=lambda: self.found, results=dict)
 
@@ -294,9 +298,10 @@ class TestSummary:
         named = {"raw": {200: 5.0, 400: 5.0}}
         once = Desk({"0.10": {400: 4.6}}, named).found_in()["sweep"][0]["p_value"]
         spent = {"std": {"candidates": 12, "images": 400, "of": 4800}}
-        searched = Desk({"0.10": {400: 4.6}}, named, looks=4).found_in(spent)
+        searched = Desk({"0.10": {400: 4.6}}, named, looks=4, unseen=11).found_in(spent)
         assert searched["sweep"][0]["p_value"] == pytest.approx(12 * 4 * once)
         assert searched["sweep_search"] == spent
+        assert [row["weights"] for row in searched["sweep"]] == ["0.10"]
 
 
 def figures_of(row):
@@ -341,6 +346,21 @@ class TestSweepsInOneFolder:
             assert row["weights"] == expected["weights"]
             assert row["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=0.01)
             assert row["delta_vs_raw"] == pytest.approx(expected["delta_vs_raw"], abs=0.05)
+
+    def test_what_no_search_looked_at_counts_as_a_test_until_a_sweep_looks_at_it(self, run):
+        """Whatever other sweeps and searches of the kind there are: their candidates are others."""
+
+        def unseen():
+            records = [json.loads(path.read_text()) for path in run.output_dir.glob("scores/*/weights/*.json")]
+            return sum((record["candidate"] or {}).get("num_images") == 0 for record in records)
+
+        before, wide = unseen(), {"stds": "0.04:0.12:9", "num_images": 40}
+        looked_at = len(self.swept(run, 11, **wide, search=True)["sweep"])
+        assert unseen() - before == 9 - looked_at > 0
+        self.swept(run, 11, stds="0.045:0.085:5", num_images=40, search=True)
+        assert unseen() - before == 9 - looked_at
+        self.swept(run, 11, **wide)
+        assert unseen() == before
 
     def test_a_search_after_a_full_sweep_samples_nothing_and_takes_nothing_away(self, run, sampled):
         before = self.swept(run, 2, stds=self.WIDTHS)
