@@ -1,8 +1,10 @@
 """torchvision's image sets by name. Importing this imports torchvision, which takes seconds."""
 
-import difflib
+import contextlib
 import inspect
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ema.data.decode import UNREADABLE
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError, one_line
+from ddpm_ema.errors import UserError, nearest, one_line
 
 
 def open_torchvision(name: str, split: str, root: Path) -> Source:
@@ -29,8 +32,6 @@ def open_torchvision(name: str, split: str, root: Path) -> Source:
         raise UserError(f"data.name: {kind.__name__} takes no {', '.join(unknown)}; known: {', '.join(parameters)}")
     arguments |= _split_argument(kind.__name__, parameters, arguments, split)
     data = _construct(kind, parameters, root, arguments)
-    if len(data) == 0:
-        raise UserError(f"data.name: {name} holds no images under {root}")
     _check_images(name, data)
     labels, num_classes = _labels(data)
     stamp = [
@@ -50,9 +51,7 @@ def _parse(name: str) -> tuple[Any, dict[str, Any]]:
     word = match[1] if match else name
     sets = [known for known in torchvision.datasets.__all__ if known not in ("VisionDataset", "DatasetFolder")]
     if match is None or word not in sets:
-        near = difflib.get_close_matches(word.upper(), {known.upper(): known for known in sets}, n=1, cutoff=0.5)
-        nearest = next((f"; did you mean {known}?" for known in sets if near and known.upper() == near[0]), "")
-        raise UserError(f"data.name: torchvision has no data set {name!r}{nearest}")
+        raise UserError(f"data.name: torchvision has no data set {name!r}{nearest(word, sets, or_all=False)}")
     pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
     return getattr(torchvision.datasets, word), {key.strip(): _value(text.strip()) for key, _, text in pairs}
 
@@ -109,8 +108,11 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
     failures: list[Exception] = []
     for attempt in attempts:
         try:
-            return kind(**arguments, **attempt)
-        except ValueError as error:  # torchvision's own check of an argument
+            data = kind(**arguments, **attempt)
+            if len(data) == 0:
+                raise UserError(f"data.name: {kind.__name__} holds no images under {root}")
+            return data
+        except (ValueError, TypeError) as error:  # torchvision's own check of an argument, or the lack of one
             raise UserError(f"data.name, data.split: {kind.__name__}: {one_line(error)}") from None
         except (OSError, RuntimeError, ImportError) as error:  # not there; no network; a reading library is missing
             failures.append(error)
@@ -121,25 +123,33 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
     )
 
 
+def _readable(data: Any, indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """(index, item) of the images that can be read; decoding names the others."""
+    for index in indices:
+        with contextlib.suppress(*UNREADABLE):
+            yield index, data[index]
+
+
 def _check_images(name: str, data: Any) -> None:
-    item = data[0]
-    image = item[0] if isinstance(item, tuple) else None
-    if not isinstance(image, Image.Image) and not (isinstance(image, np.ndarray) and image.ndim in (2, 3)):
-        raise UserError(f"data.name: {name} gives {type(image).__name__} and not images; choose a set of images")
+    for _, item in islice(_readable(data, range(len(data))), 1):
+        image = item[0] if isinstance(item, tuple) else None
+        if not isinstance(image, Image.Image) and not (isinstance(image, np.ndarray) and image.ndim in (2, 3)):
+            raise UserError(f"data.name: {name} gives {type(image).__name__} and not images; choose a set of images")
 
 
 def _labels(data: Any) -> tuple[Tensor | None, int | None]:
     """The class of every image if the targets are classes; taken from an attribute if one holds the same targets."""
     size = len(data)
-    if not isinstance(data[0][1], (int, np.integer)) or isinstance(data[0][1], bool):
+    probes = islice(_readable(data, chain((0, size // 3, size // 2, size - 1), range(size))), 4)
+    seen = {index: target for index, (_, target) in probes}
+    if not seen or any(not isinstance(target, (int, np.integer)) or isinstance(target, bool) for target in seen.values()):
         return None, None
-    probes = sorted({0, size // 3, size // 2, size - 1})
-    seen = [int(data[index][1]) for index in probes]
-    labels = next(
-        (found for found in _candidates(data) if len(found) == size and [int(found[i]) for i in probes] == seen), None
-    )
+    right = (found for found in _candidates(data) if len(found) == size and all(found[i] == seen[i] for i in seen))
+    labels = next(right, None)
     if labels is None:
-        labels = torch.tensor([int(data[index][1]) for index in range(size)])
+        labels = torch.zeros(size, dtype=torch.int64)
+        for index, (_, target) in _readable(data, range(size)):
+            labels[index] = int(target)
     if int(labels.min()) < 0:
         return None, None  # STL10 marks images without a label by -1
     num_classes = max(len(getattr(data, "classes", ())), int(labels.max()) + 1)
