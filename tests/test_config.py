@@ -155,7 +155,7 @@ def test_lengths_in_images_and_shares_of_the_run_are_resolved_once_and_recorded_
 
 
 def test_a_switch_without_a_value_is_no_number() -> None:
-    with pytest.raises(UserError, match="4 bad(.|\n)*learning_rate: needs a value, not true"):
+    with pytest.raises(UserError, match=r"4 bad(.|\n)*learning_rate: needs a value, not true"):
         config.load(None, {key: [] for key in ("seed", "data.path", "training.steps", "training.learning_rate")})
     assert config.load(None, {"training.compile": [], "training.split_averages": []}).training.split_averages is True
 

@@ -391,9 +391,9 @@ class Config(Section):
             return tree
         tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
         training = tree.get("training")
-        given = {"steps": training["steps"]} if isinstance(training, dict) and "steps" in training else {}
+        only = {"steps": training["steps"]} if isinstance(training, dict) and "steps" in training else {}
         try:
-            steps = TrainingSettings.model_validate(given).steps
+            steps = TrainingSettings.model_validate(only).steps
         except ValidationError:
             steps = TrainingSettings().steps  # told by the field itself
         for section, name in (key.split(".") for key, field in SETTINGS.items() if INTERVAL in field.metadata):

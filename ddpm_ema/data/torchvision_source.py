@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ema.data.decode import UNREADABLE
+from ddpm_ema.data.decode import readable
 from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError, nearest, one_line
 
@@ -34,13 +34,7 @@ def open_torchvision(name: str, split: str, root: Path) -> Source:
     data = _construct(kind, parameters, root, arguments)
     _check_images(name, data)
     labels, num_classes = _labels(data)
-    stamp = [
-        name,
-        split,
-        str(len(data)),
-        str(root.resolve()),
-        *(f"{key}={arguments[key]}" for key in sorted(arguments)),
-    ]
+    stamp = [name, split, str(len(data)), str(root.resolve())]
     return Source(
         name, len(data), lambda index: data[index][0], lambda index: f"{name}[{index}]", stamp, labels, num_classes
     )
@@ -123,15 +117,8 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
     )
 
 
-def _readable(data: Any, indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """(index, item) of the images that can be read; decoding names the others."""
-    for index in indices:
-        with contextlib.suppress(*UNREADABLE):
-            yield index, data[index]
-
-
 def _check_images(name: str, data: Any) -> None:
-    for _, item in islice(_readable(data, range(len(data))), 1):
+    for _, item in islice(readable(data.__getitem__, range(len(data))), 1):
         image = item[0] if isinstance(item, tuple) else None
         if not isinstance(image, Image.Image) and not (isinstance(image, np.ndarray) and image.ndim in (2, 3)):
             raise UserError(f"data.name: {name} gives {type(image).__name__} and not images; choose a set of images")
@@ -140,15 +127,15 @@ def _check_images(name: str, data: Any) -> None:
 def _labels(data: Any) -> tuple[Tensor | None, int | None]:
     """The class of every image if the targets are classes; taken from an attribute if one holds the same targets."""
     size = len(data)
-    probes = islice(_readable(data, chain((0, size // 3, size // 2, size - 1), range(size))), 4)
+    probes = islice(readable(data.__getitem__, chain((0, size // 3, size // 2, size - 1), range(size))), 4)
     seen = {index: target for index, (_, target) in probes}
-    if not seen or any(not isinstance(target, (int, np.integer)) or isinstance(target, bool) for target in seen.values()):
+    if {isinstance(target, (int, np.integer)) and not isinstance(target, bool) for target in seen.values()} != {True}:
         return None, None
     right = (found for found in _candidates(data) if len(found) == size and all(found[i] == seen[i] for i in seen))
     labels = next(right, None)
     if labels is None:
         labels = torch.zeros(size, dtype=torch.int64)
-        for index, (_, target) in _readable(data, range(size)):
+        for index, (_, target) in readable(data.__getitem__, range(size)):
             labels[index] = int(target)
     if int(labels.min()) < 0:
         return None, None  # STL10 marks images without a label by -1
@@ -156,17 +143,11 @@ def _labels(data: Any) -> tuple[Tensor | None, int | None]:
     return labels, num_classes
 
 
-def _candidates(data: Any) -> list[Tensor]:
+def _candidates(data: Any) -> Iterator[Tensor]:
     """Attributes in which torchvision's classes keep their targets, as int64 `[N]`."""
-    found = []
     for name in ("targets", "labels", "_labels", "y", "_samples"):
-        value = getattr(data, name, None)
-        try:
-            if name == "_samples" and value is not None:
-                value = [target for _, target in value]
-            tensor = torch.as_tensor(np.asarray(value))
-        except (TypeError, ValueError, RuntimeError):
-            continue
-        if tensor.ndim == 1 and not tensor.is_floating_point():
-            found.append(tensor.to(torch.int64))
-    return found
+        value = getattr(data, name, ())
+        with contextlib.suppress(TypeError, ValueError):
+            found = np.asarray([target for _, target in value] if name == "_samples" else value)
+            if found.ndim == 1 and found.dtype.kind in "iu":
+                yield torch.from_numpy(found.astype(np.int64))
