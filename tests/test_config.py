@@ -243,6 +243,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a {b: 1}\nc: &c {<<: [*a, *a, *a], d: &d [*a]}\nseed: &s [*s]", "aliases"),
         ("[" * 5000, "nested too deeply"),
         ("seed: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        (f"seed: {[1] * 50_000}", "more than 100,000 characters"),
         ("? [a, b]\n: c", r"line 1: a key must be a word"),
         ("seed: " + "9" * 6000, "line 1: .* more than 63 bits"),
         ("seed: 0x" + "f" * 9000, "line 1: .* more than 63 bits"),

@@ -18,7 +18,7 @@ from ddpm_ema.config.settings import SETTINGS, Config
 from ddpm_ema.errors import UserError, nearest
 
 # Limits of a file or command line: far more than settings need, and few enough that an error message takes under a second.
-MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 10_000, 20, 40, 800
+MOST_CHARACTERS, MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 100_000, 10_000, 20, 40, 800
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,8 +94,8 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
-def _parse(text: Any, where: str) -> Any:
-    """YAML (an open file or a string) -> plain objects; `where` names it in the message."""
+def _parse(text: str, where: str) -> Any:
+    """YAML -> plain objects; `where` names it in the message."""
     try:
         loader = _Loader(text)
         loader.name = where
@@ -104,8 +104,6 @@ def _parse(text: Any, where: str) -> Any:
         raise UserError(f"{where}: nested too deeply: more than {MOST_LEVELS} levels") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())[:LONGEST_LINE]}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not a text file in UTF-8") from None
     except (ValueError, KeyError, AttributeError) as error:  # what PyYAML makes of an odd !!tag
         raise UserError(f"{where}: a value cannot be read ({_shown(error)})") from None
 
@@ -138,12 +136,15 @@ def load(
     if isinstance(path, Path | str):
         try:
             with open(path, encoding="utf-8") as file:
-                tree = _parse(file, str(path)) or {}
+                text = file.read(MOST_CHARACTERS + 1)
         except FileNotFoundError:
             beside = sorted(found.name for found in Path(path).parent.glob("*.y*ml"))
             raise UserError(f"--config {path}: no such file{nearest(Path(path).name, beside, or_all=False)}") from None
-        except OSError as error:
-            raise UserError(f"--config {path}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(f"--config {path}: more than {MOST_CHARACTERS:,} characters are no settings")
+        tree = _parse(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise UserError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
     if output_dir is not None:
