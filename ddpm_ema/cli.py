@@ -140,20 +140,10 @@ def _dispatch(arguments: list[str]) -> object:
 
 
 def _usage() -> str:
-    summaries = {name: stage.summary for name, stage in STAGES.items()} | {
-        name: tool[0] for name, tool in TOOLS.items()
-    }
-    lines = [f"  {name:<12} {summary}" for name, summary in summaries.items()]
-    return "\n".join(
-        [
-            "usage: ddpm-ema COMMAND ...",
-            "",
-            *lines,
-            "",
-            "ddpm-ema COMMAND --help lists the options of a command; --quiet",
-            "is one of every command: warnings and errors alone.",
-        ]
-    )
+    lines = [f"  {name:<12} {stage.summary}" for name, stage in STAGES.items()]
+    lines += [f"  {name:<12} {summary}" for name, (summary, *_) in TOOLS.items()]
+    more = "ddpm-ema COMMAND --help lists the options of a command; --quiet\nis one of every command: warnings and errors alone."
+    return "\n".join(["usage: ddpm-ema COMMAND ...", "", *lines, "", more])
 
 
 def _run_stage(name: str, arguments: list[str]) -> object:

@@ -162,9 +162,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 def check_compiler() -> Iterator[Finding]:
     """torch.compile needs a C++ compiler on CPU; on CUDA, Triton needs a C compiler and Python's headers."""
-    from ddpm_ema.capabilities import cpp_compiler
-
-    compiler = cpp_compiler() or ""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or ""  # as torch looks for it
     lacking = [] if compiler else ["C++ compiler"]
     lacking += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
     hint = "keep training.compile and evaluation.compile off, or install g++ and python3-dev"

@@ -64,9 +64,9 @@ def one_line(error: BaseException) -> str:
 def nearest(name: object, known: Iterable[str], or_all: bool = True) -> str:
     """The end of a message about an unknown name: `; did you mean 'x'?`; if none is near, all that are known, or nothing."""
     known = list(known)
-    near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(
-        str(name), known, n=1, cutoff=0.5
-    )
+    near = [k for k in known if k.rpartition(".")[2] == name]
+    lower = {k.lower(): k for k in known}
+    near += [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known here: {', '.join(known)}" if known and or_all else ""

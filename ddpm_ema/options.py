@@ -97,7 +97,7 @@ def importing() -> argparse.ArgumentParser:
 
 def _amount(text: str) -> float:
     """20GB, 35.7M, 800k -> a number."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kMGT]?)B?", text)
-    if match is None:
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kMGT]?)B?", text)
+    if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 20GB, 35.7M or 800000")
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]]

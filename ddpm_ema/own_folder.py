@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_ema import config
 from ddpm_ema.config import Config
-from ddpm_ema.data.decode import UNREADABLE
+from ddpm_ema.data.decode import readable
 from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
@@ -45,24 +45,14 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
         return config.resolve(output, None, overrides)
     on_gpu = overrides.get("machine.device") != ["cpu"] and torch.cuda.is_available()
     source = open_folder(folder, " ".join(overrides.get("data.split", ["train"])))
-    tree, seen = choose(_look(source), len(source), source.classes, on_gpu, overrides)
+    some = [image for _, image in readable(source.read, range(0, len(source), -(-len(source) // LOOKED_AT)))]
+    tree, seen = choose(some, len(source), source.classes, on_gpu, overrides)
     tree["data"]["path"], tree["output_dir"] = str(folder), output
     chosen = config.load(tree, overrides)
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
     kept = f"{output}/config.yaml will hold these and the defaults"
     logger.info(f"{seen}; settings chosen for them and a {'GPU' if on_gpu else 'CPU'} ({kept}):\n\n{text}")
     return chosen
-
-
-def _look(source: Any) -> list[Image.Image]:
-    """Some of the images that can be read."""
-    found = []
-    for index in range(0, len(source), -(-len(source) // LOOKED_AT)):
-        try:
-            found.append(source.read(index))
-        except UNREADABLE:
-            continue  # loading names it
-    return found
 
 
 def choose(

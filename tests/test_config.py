@@ -154,6 +154,25 @@ def test_lengths_in_images_and_shares_of_the_run_are_resolved_once_and_recorded_
     assert longer.averages == loaded.averages
 
 
+def test_a_switch_without_a_value_is_no_number() -> None:
+    with pytest.raises(UserError, match=r"4 bad(.|\n)*learning_rate: needs a value, not true"):
+        config.load(None, {key: [] for key in ("seed", "data.path", "training.steps", "training.learning_rate")})
+    assert config.load(None, {"training.compile": [], "training.split_averages": []}).training.split_averages is True
+
+
+def test_no_is_a_precision_and_no_number_of_steps() -> None:
+    assert config.load(None, {"training.mixed_precision": ["no"]}).training.mixed_precision == "no"
+    assert config.load(None, {"evaluation.clip_sample": ["no"]}).evaluation.clip_sample is False
+    assert config.load(None, {"training.compile": ["On"]}).training.compile is True
+
+
+def test_shares_are_of_the_steps_however_these_are_written() -> None:
+    for steps in ("2e3", "'2000'", "2000"):
+        found = config.load(None, {"training.steps": [steps], "training.sample_every": ["5%"]}).training
+        assert (found.steps, found.sample_every) == (2000, 100)
+    assert config.load(None, {"training.sample_every": ["0%"]}).training.sample_every == 0
+
+
 def test_intervals_that_are_shares_keep_their_place_in_a_shortened_run() -> None:
     for steps in (20_000, 2_000, 12):
         run = config.load(ROOT / "configs" / "image_folder.yaml", {"training.steps": [str(steps)]})
@@ -224,6 +243,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a {b: 1}\nc: &c {<<: [*a, *a, *a], d: &d [*a]}\nseed: &s [*s]", "aliases"),
         ("[" * 5000, "nested too deeply"),
         ("seed: " + "[" * 60 + "]" * 60, "nested too deeply"),
+        (f"seed: {[1] * 50_000}", "more than 100,000 characters"),
         ("? [a, b]\n: c", r"line 1: a key must be a word"),
         ("seed: " + "9" * 6000, "line 1: .* more than 63 bits"),
         ("seed: 0x" + "f" * 9000, "line 1: .* more than 63 bits"),
@@ -237,6 +257,11 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x" * 900 + ": 1", "x{80}: unknown setting"),
         ("".join(f"k{i}: 1\n" for i in range(2000)), r"2000 bad settings"),
         ("1: 2\ntrue: 3", "keys should be strings"),
+        ("training:\n", "training: is a section: write its settings below it, or leave it out"),
+        ("training: {steps: true}\noutput_dir: true", "2 bad(.|\n)*steps: needs a value, not true"),
+        ("evaluation: {every: yes}\ntraining: {sample_every: on}", "2 bad(.|\n)*unable to parse string as an int"),
+        ("training: {steps: five, sample_every: 5%}\ncheckpoints: {every: 5%}", "1 bad setting\n.*steps"),
+        ("training: {steps: 2, log_every: 0%}", "log_every: input should be greater than 0"),
         ("averages: {1: {kind: uniform}}", r"averages\.1"),
     ],
 )
@@ -293,13 +318,19 @@ def test_one_value_for_a_setting_that_takes_several_is_a_list_of_one() -> None:
     [
         (["runs/x", "5"], "'5': not a setting; write RUN, --config FILE"),
         (["--config"], "--config: takes one file"),
-        (["--config", "a", "b"], "--config: takes one file"),
-        (["--config", "nowhere.yaml"], r"--config nowhere\.yaml: No such file"),
+        (["--config", "a", "-training.steps"], "--config: takes one file, not a -training.steps"),
+        (["--config", "nowhere.yaml"], r"--config nowhere\.yaml: no such file$"),
+        (["--config", "configs/digit.yaml"], r"no such file; did you mean 'digits\.yaml'\?"),
+        (["--config", "configs"], "--config configs: Is a directory"),
+        (["--config", "docs/images/digits_grid.png"], r"digits_grid\.png: not a text file"),
         (["nowhere"], r"nowhere: no such run directory; name one, or settings with --config FILE"),
         (["."], r"\.: no run directory: it holds no config\.yaml; .* a folder of images with --data\.path"),
     ],
 )
-def test_a_command_line_that_names_no_settings_is_one_message(arguments: list[str], expected: str) -> None:
+def test_a_command_line_that_names_no_settings_is_one_message(
+    arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=expected):
         config.parse(arguments)
 

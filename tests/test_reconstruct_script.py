@@ -134,6 +134,10 @@ def test_nothing_is_written_when_one_of_the_targets_is_bad(run: RunDir) -> None:
 
 
 def test_a_plan_needs_no_run_and_says_what_to_store_and_what_to_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    for bad in ("1.2.3", "0", "0k", "."):
+        with pytest.raises(SystemExit):
+            main(["--plan", "--parameters", bad])
+        assert f"{bad!r} is not a number such as 20GB" in capsys.readouterr().err
     sizes = ["--steps", "800k", "--budget", "20GB", "--parameters", "35.7M"]
     assert main(["--plan", *sizes, "--target", "bias_corrected:decay=0.999", "--target", "uniform"]) == []
     printed = capsys.readouterr().out.splitlines()

@@ -63,7 +63,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
         )
     paths = overrides.pop("config", None)
     if paths is not None and len(paths) != 1:
-        raise UserError("--config: takes one file")
+        raise UserError(f"--config: takes one file, not {' '.join(paths) or 'none'}")
     return (words[0] if words else None), (paths[0] if paths else None), overrides
 
 

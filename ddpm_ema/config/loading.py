@@ -18,11 +18,11 @@ from ddpm_ema.config.settings import SETTINGS, Config
 from ddpm_ema.errors import UserError, nearest
 
 # Limits of a file or command line: far more than settings need, and few enough that an error message takes under a second.
-MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 10_000, 20, 40, 800
+MOST_CHARACTERS, MOST_VALUES, MOST_LEVELS, MOST_LINES, LONGEST_LINE = 100_000, 10_000, 20, 40, 800
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, a date is a word, and a repeated key is an error.
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, dates, `no` and `on` are words, and a repeated key is an error.
 
     Before any object is built, it refuses what would take long or not end: aliases that multiply, deep nesting, long numbers.
     """
@@ -69,12 +69,13 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     return value
 
 
-# YAML 1.1 takes 3:9:3 for a number of base 60; here it is a range.
-_WORDS = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+# YAML 1.1 takes 3:9:3 for a number of base 60, here a range, and `no` for false, here a precision.
+_WORDS = {f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float", "bool")}
 _Loader.yaml_implicit_resolvers = {
     first: [found for found in resolvers if found[0] not in _WORDS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$", re.IGNORECASE), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
     re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
@@ -93,8 +94,8 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
-def _parse(text: Any, where: str) -> Any:
-    """YAML (an open file or a string) -> plain objects; `where` names it in the message."""
+def _parse(text: str, where: str) -> Any:
+    """YAML -> plain objects; `where` names it in the message."""
     try:
         loader = _Loader(text)
         loader.name = where
@@ -135,9 +136,15 @@ def load(
     if isinstance(path, Path | str):
         try:
             with open(path, encoding="utf-8") as file:
-                tree = _parse(file, str(path)) or {}
+                text = file.read(MOST_CHARACTERS + 1)
+        except FileNotFoundError:
+            beside = sorted(found.name for found in Path(path).parent.glob("*.y*ml"))
+            raise UserError(f"--config {path}: no such file{nearest(Path(path).name, beside, or_all=False)}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(f"--config {path}: more than {MOST_CHARACTERS:,} characters are no settings")
+        tree = _parse(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise UserError(f"{path}: must be a mapping of sections, not {type(tree).__name__}")
     if output_dir is not None:
@@ -198,8 +205,11 @@ def _explain(problem: Any) -> Iterator[tuple[str, str]]:
         for line in message.split("\n"):
             first, _, rest = line.partition(": ")
             yield (key, line) if key else (first, rest)
+    elif problem["type"] == "model_type":
+        yield key, f"is a section: write its settings below it, or leave it out (got {_shown(got)})"
     else:
-        near = nearest(got, re.findall(r"'([^']+)'", message)) if problem["type"] == "literal_error" else ""
+        known = re.findall(r"'([^']+)'", message) if problem["type"] == "literal_error" else ()
+        near = nearest(got, known, or_all=False)
         yield key, f"{message[0].lower()}{message[1:]}{near} (got {_shown(got)})"
 
 

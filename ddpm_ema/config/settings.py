@@ -17,7 +17,9 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -83,6 +85,13 @@ INTERVAL = "a number of steps, or a share of training.steps such as 5%"
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_true(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is True and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("needs a value, not true")  # which pydantic would take for 1
+        return value
 
 
 class DataSettings(Section):
@@ -377,18 +386,22 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _resolve_shares(cls, tree: Any) -> Any:
-        """Intervals that are shares of the run, in steps: at least one."""
-        training = tree.get("training") if isinstance(tree, Mapping) else None
-        steps = training.get("steps", 3000) if isinstance(training, Mapping) else 3000
-        if not isinstance(tree, Mapping) or not isinstance(steps, int):
-            return tree  # told by the field itself
+        """Intervals that are shares of the run, in steps: at least one, where the share is not 0%."""
+        if not isinstance(tree, Mapping):
+            return tree
         tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+        training = tree.get("training")
+        only = {"steps": training["steps"]} if isinstance(training, dict) and "steps" in training else {}
+        try:
+            steps = TrainingSettings.model_validate(only).steps
+        except ValidationError:
+            steps = TrainingSettings().steps  # told by the field itself
         for section, name in (key.split(".") for key, field in SETTINGS.items() if INTERVAL in field.metadata):
             values = tree.get(section)
             given = values.get(name) if isinstance(values, dict) else None
             if isinstance(given, str) and given.endswith("%"):
                 share = in_steps(given, num_steps=steps, batch_size=1)
-                values[name] = given if share is None else max(1, round(share))
+                values[name] = given if share is None else max(int(share > 0), round(share))
         return tree
 
     @model_validator(mode="after")

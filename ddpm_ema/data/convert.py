@@ -63,8 +63,7 @@ class Conversion:
 def _as_image(image: Image.Image | npt.NDArray[np.uint8]) -> Image.Image:
     if isinstance(image, Image.Image):
         image.load()
-        if image.getexif().get(0x0112, 1) != 1:
-            ImageOps.exif_transpose(image, in_place=True)
+        ImageOps.exif_transpose(image, in_place=True)
         return image
     if image.dtype != np.uint8:
         raise ValueError(f"pixels of type {image.dtype} have no defined range; uint8 is expected")

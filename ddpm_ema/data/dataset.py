@@ -17,7 +17,7 @@ from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding
 from ddpm_ema.data.folder_source import open_folder
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.transfer import to_device
 
 HELD_OUT = "held_out"
@@ -175,7 +175,8 @@ def _digits(split: str) -> Source:
 
 
 def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:
-    images = torch.empty(len(source), *conversion.shape, dtype=torch.uint8)
+    with explained("data.storage: the images do not fit into memory (", RuntimeError, after="); use mmap"):
+        images = torch.empty(len(source), *conversion.shape, dtype=torch.uint8)
     decoding, fingerprint, count = Decoding(source, conversion, max_bad), Fingerprint(conversion), 0
     for pixels in decoding:
         images[count : count + len(pixels)] = torch.from_numpy(pixels)

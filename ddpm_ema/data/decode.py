@@ -1,13 +1,14 @@
 """Decodes every image of a source once, in order, with one thread per core."""
 
+import contextlib
 import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,13 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow knows"  # its own words repeat the path
     return getattr(error, "strerror", None) or one_line(error)
+
+
+def readable(read: Callable[[int], Any], indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """(index, what is read) of those images that can be read; `Decoding` names the others."""
+    for index in indices:
+        with contextlib.suppress(*UNREADABLE):
+            yield index, read(index)
 
 
 @dataclass

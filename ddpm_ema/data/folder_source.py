@@ -14,7 +14,7 @@ from ddpm_ema.data.source import Source
 from ddpm_ema.errors import UserError, nearest
 
 _IMAGE_FILE = re.compile(r"\.(png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|p[pgbn]m|tga|jp2|avif)", re.IGNORECASE)
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})  # in any case
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ def _labels(paths: list[str]) -> tuple[Tensor | None, int | None, str]:
 
 def _split_folder(path: Path, split: str) -> str:
     names = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if names and names <= SPLIT_NAMES:
+    splits = sorted(name for name in names if name.lower() in SPLIT_NAMES)
+    if names and len(splits) == len(names):
         if split not in names:
-            raise UserError(f"data.split: {path} has no split {split!r}, only {', '.join(sorted(names))}")
+            raise UserError(f"data.split: {path} has no split {split!r}, only {', '.join(splits)}")
         return split
-    if len(splits := sorted(names & SPLIT_NAMES)) > 1:  # as classes they would mix what is held out into the training
-        others = ", ".join(sorted(map(printable, names - SPLIT_NAMES))[:5])
+    if len(splits) > 1:  # as classes they would mix what is held out into the training
+        others = ", ".join(sorted(map(printable, names - {*splits}))[:5])
         raise UserError(
             f"data.path: {path} has the splits {', '.join(splits)} beside other folders ({others}): move those elsewhere, or "
             f"give the folder of one split, {path}/{splits[-1]}"

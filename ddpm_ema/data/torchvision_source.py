@@ -1,8 +1,10 @@
 """torchvision's image sets by name. Importing this imports torchvision, which takes seconds."""
 
-import difflib
+import contextlib
 import inspect
 import re
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ema.data.decode import readable
 from ddpm_ema.data.source import Source
-from ddpm_ema.errors import UserError, one_line
+from ddpm_ema.errors import UserError, nearest, one_line
 
 
 def open_torchvision(name: str, split: str, root: Path) -> Source:
@@ -29,17 +32,9 @@ def open_torchvision(name: str, split: str, root: Path) -> Source:
         raise UserError(f"data.name: {kind.__name__} takes no {', '.join(unknown)}; known: {', '.join(parameters)}")
     arguments |= _split_argument(kind.__name__, parameters, arguments, split)
     data = _construct(kind, parameters, root, arguments)
-    if len(data) == 0:
-        raise UserError(f"data.name: {name} holds no images under {root}")
     _check_images(name, data)
     labels, num_classes = _labels(data)
-    stamp = [
-        name,
-        split,
-        str(len(data)),
-        str(root.resolve()),
-        *(f"{key}={arguments[key]}" for key in sorted(arguments)),
-    ]
+    stamp = [name, split, str(len(data)), str(root.resolve())]
     return Source(
         name, len(data), lambda index: data[index][0], lambda index: f"{name}[{index}]", stamp, labels, num_classes
     )
@@ -50,9 +45,7 @@ def _parse(name: str) -> tuple[Any, dict[str, Any]]:
     word = match[1] if match else name
     sets = [known for known in torchvision.datasets.__all__ if known not in ("VisionDataset", "DatasetFolder")]
     if match is None or word not in sets:
-        near = difflib.get_close_matches(word.upper(), {known.upper(): known for known in sets}, n=1, cutoff=0.5)
-        nearest = next((f"; did you mean {known}?" for known in sets if near and known.upper() == near[0]), "")
-        raise UserError(f"data.name: torchvision has no data set {name!r}{nearest}")
+        raise UserError(f"data.name: torchvision has no data set {name!r}{nearest(word, sets, or_all=False)}")
     pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
     return getattr(torchvision.datasets, word), {key.strip(): _value(text.strip()) for key, _, text in pairs}
 
@@ -109,8 +102,11 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
     failures: list[Exception] = []
     for attempt in attempts:
         try:
-            return kind(**arguments, **attempt)
-        except ValueError as error:  # torchvision's own check of an argument
+            data = kind(**arguments, **attempt)
+            if len(data) == 0:
+                raise UserError(f"data.name: {kind.__name__} holds no images under {root}")
+            return data
+        except (ValueError, TypeError) as error:  # torchvision's own check of an argument, or the lack of one
             raise UserError(f"data.name, data.split: {kind.__name__}: {one_line(error)}") from None
         except (OSError, RuntimeError, ImportError) as error:  # not there; no network; a reading library is missing
             failures.append(error)
@@ -122,41 +118,36 @@ def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, 
 
 
 def _check_images(name: str, data: Any) -> None:
-    item = data[0]
-    image = item[0] if isinstance(item, tuple) else None
-    if not isinstance(image, Image.Image) and not (isinstance(image, np.ndarray) and image.ndim in (2, 3)):
-        raise UserError(f"data.name: {name} gives {type(image).__name__} and not images; choose a set of images")
+    for _, item in islice(readable(data.__getitem__, range(len(data))), 1):
+        image = item[0] if isinstance(item, tuple) else None
+        if not isinstance(image, Image.Image) and not (isinstance(image, np.ndarray) and image.ndim in (2, 3)):
+            raise UserError(f"data.name: {name} gives {type(image).__name__} and not images; choose a set of images")
 
 
 def _labels(data: Any) -> tuple[Tensor | None, int | None]:
     """The class of every image if the targets are classes; taken from an attribute if one holds the same targets."""
     size = len(data)
-    if not isinstance(data[0][1], (int, np.integer)) or isinstance(data[0][1], bool):
+    probes = islice(readable(data.__getitem__, chain((0, size // 3, size // 2, size - 1), range(size))), 4)
+    seen = {index: target for index, (_, target) in probes}
+    if {isinstance(target, (int, np.integer)) and not isinstance(target, bool) for target in seen.values()} != {True}:
         return None, None
-    probes = sorted({0, size // 3, size // 2, size - 1})
-    seen = [int(data[index][1]) for index in probes]
-    labels = next(
-        (found for found in _candidates(data) if len(found) == size and [int(found[i]) for i in probes] == seen), None
-    )
+    right = (found for found in _candidates(data) if len(found) == size and all(found[i] == seen[i] for i in seen))
+    labels = next(right, None)
     if labels is None:
-        labels = torch.tensor([int(data[index][1]) for index in range(size)])
+        labels = torch.zeros(size, dtype=torch.int64)
+        for index, (_, target) in readable(data.__getitem__, range(size)):
+            labels[index] = int(target)
     if int(labels.min()) < 0:
         return None, None  # STL10 marks images without a label by -1
     num_classes = max(len(getattr(data, "classes", ())), int(labels.max()) + 1)
     return labels, num_classes
 
 
-def _candidates(data: Any) -> list[Tensor]:
+def _candidates(data: Any) -> Iterator[Tensor]:
     """Attributes in which torchvision's classes keep their targets, as int64 `[N]`."""
-    found = []
     for name in ("targets", "labels", "_labels", "y", "_samples"):
-        value = getattr(data, name, None)
-        try:
-            if name == "_samples" and value is not None:
-                value = [target for _, target in value]
-            tensor = torch.as_tensor(np.asarray(value))
-        except (TypeError, ValueError, RuntimeError):
-            continue
-        if tensor.ndim == 1 and not tensor.is_floating_point():
-            found.append(tensor.to(torch.int64))
-    return found
+        value = getattr(data, name, ())
+        with contextlib.suppress(TypeError, ValueError):
+            found = np.asarray([target for _, target in value] if name == "_samples" else value)
+            if found.ndim == 1 and found.dtype.kind in "iu":
+                yield torch.from_numpy(found.astype(np.int64))

@@ -129,6 +129,11 @@ def test_a_folder_of_splits_gives_the_split_that_was_asked_for(folder: Path, tmp
     assert len(load(both, split="test")) == 4
     with pytest.raises(UserError, match="no split 'val', only test, train"):
         load(both, split="val")
+    for name in ("train", "test"):
+        (both / name).rename(both / f"{name.title()}ing")  # as many sets are published; no classes
+    with pytest.raises(UserError, match="no split 'train', only Testing, Training"):
+        load(both)
+    assert len(load(both, split="Training")) == 12
     with pytest.raises(UserError, match="not divided into splits"):
         load(folder, split="test")
 

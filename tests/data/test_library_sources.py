@@ -83,11 +83,12 @@ def test_a_download_without_a_network_says_what_to_do(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CIFAR11", "did you mean CIFAR10"),
-        ("cifar10", "did you mean CIFAR10"),
+        ("CIFAR11", "did you mean 'CIFAR10'"),
+        ("cifar10", "did you mean 'CIFAR10'"),
         ("EMNIST", r"also needs split: EMNIST\(split=\.\.\.\)"),
         ("CIFAR10(colour=3)", "takes no colour"),
         ("FakeData(size=0)", "holds no images"),
+        ("FakeData(size=x)", "FakeData: 'str' object"),
     ],
 )
 def test_a_wrong_torchvision_name_gives_the_right_one(tmp_path: Path, name: str, message: str) -> None:
@@ -121,6 +122,18 @@ def test_labels_fall_back_to_the_targets_themselves(tmp_path: Path) -> None:
     labels, num_classes = torchvision_source._labels(Odd())
     assert labels.tolist() == [0, 1, 2, 3]
     assert num_classes == 5
+
+
+@pytest.mark.parametrize("names", [["a/0"], ["c/3"], ["a/0", "b/0", "b/2", "c/3"]])
+def test_a_damaged_image_of_a_torchvision_set_is_skipped_and_named(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / f"{name}.png").write_text("no image")
+    allowed = settings(source="torchvision", name="ImageFolder", path=folder, channels=3, max_bad_images=len(names))
+    dataset = data.load(allowed)
+    assert (len(dataset.skipped), dataset.num_classes) == (len(names), 3)
+    assert dataset.labels.tolist() == load(folder, max_bad_images=len(names)).labels.tolist()
+    with pytest.raises(UserError, match=r"unreadable images in ImageFolder(.|\n)*raise data\.max_bad_images"):
+        data.load(allowed.model_copy(update={"max_bad_images": 0}))
 
 
 def test_a_hub_set_saved_to_disk_is_read(tmp_path: Path, folder: Path) -> None:
