@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     arguments = parser.parse_args(argv)
     targets = [parse_target(text) for text in arguments.target]
     if arguments.plan:
-        steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps else {}
+        steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps is not None else {}
         training = settings.load(arguments.config, steps).training
         print(plan_text(training, targets or WANTED, arguments.budget, 4 * arguments.parameters))
         return []
