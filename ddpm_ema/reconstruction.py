@@ -74,8 +74,7 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
     lines.append(f"Store {names[0]} every {best.every:,} steps (checkpoints.snapshots, checkpoints.snapshots_every).")
     if lost := best.beyond(MAX_PREDICTED_ERROR):
         kept = listed([name_of(targets[place]) for place in lost])
-        share = f"their predicted error is {MAX_PREDICTED_ERROR:.0%} or more"
-        lines.append(f"Keep {kept} while training: {share}, and no plan within this disk space does better.")
+        lines.append(f"Keep {kept} while training: their predicted error is {MAX_PREDICTED_ERROR:.0%} or more.")
     return "\n".join(lines)
 
 

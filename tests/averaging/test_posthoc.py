@@ -266,6 +266,11 @@ def test_a_broken_or_foreign_file_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="not a snapshot: its metadata has no valid 'snapshot'"):
         Snapshot.open(path)
+    for step, every in ((7, 0), (-7, 1), (float("inf"), 1)):
+        described = {"step": step, "every": every, "profile": {}}
+        save_file({"w": torch.ones(1)}, path, metadata={"snapshot": json.dumps(described)})
+        with pytest.raises(ValueError, match="no valid 'snapshot'"):
+            Snapshot.open(path)
     described = {"step": 7, "every": 1, "profile": {"kind": "powerfunction", "std": 0.1}}
     save_file({"w": torch.ones(1)}, path, metadata={"snapshot": json.dumps(described)})
     with pytest.raises(ValueError, match="did you mean 'power_function'"):
