@@ -58,7 +58,7 @@ def diffusers_checkpoints(source: Path) -> tuple[list[Found], list[str]]:
             continue
         average = _diffusers_ema(path)
         if average.step == step:
-            found.append(Found(step, "unet_ema", average.profile, path, lambda path=path: _diffusers_ema(path).weights))
+            found.append(Found(step, "unet_ema", average.profile, path, partial(_merged, PipelineFolder(path).files)))
         else:
             notes.append(
                 f"{path}: left out: it was updated {average.step:,} times in {step:,} steps, so its profile is unknown"
