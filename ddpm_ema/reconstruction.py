@@ -63,7 +63,7 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
 
     `room`: bytes for snapshots, of `size` bytes each. Raises UserError where no plan fits.
     """
-    with explained("--plan: ", ValueError):
+    with explained("--plan: ", ValueError, ZeroDivisionError):
         found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)
     best = found[0]
     names = [" + ".join("raw" if one == RAW else name_of(one) for one in plan.stored) for plan in found]
