@@ -63,7 +63,7 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
 
     `room`: bytes for snapshots, of `size` bytes each. Raises UserError where no plan fits.
     """
-    with explained("--plan: ", ValueError):
+    with explained("--plan: ", ValueError, ZeroDivisionError):
         found = plans(training.steps, targets, int(room / size), step_variance=training.step_variance)
     best = found[0]
     names = [" + ".join("raw" if one == RAW else name_of(one) for one in plan.stored) for plan in found]
@@ -74,8 +74,7 @@ def plan_text(training: settings.TrainingSettings, targets: Sequence[Profile], r
     lines.append(f"Store {names[0]} every {best.every:,} steps (checkpoints.snapshots, checkpoints.snapshots_every).")
     if lost := best.beyond(MAX_PREDICTED_ERROR):
         kept = listed([name_of(targets[place]) for place in lost])
-        share = f"their predicted error is {MAX_PREDICTED_ERROR:.0%} or more"
-        lines.append(f"Keep {kept} while training: {share}, and no plan within this disk space does better.")
+        lines.append(f"Keep {kept} while training: their predicted error is {MAX_PREDICTED_ERROR:.0%} or more.")
     return "\n".join(lines)
 
 
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     arguments = parser.parse_args(argv)
     targets = [parse_target(text) for text in arguments.target]
     if arguments.plan:
-        steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps else {}
+        steps = {"training.steps": [f"{arguments.steps:.0f}"]} if arguments.steps is not None else {}
         training = settings.load(arguments.config, steps).training
         print(plan_text(training, targets or WANTED, arguments.budget, 4 * arguments.parameters))
         return []

@@ -15,7 +15,7 @@ from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 STEP = re.compile(r"[0-9]{1,15}")
-# Every kind of profile with its fields, in the order of its name; `ddpm_ema.averaging.profiles` has what they mean.
+# Every kind of profile but diffusers_ema with its fields, in the order of its name; `ddpm_ema.averaging.profiles` has what they mean.
 FIELDS: dict[str, dict[str, type]] = {
     "constant": {"decay": float},
     "bias_corrected": {"decay": float},
@@ -32,9 +32,8 @@ FIELDS: dict[str, dict[str, type]] = {
 }
 _SHORT = {"power_function": "power"}
 _VALUES = {float: r"_(\d+_\d+)", int: r"_(\d{1,15})"}
-_START = r"(?:_after_(\d{1,15}))?"  # any rule may begin late
 _PATTERNS = {
-    kind: re.compile(f"{_SHORT.get(kind, kind)}{''.join(_VALUES[of] for of in fields.values())}{_START}", re.ASCII)
+    kind: re.compile(f"{_SHORT.get(kind, kind)}{''.join(_VALUES[of] for of in fields.values())}", re.ASCII)
     for kind, fields in FIELDS.items()
 }
 
@@ -90,20 +89,22 @@ def _known(name: str, averages: Collection[str]) -> bool:
 
 def name_of_profile(settings: Mapping[str, Any]) -> str:
     """{"kind": "power_function", "std": 0.075} -> power_0_075. The name holds no dot, which breaks diffusers' `variant=`."""
-    kind = settings["kind"]
-    values = [_spelled(of(settings[field])) for field, of in FIELDS[kind].items()]
-    late = [f"after_{settings['start']}"] if "start" in settings and "start" not in FIELDS[kind] else []
+    kind, fields = settings["kind"], FIELDS.get(settings["kind"], {})  # a kind without a pattern is named alone
+    values = [_spelled(of(settings[field])) for field, of in fields.items()]
+    late = [f"after_{settings['start']}"] if "start" in settings and "start" not in fields else []
     return "_".join([_SHORT.get(kind, kind), *values, *late])
 
 
 def profile_named(name: str) -> dict[str, Any] | None:
     """power_0_075 -> {"kind": "power_function", "std": 0.075}, whose range is not checked; None for another name."""
+    rule, late, start = name.partition("_after_")  # any rule without a start of its own may begin late
     for kind, pattern in _PATTERNS.items():
-        if match := pattern.fullmatch(name):
-            *texts, start = match.groups()
-            values = zip(FIELDS[kind].items(), texts, strict=True)
+        if match := pattern.fullmatch(rule):
+            values = zip(FIELDS[kind].items(), match.groups(), strict=True)
             settings = {"kind": kind, **{field: of(text.replace("_", ".")) for (field, of), text in values}}
-            return settings if start is None else {**settings, "start": int(start)}
+            if not late:
+                return settings
+            return {**settings, "start": int(start)} if STEP.fullmatch(start) and "start" not in settings else None
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_ema import config
-from ddpm_ema.averaging import RAW, Snapshot, write_snapshot
+from ddpm_ema.averaging import RAW, DiffusersDecay, Snapshot, write_snapshot
 from ddpm_ema.averaging.files import open_safetensors
 from ddpm_ema.averaging.posthoc import fit
 from ddpm_ema.averaging.profiles import BiasCorrected, ConstantDecay, PowerFunction, Profile, Uniform, profile_to_dict
@@ -45,6 +45,7 @@ def run(tmp_path: Path) -> RunDir:
         ("bias_corrected_0_98", BiasCorrected(0.98)),
         ("constant:decay=0.97", ConstantDecay(0.97)),
         ("bias_corrected:decay=0.98", BiasCorrected(0.98)),
+        ("diffusers_ema", DiffusersDecay()),
     ],
 )
 def test_the_file_written_is_the_average_that_was_asked_for(run: RunDir, text: str, profile: Profile) -> None:

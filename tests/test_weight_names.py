@@ -41,6 +41,7 @@ def test_a_profile_has_one_name_without_a_dot_which_gives_it_back(settings: dict
 
 def test_every_kind_of_profile_has_names() -> None:
     assert set(FIELDS) == set(PROFILES) - {"diffusers_ema"}  # whose six fields make no name
+    assert name_of_profile({"kind": "diffusers_ema", "max_decay": 0.99, "start": 5}) == "diffusers_ema_after_5"
     assert {settings["kind"] for settings, _ in EXAMPLES} == set(FIELDS)
 
 
@@ -62,7 +63,9 @@ def test_a_name_under_averages_is_left_as_it_is_written_there() -> None:
     assert parse("power_0_10", AVERAGES) == (WeightName("power_0_10"),)
 
 
-@pytest.mark.parametrize("name", ["raw", "ema_0_999", "power_1", "power_0_", "constant_1", "swa_1_2_3", "uniform_1"])
+@pytest.mark.parametrize(
+    "name", ["raw", "ema_0_999", "power_1", "power_0_", "constant_1", "swa_1_2_after_3", "uniform_1"]
+)
 def test_what_no_reconstruction_is_called_is_no_profile(name: str) -> None:
     assert profile_named(name) is None
     assert canonical(name) == name

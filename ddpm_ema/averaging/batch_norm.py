@@ -30,8 +30,8 @@ def update_batch_norm(
     """Estimate a model's batch-norm statistics for the weights that it holds (Izmailov et al. 2018, section 3.2).
 
     Averaged weights produce other activations than the weights that they average, so stored statistics are wrong for them. One
-    pass over the data in training mode, every batch with the same weight; mode and momenta are restored. A model without batch
-    norm reads no data.
+    pass over the data with every module in training mode, frozen batch norms too, and the same weight for every batch; momenta
+    are restored, and all modules get the model's own mode. A model without batch norm reads no data.
 
     Args:
         model: with the averaged weights in it.

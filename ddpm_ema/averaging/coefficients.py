@@ -228,10 +228,7 @@ def _equations(
         total += float(variance.sum())
         kept = [Stored(last, profile, every) for profile, every in rules]
         now, then = (
-            np.stack(
-                [*(one.cumulative(last, x) for one in kept), *(_at(goal, x) for goal in goals), np.ones_like(x)], axis=1
-            )
-            for x in (t, t + 1.0)
+            np.stack([*(_at(one, x) for one in (*kept, *goals)), np.ones_like(x)], axis=1) for x in (t, t + 1.0)
         )
         expand = np.zeros((now.shape[1], len(stored) + num_goals))
         for i, one in enumerate(stored):

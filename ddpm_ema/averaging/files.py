@@ -88,8 +88,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         # safetensors writes through a private file of mode 0600 and renames it. An ordinary new file says which mode umask
         # and the folder's default ACL give; asking for the umask itself would change it for every thread.
         mode = stat.S_IMODE(temporary.stat().st_mode)
-        try:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        places = {tensor.data_ptr(): name for name, tensor in whole.items()}
+        try:  # safetensors refuses two names of one memory, those of a tied parameter
+            untied = {name: t if places[t.data_ptr()] == name else t.clone() for name, t in whole.items()}
+            save_file(untied, temporary, dict(metadata or {}))
         except SafetensorError as error:  # of a full disk, too: "... (os error 28)"
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None

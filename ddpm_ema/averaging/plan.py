@@ -63,8 +63,9 @@ def plans(
         ]
         best += [min(made, key=lambda plan: plan.badness)] if made else []
     if not best:
+        fewest = 1 + len(_steps(steps, max(1, steps // min(COUNTS))))
         raise ValueError(
-            f"no plan fits: the smallest needs {1 + min(COUNTS)} files of the model's size, there is room for {max_files}"
+            f"no plan fits: the smallest needs {fewest} files of the model's size, there is room for {max_files}"
         )
     return sorted(best, key=lambda plan: plan.badness)
 

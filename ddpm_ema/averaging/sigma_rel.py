@@ -37,7 +37,7 @@ def std_to_exponent(std: float) -> float:
         ValueError: std is outside that range, or not a number.
     """
     valid = f"a number with 0 < std < {MAX_STD:.6f} (1/sqrt(12), the uniform average)"
-    return _solve_exponent(check_real("std", std, math.ulp(0.0), math.nextafter(MAX_STD, 0.0), valid))
+    return _solve_exponent(check_real("std", std, 1e-100, math.nextafter(MAX_STD, 0.0), valid))
 
 
 @functools.lru_cache(maxsize=4096)

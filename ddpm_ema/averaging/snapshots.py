@@ -51,7 +51,9 @@ class Snapshot:
         try:
             described = json.loads(metadata["snapshot"])
             step, every, settings = int(described["step"]), int(described["every"]), described["profile"]
-        except (KeyError, TypeError, ValueError):
+            if step < 0 or every < 1:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{path}: not a snapshot: its metadata has no valid 'snapshot' with step, every and profile"
             ) from None

@@ -68,11 +68,11 @@ def _write_snapshots(run: RunDir, found: Sequence[Found]) -> list[Snapshot]:
             )
         tensors = one.read()
         shapes = shapes or {name: tensor.shape for name, tensor in tensors.items()}
-        with explained("", ValueError):
-            check_tensors(tensors, shapes, f"{one.path}: not of the same network as {found[0].path}")
         dtypes = {tensor.dtype for tensor in tensors.values()}
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
-        with as_user_error(path, sum(t.numel() * dtype.itemsize for t in tensors.values()), "Nothing was imported"):
+        needed = sum(t.numel() * dtype.itemsize for t in tensors.values())
+        with explained(f"{one.path}: ", ValueError, RuntimeError), as_user_error(path, needed, "Nothing was imported"):
+            check_tensors(tensors, shapes, f"not of the same network as {found[0].path}")
             written.append(write_snapshot(path, tensors, one.step, one.profile, dtype))
     return written
 

@@ -20,7 +20,6 @@ from ddpm_ema.averaging.profiles import Profile
 from ddpm_ema.errors import UserError, explained, one_line
 from ddpm_ema.named_weights import PipelineFolder, name_of
 from ddpm_ema.rundir import read_tensors
-from ddpm_ema.weight_names import FIELDS
 
 Tensors = dict[str, Tensor]
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
@@ -59,7 +58,7 @@ def diffusers_checkpoints(source: Path) -> tuple[list[Found], list[str]]:
             continue
         average = _diffusers_ema(path)
         if average.step == step:
-            found.append(Found(step, "unet_ema", average.profile, path, partial(_ema_weights, path)))
+            found.append(Found(step, "unet_ema", average.profile, path, partial(_merged, PipelineFolder(path).files)))
         else:
             notes.append(
                 f"{path}: left out: it was updated {average.step:,} times in {step:,} steps, so its profile is unknown"
@@ -69,10 +68,6 @@ def diffusers_checkpoints(source: Path) -> tuple[list[Found], list[str]]:
 
 def _merged(files: Iterable[Path]) -> Tensors:
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-
-
-def _ema_weights(path: Path) -> Tensors:
-    return dict(_diffusers_ema(path).weights)
 
 
 def _diffusers_ema(path: Path) -> Any:
@@ -102,7 +97,7 @@ def series(source: Path, pattern: str, profile: Profile, prefix: str = "", key: 
         path: expression.fullmatch(path.relative_to(source).as_posix())
         for path in source.glob("".join(p for p, _ in parts))
     }
-    name = "raw" if profile == RAW else name_of(profile) if profile.kind in FIELDS else profile.kind
+    name = "raw" if profile == RAW else name_of(profile)
     found: dict[int, Found] = {}
     for path, match in sorted(files.items()):
         if match is None or not path.is_file():
@@ -120,8 +115,8 @@ def series(source: Path, pattern: str, profile: Profile, prefix: str = "", key: 
 
 def _step_inside(path: Path) -> int:
     """What a torch file says of its step (Lightning's global_step), else the one number in the file's name."""
-    content = _content(path)
-    step = content.get("global_step") if path.suffix != ".safetensors" and isinstance(content, Mapping) else None
+    content = None if path.suffix == ".safetensors" else _content(path)
+    step = content.get("global_step") if isinstance(content, Mapping) else None
     if isinstance(step, int):
         return step
     numbers = re.findall(r"\d+", path.stem)

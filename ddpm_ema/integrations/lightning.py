@@ -91,5 +91,5 @@ class WeightAverages(Callback):
 
 
 def _tensors(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)

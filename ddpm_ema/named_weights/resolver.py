@@ -164,7 +164,8 @@ class WeightResolver:
                 f"{name}: averages.{name} is another average, {self.averages[name]}; rename it to reconstruct this one"
             )
         snapshots = snapshots_of(self.run)
-        at = step or (self.checkpoint.step if self.checkpoint else snapshots[-1].step)
+        newest = self.checkpoint.step if self.checkpoint else snapshots[-1].step
+        at = newest if step is None else step
         told = partial(
             explained, f"{self.run.path}: {name} cannot be reconstructed at step {at}: ", ValueError, OSError
         )

@@ -39,7 +39,7 @@ def test_in_a_long_run_a_narrow_decay_cannot_be_brought_back_and_wide_ones_can()
 
 @pytest.mark.parametrize(
     ("steps", "targets", "files", "message"),
-    [(0, TARGETS, 9, "got 0"), (100, [], 9, "and 0"), (100, TARGETS, 5, "the smallest needs 6 files")],
+    [(0, TARGETS, 9, "got 0"), (100, [], 9, "and 0"), (104, TARGETS, 6, "the smallest needs 7 files")],
 )
 def test_what_cannot_be_planned_is_refused(steps, targets, files, message) -> None:
     with pytest.raises(ValueError, match=message):

@@ -208,8 +208,10 @@ def test_a_snapshot_says_what_it_is_and_is_contiguous(tmp_path: Path) -> None:
 def test_equal_averages_make_equal_files(tmp_path: Path) -> None:
     written = [tmp_path / f"{i}.safetensors" for i in range(8)]
     for path in written:
-        write_snapshot(path, {"b": torch.ones(3), "a": torch.zeros(2)}, 7, PowerFunction(0.1), every=5)
+        tied = torch.ones(3)
+        write_snapshot(path, {"b": tied, "a": torch.zeros(2), "tied": tied}, 7, PowerFunction(0.1), every=5)
     assert len({path.read_bytes() for path in written}) == 1
+    assert torch.equal(load_file(written[0])["tied"], torch.ones(3))
 
 
 def test_the_initial_weights_are_a_snapshot_of_step_0(tmp_path: Path) -> None:
@@ -264,6 +266,11 @@ def test_a_broken_or_foreign_file_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="not a snapshot: its metadata has no valid 'snapshot'"):
         Snapshot.open(path)
+    for step, every in ((7, 0), (-7, 1), (float("inf"), 1)):
+        described = {"step": step, "every": every, "profile": {}}
+        save_file({"w": torch.ones(1)}, path, metadata={"snapshot": json.dumps(described)})
+        with pytest.raises(ValueError, match="no valid 'snapshot'"):
+            Snapshot.open(path)
     described = {"step": 7, "every": 1, "profile": {"kind": "powerfunction", "std": 0.1}}
     save_file({"w": torch.ones(1)}, path, metadata={"snapshot": json.dumps(described)})
     with pytest.raises(ValueError, match="did you mean 'power_function'"):

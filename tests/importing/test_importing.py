@@ -239,6 +239,7 @@ def test_a_file_that_needs_code_is_refused_with_the_cure_and_not_run(tmp_path: P
         (["--pattern", "a_{step}.pt", "--profile", "constant:decay=2"], "--profile constant:decay=2: decay"),
         (["--pattern", "a_{step}.pt", "--pattern", "a_{step}.pt"], "step 1 has weights 'raw' already"),
         (["--pattern", "?_{step}.pt"], "not of the same network"),
+        (["--pattern", "d*.pt"], "d.pt: step, every: expected at least 0 completed steps"),
         (["--pattern", "a_*.pt", *["--profile", "raw"] * 2], "--profile: given 2 times; give it once"),
     ],
 )
@@ -247,6 +248,7 @@ def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, options: list
     source.mkdir()
     for name in ("a_1", "a_2", "b_1_2", "c_3"):
         torch.save({"w": torch.zeros(3 if name == "c_3" else 2)}, source / f"{name}.pt")
+    torch.save({"w": torch.zeros(2), "global_step": -5}, source / "d.pt")
     with pytest.raises(UserError, match=message):
         importing.main([str(source), "--output-dir", str(tmp_path / "run"), *options])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -134,6 +134,10 @@ def test_a_run_that_was_stopped_and_resumed_keeps_its_averages_exactly(every: in
 
 def test_a_checkpoint_that_is_saved_during_validation_holds_the_raw_weights(tmp_path: Path) -> None:
     class Saves(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.layer[0]  # its parameters have two names
+
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             super().validation_step(batch, batch_idx)
             self.trainer.save_checkpoint(tmp_path / "midway.ckpt")
@@ -142,6 +146,7 @@ def test_a_checkpoint_that_is_saved_during_validation_holds_the_raw_weights(tmp_
     fit(module, WeightAverages(PROFILES, validate="uniform"))
     stored = torch.load(tmp_path / "midway.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(stored["layer.0.weight"], module.layer[0].weight)
+    assert torch.equal(stored["again.weight"], module.layer[0].weight)
     assert not torch.equal(module.seen[-1], module.layer[0].weight)
 
 

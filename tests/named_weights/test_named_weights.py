@@ -163,6 +163,7 @@ def test_an_ensemble_has_the_members_in_order_and_a_key_of_theirs(resolver: Weig
         ("ema_0_8", "no weights 'ema_0_8' at step 8; there are raw, ema_0_9, power_0_10, and from snapshots"),
         ("power_0_95", "std"),
         ("power_0_075@6", "step 6 was not stored; the nearest are 4, 8"),
+        ("power_0_075@0", "step 0 was not stored; the nearest are 4, 8"),
         ("no/such/folder", "no diffusers folder"),
         ("raw@²", "after @ must be a step"),
         ("raw+", "empty name"),
