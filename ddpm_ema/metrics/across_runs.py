@@ -1,17 +1,20 @@
 """Runs that differ in their training seed alone: which differences from raw hold, and how much of the spread averages share.
 
 The measured distance of weights w in run r is d = D_w + T_rw + e_rw: its mean over training seeds, what this seed adds, and an
-error of sampling whose standard error is known (the jackknife's). Over R runs, the sample variance of d estimates Var(T) + mean
-se², so Var(T) is their difference: the method of moments of a random-effects meta-analysis (DerSimonian & Laird 1986, with equal
-weights). The same holds for a paired difference from raw, d_w - d_raw, with the paired standard errors. What w and raw share
-of a seed cancels in that difference:
+error of sampling. The runs are scored from the same noise and with the same reference, and networks of different seeds make much
+the same image of the same noise, so their e are alike: se² is their mean variance within a run, c their mean covariance between
+two runs, both from the pseudo-values of the groups, which are the same images in all runs. Over R runs, the sample variance S² of d
+estimates Var(T) + se² - c, the method of moments of a random-effects meta-analysis (DerSimonian & Laird 1986, with equal
+weights). So the mean of the runs has the variance
+
+    Var(T) / R + se² / R + c (R - 1) / R = S² / R + c
+
+The same holds for a paired difference from raw, d_w - d_raw. What w and raw share of a seed cancels in that difference:
 
     covariance(T_w, T_raw) = (Var(T_w) + Var(T_raw) - Var(T_w - T_raw)) / 2
 
-A difference holds across runs where Student's t of its R values, with R - 1 degrees of freedom and Holm's correction over the
-averages, says so. Errors of the samples need no term of their own there: they are part of the spread of the R values. That
-of the reference, which the runs share, is not: all this holds against its images, and where se² has its part, Var(T) comes
-out too small.
+A difference holds across runs where its mean over this standard error says so, by Student's t with Holm's correction over the
+averages. Of its two parts, one has R - 1 degrees of freedom and the other one less than the groups (Satterthwaite 1946).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +24,7 @@ import numpy as np
 from scipy import stats
 
 from ddpm_ema.metrics.comparisons import ALPHA, holm
+from ddpm_ema.metrics.jackknife import Estimate, Side, difference
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Spread:
     """Mean over R runs, with the variance between them split."""
 
     mean: float
-    stderr: float  # of the mean, from the spread of the runs
+    stderr: float  # of the mean: other seeds, other noise, and other images of the reference where it is a sample
+    freedom: float  # degrees of freedom of that error
     sampling_std: float  # root mean square of the standard errors within a run
     training_std: float  # what the training seed adds; 0 where the runs spread no more than sampling explains
 
@@ -47,26 +52,45 @@ class AcrossRuns:
     shared: float | None = None
 
 
-def spread(values: Sequence[float], errors: Sequence[float]) -> Spread:
-    """Splits the variance of `values`, one per run, whose standard errors within a run are `errors`. Needs two runs."""
-    total, sampling = float(np.var(values, ddof=1)), float(np.mean(np.square(errors)))
-    training = max(0.0, total - sampling)
-    return Spread(float(np.mean(values)), (total / len(values)) ** 0.5, sampling**0.5, training**0.5)
+def spread(estimates: Sequence[Estimate]) -> Spread:
+    """Splits the variance of one estimate per run, of at least two runs whose groups have the same images.
+
+    Raises ValueError where the groups differ.
+    """
+    runs = len(estimates)
+    within, between, groups = 0.0, 0.0, []
+    for sides in zip(*(estimate.sides for estimate in estimates), strict=True):
+        if len({side.counts for side in sides}) > 1:
+            raise ValueError(f"groups of different images cannot be read together: {[side.counts for side in sides]}")
+        variance = float(np.mean([side.variance for side in sides]))
+        mean = Side(tuple(np.mean([side.pseudo_values for side in sides], axis=0)), sides[0].counts)
+        within += variance
+        between += (runs * mean.variance - variance) / (runs - 1)
+        groups.append(len(mean.counts))
+    values, between = [estimate.unbiased for estimate in estimates], max(0.0, between)
+    total = float(np.var(values, ddof=1))
+    variance, freedom = total / runs + between, runs - 1.0
+    if variance > 0 and runs > 2:  # of two runs, Satterthwaite's approximation errs in up to 8% of draws
+        freedom = variance**2 / ((total / runs) ** 2 / (runs - 1) + between**2 / (min(groups) - 1))
+    training = max(0.0, total - within + between)
+    return Spread(float(np.mean(values)), variance**0.5, freedom, within**0.5, training**0.5)
 
 
-def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, AcrossRuns]:
+def across_runs(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, AcrossRuns]:
     """What R runs say together, by weights, of those that every run scored: at least two runs, each with raw.
 
-    `runs` has of each the row of results.json by weights (`frechet_distance_unbiased`, `stderr`, and but for raw `delta_vs_raw`,
-    `delta_stderr`).
+    `runs` has of each the distances by weights, over the same noise and the same reference.
+
+    Raises:
+        ValueError: too few runs, no raw, or groups of different images.
     """
     if len(runs) < 2 or any("raw" not in run for run in runs):
         raise ValueError("runs: needs at least two, each with raw scored")
     common = [name for name in runs[0] if all(name in run for run in runs)]
-    distances = {name: _spread(runs, name, "frechet_distance_unbiased", "stderr") for name in common}
-    averages = [name for name in common if name != "raw" and all("delta_vs_raw" in run[name] for run in runs)]
-    differences = {name: _spread(runs, name, "delta_vs_raw", "delta_stderr") for name in averages}
-    p_values = holm({name: _p_value(differences[name], len(runs)) for name in averages})
+    distances = {name: spread([run[name] for run in runs]) for name in common}
+    averages = [name for name in common if name != "raw"]
+    differences = {name: spread([difference(run[name], run["raw"]) for run in runs]) for name in averages}
+    p_values = holm({name: p_value(differences[name]) for name in averages})
     found = {name: AcrossRuns(distance) for name, distance in distances.items()}
     for name in averages:
         shared = _shared(distances[name], distances["raw"], differences[name])
@@ -74,14 +98,11 @@ def across_runs(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, 
     return found
 
 
-def _spread(runs: Sequence[Mapping[str, Mapping[str, float]]], name: str, value: str, error: str) -> Spread:
-    return spread([run[name][value] for run in runs], [run[name][error] for run in runs])
-
-
-def _p_value(difference: Spread, count: int) -> float:
-    if difference.stderr == 0.0:
-        return 1.0 if difference.mean == 0.0 else 0.0
-    return float(2 * stats.t.sf(abs(difference.mean) / difference.stderr, count - 1))
+def p_value(found: Spread) -> float:
+    """Two-sided: how probable a mean so far from 0 is where the true one is 0."""
+    if found.stderr == 0.0:
+        return 1.0 if found.mean == 0.0 else 0.0
+    return float(2 * stats.t.sf(abs(found.mean) / found.stderr, found.freedom))
 
 
 def _shared(average: Spread, raw: Spread, difference: Spread) -> float | None:

@@ -63,6 +63,7 @@ def while_training(
         return processes.on_main(build)
 
     def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
-        return ranked(compare([score(name, step, weights(name)) for name in ("raw", *config.averages)])[0])
+        rows, _ = compare([score(name, step, weights(name)) for name in ("raw", *config.averages)])
+        return [{key: value for key, value in row.items() if key != "estimate"} for row in ranked(rows)]
 
     return evaluate
