@@ -22,6 +22,7 @@ from photographs import settings_of
 
 from ddpm_ema import classifier_training, score, train
 from ddpm_ema.config import Config
+from ddpm_ema.metrics import Estimate
 from ddpm_ema.metrics.across_runs import across_runs
 
 WEIGHTS = ("raw", "ema_0_999", "ema_0_999_debiased", "power_0_05", "power_0_10")
@@ -49,13 +50,14 @@ def study(runs: list[Config]) -> dict[str, Any]:
         elif not features.exists():
             shutil.copy(first.output_dir / features.name, features)
         tables.append({row["weights"]: row for row in score.run(run)[-1]["rows"]})
+    estimates = [{name: Estimate.from_dict(row["estimate"]) for name, row in table.items()} for table in tables]
     rows = [
         {
             "weights": name,
             **asdict(found),
             "runs": [{key: table[name][key] for key in FIGURES if key in table[name]} for table in tables],
         }
-        for name, found in sorted(across_runs(tables).items(), key=lambda item: item[1].distance.mean)
+        for name, found in sorted(across_runs(estimates).items(), key=lambda item: item[1].distance.mean)
     ]
     size = {"seeds": len(runs), "steps": first.training.steps, "num_images": first.evaluation.num_images}
     return {**size, "training": first.model_dump(mode="json")["training"], "rows": rows}

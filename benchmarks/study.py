@@ -9,8 +9,8 @@ seed are scored from the same noise, so that differences are paired; then the se
 The ensembles are means of two predictions of one run: of raw now and at two thirds, and of the two power functions.
 Results in FOLDER are reused, so a study that was stopped continues. No setting was chosen by the reported figures.
 
-What advocates say is tested as a difference between two rows: supported or contradicted where it holds across runs (Student's t
-over the seeds, Holm over the claims), else the runs cannot tell.
+What advocates say is tested as a difference between two rows: supported or contradicted where it holds across runs (their spread
+and what they share of sampling, Holm over the claims), else the runs cannot tell.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment, save
-from scipy import stats
 
 from ddpm_ema import classifier_training, config, score, train
 from ddpm_ema.config import Config
 from ddpm_ema.export import export
-from ddpm_ema.metrics.across_runs import across_runs
+from ddpm_ema.metrics import Estimate, difference
+from ddpm_ema.metrics.across_runs import across_runs, p_value, spread
 from ddpm_ema.metrics.comparisons import ALPHA, holm
 from ddpm_ema.rundir import RunDir
 
@@ -122,15 +122,17 @@ def short_names(results: Mapping[str, Any], run: Config) -> dict[str, str]:
     return {w: CYCLICAL if CYCLICAL in w else named.get(w, w) for w in (row["weights"] for row in results["rows"])}
 
 
-def claims_of(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+def claims_of(tables: Sequence[Mapping[str, Estimate]]) -> list[dict[str, Any]]:
     """Each claim with the mean difference over the seeds and what they say of it. Noise is the same, so differences are paired."""
     found, p_values = [], {}
     for place, (better, worse, text) in enumerate(CLAIMS):
-        gaps = [t[better]["frechet_distance_unbiased"] - t[worse]["frechet_distance_unbiased"] for t in tables]
+        gaps = [difference(table[better], table[worse]) for table in tables]
+        held = spread(gaps) if len(gaps) > 1 else None
+        values = [gap.unbiased for gap in gaps]
         found.append(
-            {"weights": better, "than": worse, "claim": text, "differences": gaps, "mean": sum(gaps) / len(gaps)}
+            {"weights": better, "than": worse, "claim": text, "differences": values, "mean": sum(values) / len(values)}
         )
-        p_values[str(place)] = float(stats.ttest_1samp(gaps, 0.0).pvalue) if len(gaps) > 1 else math.nan
+        p_values[str(place)] = math.nan if held is None else p_value(held)
     adjusted = holm(p_values)
     for place, claim in enumerate(found):
         claim["p_value"] = adjusted[str(place)]
@@ -165,7 +167,8 @@ def study(folder: Path, seeds: int, steps: int, num_images: int) -> dict[str, An
         checkpoint, _ = RunDir(run.output_dir).newest_whole()
         assert checkpoint is not None
         num_parameters = sum(tensor.numel() for tensor in checkpoint.weights("raw").values())
-    combined = across_runs(tables)
+    estimates = [{name: Estimate.from_dict(row["estimate"]) for name, row in table.items()} for table in tables]
+    combined = across_runs(estimates)
     rows = []
     for name, found in sorted(combined.items(), key=lambda item: item[1].distance.mean):
         training, sampling = memory_of(name, num_parameters)
@@ -190,7 +193,7 @@ def study(folder: Path, seeds: int, steps: int, num_images: int) -> dict[str, An
         "num_images": num_images,
         "parameters": num_parameters,
         "rows": rows,
-        "claims": claims_of(tables),
+        "claims": claims_of(estimates),
     }
 
 
