@@ -106,11 +106,11 @@ def runs(compared: Sequence[Run]) -> Table:
 
 
 def seeds(compared: Sequence[Run]) -> Table | None:
-    """What runs that differ in their training seed alone say together; None for other runs."""
+    """What runs that differ in their training seed alone say together of one step; None for others."""
     scored = [run.scoring for run in compared if run.scoring is not None and run.scoring.raw is not None]
     if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["seed"]:
         return None
-    if differing(list(map(_protocol, scored))):
+    if differing(list(map(_protocol, scored))) or len({scoring.step for scoring in scored}) > 1:
         return None
     from ddpm_ema.metrics.across_runs import across_runs  # loads torch, which no other page needs
 
@@ -147,7 +147,7 @@ def _trained(run: Run) -> dict[str, str]:
 
 
 def sentence(compared: Sequence[Run], together: Table | None) -> str:
-    """What `seeds` says; else the run with the lowest distance, or why their distances cannot be compared."""
+    """What `seeds` says; else which run's `best` is the lowest, or why their distances cannot be compared."""
     if together is not None:
         by_word = {word: [row[0] for row in together.rows if row[1] == word] for word in ("better", "worse")}
         told = [
@@ -168,7 +168,7 @@ def sentence(compared: Sequence[Run], together: Table | None) -> str:
     (_, run, scoring, row), (_, other, _, behind) = sorted(known, key=lambda one: one[0])[:2]
     gap, error = behind.distance - row.distance, math.hypot(row.stderr or 0.0, behind.stderr or 0.0)
     return (
-        f"{scoring.conditions}: {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
+        f"{scoring.conditions}: of one set of weights per run, {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
         f"{with_error(row.distance, row.stderr)}. That is {with_error(gap, error)} below {behind.weights} of {other.name}, "
         f"{'more' if gap > 2 * error else 'less'} than two standard errors."
     )

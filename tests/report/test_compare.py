@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def test_the_lowest_run_is_named_with_the_error_of_the_difference_of_two_indepen
     page, sentence = report.write([a, b])
     assert page == tmp_path / "comparison.html"
     assert sentence == (  # 0.42 = √(0.3² + 0.3²)
-        "With dpm_solver++ in 25 steps and 6,000 images per average: power_0_10 of b has the lowest FD (classifier), "
-        "3.00 ± 0.30. That is 1.00 ± 0.42 below power_0_10 of a, more than two standard errors."
+        "With dpm_solver++ in 25 steps and 6,000 images per average: of one set of weights per run, power_0_10 of b has the "
+        "lowest FD (classifier), 3.00 ± 0.30. That is 1.00 ± 0.42 below power_0_10 of a, more than two standard errors."
     )
     text = page.read_text()
     assert (
@@ -120,6 +121,17 @@ def test_runs_that_differ_in_their_seed_alone_are_read_together(tmp_path: Path) 
 def test_a_difference_that_does_not_hold_over_seeds_is_not_called_one(tmp_path: Path) -> None:
     runs = [seeded(tmp_path / str(seed), seed, gap) for seed, gap in enumerate((-3.0, 2.0, -1.0))]
     assert report.write(runs)[1] == "Over 3 training seeds: no average is shown to be better or worse than raw."
+
+
+def test_seeds_that_were_scored_at_different_steps_are_not_read_together(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / str(seed), seed, -3.0 + seed / 10, step=1000 + 1000 * seed) for seed in range(3)]
+    assert "training seeds" not in report.write(runs)[1]
+
+
+def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
+    text = report.write([fake_run.make_run(tmp_path / str(i)) for i in range(3)])[0].read_text()
+    loss = text[text.index("<h3>Training loss</h3>") :].partition("</figure>")[0]
+    assert len(set(re.findall(r'<path class="line" d="M1 5H21" (stroke-dasharray="[^"]+")', loss))) == 3
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_no_seeds_of_one_run(tmp_path: Path) -> None:
