@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ddpm_ema.numbers import metric_label, precision_note, reading, sampler_label
+from ddpm_ema.numbers import metric_label, precision_note, reading, sampler_label, saturation
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 3
@@ -187,6 +187,10 @@ class Scoring(Shape):
     def precision_note(self) -> str:
         """As `numbers.precision_note`."""
         return precision_note(self.precision_of_noise)
+
+    def saturation(self, rows: Iterable[Row]) -> str:
+        """As `numbers.saturation`, of these rows."""
+        return saturation({row.weights: row.saturated for row in rows}, self.reference_saturated)
 
     @property
     def raw(self) -> Row | None:
