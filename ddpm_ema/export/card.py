@@ -9,8 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ddpm_ema.averaging.profiles import profile_from_dict
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.export.usage import Usage
-from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.messages import logger
+from ddpm_ema.named_weights import NamedWeights
 from ddpm_ema.numbers import decimals, figure, listed, sampler_label, verdict_of, with_error
 from ddpm_ema.report.reading import read_scorings
 from ddpm_ema.report.record import Record, Row, Scoring
@@ -42,7 +42,7 @@ def scorings_of(run: RunDir, key: str) -> list[Scored]:
         except ValueError:
             record.problems.append(f"scores/{scoring.folder} was skipped: its settings are not of this version")
     for problem in record.problems:
-        logger.warning(_line(problem))
+        logger.warning(_literal(problem).strip("`"))  # a terminal must not obey what a file holds
     return sorted(found, key=lambda one: (one.scoring.step, one.scoring.finished), reverse=True)
 
 
@@ -78,14 +78,10 @@ def _dataset(run: RunDir, step: int) -> Mapping[str, Any]:
     return checkpoints[0].manifest.get("dataset", {}) if checkpoints else {}
 
 
-def _line(text: Any) -> str:
-    """Text of somebody else's as one line that a terminal does not obey."""
-    return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())
-
-
 def _literal(text: Any) -> str:
-    """The same as code: nothing in it is Markdown or HTML."""
-    return "`" + _line(text).replace("`", "'") + "`"
+    """Text of somebody else's as one line of code: nothing in it is Markdown or HTML."""
+    line = "".join(character if character.isprintable() else " " for character in str(text)).replace("`", "'")
+    return f"`{' '.join(line.split())}`"
 
 
 def _cells(scored: Scored) -> tuple[str, ...]:

@@ -75,11 +75,8 @@ def scorings(record: Record, scoring: Scoring) -> Table | None:
     differs = {key: values for key, values in differs.items() if told_once[tuple(values)] == key}
     rows = []
     for i, one in enumerate(found):
-        told = (
-            judge(one).brief,
-            _distance(one, one.entries[0] if one.entries else None),
-            commands.report(record, scoring=one),
-        )
+        lowest = _distance(one, one.entries[0] if one.entries else None)
+        told = (judge(one).brief, lowest, commands.report(record, scoring=one))
         rows.append((f"step {one.step:,}", *(values[i] for values in differs.values()), *told))
     head = ("Scoring", *differs, "Recommended", "Lowest distance", "Page of this scoring")
     caption = "The one on this page first, with all settings in which they differ"
@@ -98,7 +95,7 @@ def runs(compared: Sequence[Run]) -> Table:
         }
         for run in compared
     ]
-    rows = [(key, *(one.get(key, "") for one in told)) for key in told[0]]
+    rows = [(key, *(one.get(key, "") for one in told)) for key in dict.fromkeys(key for one in told for key in one)]
     scored = [run.scoring.settings if run.scoring else {} for run in compared]
     for settings in (scored, list(map(_trained, compared))):
         rows += [(key, *values) for key, values in differing(settings).items()]
@@ -200,8 +197,5 @@ def gallery(compared: Sequence[Run]) -> list[Gallery]:
         for grid in galleries(run.record, [run.scoring])[:1] if run.scoring and run.best else ():
             wanted = [one for one in grid.pictures if run.best and one.name in (run.best.weights, "raw")]
             pictures += [one._replace(name=f"{run.name} {one.name}") for one in wanted]
-    return (
-        [Gallery("Samples of each run, from the same noise where the seed is the same", tuple(pictures))]
-        if pictures
-        else []
-    )
+    title = "Samples of each run, from the same noise where the seed is the same"
+    return [Gallery(title, tuple(pictures))] if pictures else []

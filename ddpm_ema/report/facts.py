@@ -1,16 +1,12 @@
 """What was trained, on what, and for how long: words and their values for the page."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ddpm_ema.messages import clock
 from ddpm_ema.report.record import Record, plain
 
-Facts = list[tuple[str, str]]
 
-
-def run(record: Record) -> Facts:
+def run(record: Record) -> list[tuple[str, str]]:
     """What was trained, on what, how long, of what is known."""
     settings, manifest = record.settings, record.manifest
     size = f"{settings.image_size}\u00d7{settings.image_size}" if settings.image_size else ""

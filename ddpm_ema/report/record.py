@@ -204,7 +204,7 @@ class Scoring(Shape):
     @property
     def settings(self) -> dict[str, str]:
         """Everything that was set for this scoring and may change its numbers, versions among it, by dotted key."""
-        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS), depth=8))
+        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS)))
 
     def comparable(self, other: Scoring) -> bool:
         """Whether both may be points of one curve: the same settings, of whatever versions."""

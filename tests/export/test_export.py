@@ -1,6 +1,5 @@
 """Named weights become a diffusers pipeline folder: the same weights, loadable, described, whole or not there at all."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path

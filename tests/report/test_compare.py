@@ -80,6 +80,7 @@ def test_a_run_that_was_not_scored_is_shown_without_an_answer(tmp_path: Path) ->
     page, sentence = report.write([tmp_path / "a", tmp_path / "b"])
     assert sentence == "Fewer than two of these runs have been scored, so there is nothing to compare."
     assert "b. Not scored yet." in page.read_text()
+    assert '<th scope="row">Time</th><td data-label="a"></td><td data-label="b">2:36,' in page.read_text()
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths_and_a_scoring_is_chosen_for_one_run_alone(
