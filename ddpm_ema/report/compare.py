@@ -10,7 +10,7 @@ import yaml
 
 from ddpm_ema.numbers import figure, listed, verdict_of, with_error
 from ddpm_ema.report import commands, facts, figures
-from ddpm_ema.report.answer import LABELS, judge, newest
+from ddpm_ema.report.answer import LABELS, Answer, answer, judge, newest, rivals
 from ddpm_ema.report.gallery import Gallery, galleries
 from ddpm_ema.report.plot import Look, Plot, Series
 from ddpm_ema.report.record import Record, Row, Scoring, differences, flat
@@ -36,12 +36,16 @@ class Run(NamedTuple):
     scoring: Scoring | None
 
     @property
+    def answer(self) -> Answer | None:
+        """As on the run's own page."""
+        return answer(self.scoring, rivals(self.scoring, self.record.scorings)) if self.scoring else None
+
+    @property
     def best(self) -> Row | None:
         """The recommended weights, or those with the lowest distance."""
-        if self.scoring is None or not self.scoring.rows:
+        if self.scoring is None or self.answer is None:
             return None
-        wanted = judge(self.scoring).best
-        return next((row for row in self.scoring.entries if row.weights == wanted), self.scoring.rows[0])
+        return next((row for row in self.scoring.entries if row.weights == self.answer.best), self.scoring.rows[0])
 
 
 def chosen(records: Sequence[Record]) -> list[Run]:
@@ -87,7 +91,7 @@ def runs(compared: Sequence[Run]) -> Table:
     """What each run says, then all settings of scoring and training in which the runs differ."""
     told = [
         {
-            "Recommended": judge(run.scoring).brief if run.scoring else "not scored",
+            "Recommended": run.answer.brief if run.answer else "not scored",
             "Its distance": _distance(run.scoring, run.best),
             "Distance of raw": _distance(run.scoring, run.scoring.raw if run.scoring else None),
             "Scored step": f"{run.scoring.step:,}" if run.scoring else "none",

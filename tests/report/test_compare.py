@@ -83,6 +83,19 @@ def test_a_run_that_was_not_scored_is_shown_without_an_answer(tmp_path: Path) ->
     assert '<th scope="row">Time</th><td data-label="a"></td><td data-label="b">2:36,' in page.read_text()
 
 
+def test_a_run_whose_scorings_contradict_each_other_recommends_nothing_beside_others_either(tmp_path: Path) -> None:
+    a, b = scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 4.2)
+    rows = [fake_run.row("raw", 5.0), fake_run.row("power_0_10", 9.0, delta=(4.0, 0.5))]
+    other = fake_run.results(rows=rows, may_be_best=["raw"], sampler="ddim", finished="2025-01-01T00:00:00Z")
+    fake_run.write_results(a, other)
+    text = report.write([a, b])[0].read_text()
+    assert "a. No weights are recommended, because scorings of step 3,000 contradict each other." in text
+    assert (
+        '<th scope="row">Recommended</th><td data-label="a">no recommendation</td><td data-label="b"><code>power'
+        in text
+    )
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths_and_a_scoring_is_chosen_for_one_run_alone(
     tmp_path: Path,
 ) -> None:
