@@ -179,5 +179,6 @@ def test_the_samples_of_several_runs_begin_with_the_first_one_s_best_and_have_wh
     text = report.write([fake_run.make_run(tmp_path / name) for name in "ab"])[0].read_text()
     assert ' checked><label for="gallery1-2">a power_0_10</label>' in text
     assert text.count(" checked>") == 1
+    assert "what averaging alone changes" not in text  # between runs, more changes
     assert text.count(fake_run.NEAREST) == 4
     assert "a. With dpm_solver++ in 25 steps and 6,000 images per average: ship <code>power_0_10</code>." in text
