@@ -178,6 +178,8 @@ def sentence(compared: Sequence[Run], together: Table | None) -> str:
 def plots(compared: Sequence[Run], looks: Mapping[str, Look]) -> Iterator[Plot | None]:
     """Distance of each run's best and raw weights over training, and over the width of its sweep."""
     over, widths, metric = [], [], ""
+    if differing([_protocol(run.scoring) for run in compared if run.scoring]):
+        return  # on one axis they would be compared
     for run in compared:
         (name, record, scoring), best = run, run.best
         if scoring is None or best is None:

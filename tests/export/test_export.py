@@ -287,9 +287,9 @@ def write_scores(run: RunDir, step: int, **changes: Any) -> None:
 
 
 def test_a_data_sets_name_cannot_write_into_the_card(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny(), steps=(10,), name="cats\n# Heading\n<script>`x`\x1b[31m | y")
+    run = write_run(tmp_path / "run", tiny(), steps=(10,), name="cats\n# Heading\n<script>`x`\x1b[31m | y", size="<b>")
     card = read_card(run, "raw", tmp_path / "out")
-    assert "- data: `cats # Heading <script>'x' [31m | y`, 1,797 images" in card
+    assert "- data: `cats # Heading <script>'x' [31m | y`; 8×8" in card
 
 
 def test_an_extractors_name_cannot_write_into_the_card(tmp_path: Path) -> None:
