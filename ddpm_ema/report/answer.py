@@ -61,7 +61,7 @@ def newest(scorings: Sequence[Scoring]) -> Scoring | None:
 def named(scorings: Sequence[Scoring], text: str) -> Scoring:
     """The scoring of that folder or digest, the newest of several steps. Raises UserError that lists the scorings."""
     name = Path(text).name
-    found = [scoring for scoring in scorings if name in (scoring.folder, scoring.folder.partition("-")[2])]
+    found = [scoring for scoring in scorings if f"-{scoring.folder}".endswith(f"-{name}")]
     if (chosen := newest(found)) is not None:
         return chosen
     lines = [f"  {s.folder}  {s.conditions.removeprefix('With ')}: {judge(s).brief}" for s in scorings]
