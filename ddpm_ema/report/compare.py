@@ -102,14 +102,14 @@ def runs(compared: Sequence[Run]) -> Table:
     rows = [(key, *(one.get(key, "") for one in told)) for key in dict.fromkeys(key for one in told for key in one)]
     scored = [run.scoring.settings if run.scoring else {} for run in compared]
     for settings in (scored, list(map(_trained, compared))):
-        rows += [(key, *values) for key, values in differing(settings).items()]
+        rows += [row for key, values in differing(settings).items() if (row := (key, *values)) not in rows]
     return Table("The runs, and all settings in which they differ", ("", *(run.name for run in compared)), tuple(rows))
 
 
 def seeds(compared: Sequence[Run]) -> Table | None:
     """What runs that differ in their training seed alone say together of one step; None for others."""
     scored = [run.scoring for run in compared if run.scoring is not None and run.scoring.raw is not None]
-    if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["seed"]:
+    if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["training seed"]:
         return None
     if differing(list(map(_protocol, scored))) or len({scoring.step for scoring in scored}) > 1:
         return None
@@ -144,7 +144,7 @@ def _distance(scoring: Scoring | None, row: Row | None) -> str:
 def _trained(run: Run) -> dict[str, str]:
     """The run's config.yaml by dotted key, without the place."""
     found = dict(flat(yaml.safe_load(run.record.config_text or "{}")))
-    return {key: value for key, value in found.items() if key != "output_dir"}
+    return {"training seed" if key == "seed" else key: value for key, value in found.items() if key != "output_dir"}
 
 
 def sentence(compared: Sequence[Run], together: Table | None) -> str:

@@ -152,11 +152,16 @@ def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_no_seeds_of_one_run(tmp_path: Path) -> None:
-    a, b = seeded(tmp_path / "a", 0, -3.0), seeded(tmp_path / "b", 1, -3.0)
+    model = {"block_out_channels": [7]}
+    a, b = seeded(tmp_path / "a", 0, -3.0), seeded(tmp_path / "b", 1, -3.0, model=model)
     settings = yaml.safe_load((b / "config.yaml").read_text())
+    settings["model"] |= model  # a setting of training and of scoring, which has one row
     settings["training"]["batch_size"] = 32
     (b / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert "Over 2 training seeds" not in report.write([a, b])[1]
+    page, sentence = report.write([a, b])
+    assert "Over 2 training seeds" not in sentence
+    rows = re.findall('<tr><th scope="row">([^<]*)<', page.read_text())
+    assert rows[5:] == ["model.block_out_channels", "training seed", "training.batch_size"]
 
 
 def test_what_seeds_say_is_computed_once_for_page_and_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
