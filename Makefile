@@ -28,7 +28,7 @@ moved:
 	@echo "this checkout was moved: making $(VENV) anew"
 	@rm -rf $(VENV)
 
-install: $(VENV)/.installed  ## .venv with pinned versions, the package editable, every extra
+install: $(VENV)/.installed  ## .venv with pinned versions, the package editable, every extra but lightning
 
 demo: install    ## train, score and report on handwritten digits: about six minutes on two cores
 	$(BIN)/ddpm-ema features --config $(CONFIG)

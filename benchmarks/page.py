@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from the JSON under benchmarks/results: every figure on the page is read from a file, none is typed.
+"""docs/benchmarks.md from the JSON under benchmarks/results: every figure that was measured is read from a file.
 
     python benchmarks/page.py [--check]
 
@@ -17,9 +17,10 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-This page is made by `python benchmarks/page.py` from the JSON under `benchmarks/results/`; `make bench` measures anew. Contenders take
-turns in one process or in fresh processes side by side, and a ratio is the median over the rounds of the ratio within a round,
-because absolute times of a shared machine mean little. All figures are of two CPU cores; none is of a GPU.
+This page is made by `python benchmarks/page.py` from the JSON under `benchmarks/results/`; `make bench` measures all but the
+last section anew. Contenders take turns in one process or in fresh processes side by side, and a ratio is the median over the
+rounds of the ratio within a round, because absolute times of a shared machine mean little. All figures are of two CPU cores;
+none is of a GPU.
 """
 
 
@@ -126,8 +127,9 @@ def scoring() -> str:
         "Scoring one set of samples, with the FID's Inception",
         "scoring.py",
         table(["contender", "times ours (lowest–highest round)", "MiB beside the features"], rows),
-        f"{found['images']} images of 32×32 on {found['environment']['threads']} thread: torch-fidelity writes PNG files, reads them "
-        "and gives one number; ours gives the corrected distance with its error, KID, precision and recall, from memory. The network, "
+        f"{found['images']} images of 32×32 on {found['environment']['threads']} thread, random weights: torch-fidelity writes PNG "
+        "files, reads them and gives one number; "
+        "ours gives the corrected distance with its error, KID, precision and recall, from memory. The network, "
         "which both share, is most of our time; torch-fidelity also loads it and starts readers in each round, which weighs less for "
         "more images. The plain distances differ by "
         f"{abs(ours - theirs) / theirs:.0e} of themselves. Memory is that of the distance at {found['features']:,} × 2,048 features.",

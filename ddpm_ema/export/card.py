@@ -1,48 +1,49 @@
 """The model card (README.md) of an exported pipeline: `templates/card.md`, filled in with what is known of the weights."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ddpm_ema.averaging.profiles import profile_from_dict
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.export.usage import Usage
+from ddpm_ema.messages import logger
 from ddpm_ema.named_weights import NamedWeights
-from ddpm_ema.numbers import decimals, figure, listed, metric_label, sampler_label, verdict_of, with_error
+from ddpm_ema.numbers import decimals, figure, listed, sampler_label, verdict_of, with_error
+from ddpm_ema.report.reading import read_scorings
+from ddpm_ema.report.record import Record, Row, Scoring
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.weight_names import split_step
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One row of a results.json, and the evaluation settings that it was sampled with."""
+class Scored(NamedTuple):
+    """One row of a scoring, and the evaluation settings that it was sampled with."""
 
-    results: Mapping[str, Any]
-    row: Mapping[str, Any]
+    scoring: Scoring
+    row: Row
     evaluation: EvaluationSettings
 
 
 def scorings_of(run: RunDir, key: str) -> list[Scored]:
     """Rows of exactly these weights (`weights_sha256` is `key`), of sweeps, too; the newest scoring first.
 
-    Results that cannot be read count as none.
+    Results that cannot be read count as none, with a warning.
     """
-    found = []
-    for folder in run.score_dirs():
+    record, found = Record(run.path), []
+    read_scorings(record)
+    for scoring in record.scorings:
+        rows = [row for row in (*scoring.rows, *scoring.sweep) if row.weights_sha256 == key]
         try:
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            evaluation = EvaluationSettings.model_validate(results["evaluation"])
-            rows = [*results["rows"], *results.get("sweep", [])]
-            found += [Scored(results, row, evaluation) for row in rows if row["weights_sha256"] == key]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return sorted(found, key=lambda one: (one.results["step"], one.results.get("finished", "")), reverse=True)
+            found += [Scored(scoring, row, EvaluationSettings.model_validate(scoring.evaluation)) for row in rows]
+        except ValueError:
+            record.problems.append(f"scores/{scoring.folder} was skipped: its settings are not of this version")
+    for problem in record.problems:
+        logger.warning(_literal(problem).strip("`"))  # a terminal must not obey what a file holds
+    return sorted(found, key=lambda one: (one.scoring.step, one.scoring.finished), reverse=True)
 
 
 def render(
@@ -64,7 +65,7 @@ def render(
         dataset=_dataset(run, step),
         parameters=sum(parameter.numel() for parameter in usage.network.parameters()),
         scores=list(dict.fromkeys(map(_cells, scored))),
-        only_fd=any(one.results.get("metric") != "fid" for one in scored),
+        only_fd=any(one.scoring.metric != "fid" for one in scored),
         sampled=_sampled(usage.settings),
         usage=usage,
         variant=variant,
@@ -85,27 +86,27 @@ def _literal(text: Any) -> str:
 
 def _cells(scored: Scored) -> tuple[str, ...]:
     """One row of the table of scores."""
-    results, row = scored.results, scored.row
+    scoring, row, evaluation = scored
     cells = (
-        metric_label(results),
-        figure(row["frechet_distance"], decimals(row.get("stderr"))),
-        with_error(row.get("frechet_distance_unbiased"), row.get("stderr")),
-        f"{row['num_images']:,}",
-        _sampled(scored.evaluation),
-        _literal(results["reference"]),
+        "FID" if scoring.metric == "fid" else f"FD ({_literal(scoring.extractor)})",
+        figure(row.frechet_distance, decimals(row.stderr)),
+        with_error(row.frechet_distance_unbiased, row.stderr),
+        f"{row.num_images:,}",
+        _sampled(evaluation),
+        _literal(scoring.reference),
         _difference(row),
     )
-    return tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return tuple(cell.replace("|", "\\|") for cell in cells)
 
 
 def _sampled(settings: EvaluationSettings) -> str:
     return sampler_label(settings.model_dump()) + (", x_0 clipped" if settings.clip_sample else "")
 
 
-def _difference(row: Mapping[str, Any]) -> str:
+def _difference(row: Row) -> str:
     """From raw, with its verdict and interval; raw has none, and neither has a row over other images."""
-    if "significant" not in row:
+    if (gap := row.versus_raw) is None:
         return figure(None)
-    delta, error = row["delta_vs_raw"], row["delta_stderr"]
-    low, high = (figure(bound, decimals(error), signed=True) for bound in row["interval"])
-    return f"{with_error(delta, error, signed=True)} ({low} to {high}), {verdict_of(delta, row['significant'])}"
+    low, high = (figure(bound, decimals(gap.stderr), signed=True) for bound in (gap.low, gap.high))
+    delta = with_error(gap.delta, gap.stderr, signed=True)
+    return f"{delta} ({low} to {high}), {verdict_of(gap.delta, gap.significant)}"

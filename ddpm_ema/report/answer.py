@@ -20,14 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_ema import numbers
 from ddpm_ema.errors import UserError
 from ddpm_ema.numbers import listed, verdict_of, with_error
 from ddpm_ema.report.record import Row, Scoring, differences
 
 BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
 SATURATED = "of the channel values of these samples are at 0 or 255"
-"""In the scorer's warning of one row, which `saturation` tells of all rows at once."""
+"""In the scorer's warning of one row, which `Scoring.saturation` tells of all rows at once."""
 LABELS = {"num_inference_steps": "steps", "num_images": "images", "clip_sample": "clipping of x_0"}
 
 
@@ -62,7 +61,7 @@ def newest(scorings: Sequence[Scoring]) -> Scoring | None:
 def named(scorings: Sequence[Scoring], text: str) -> Scoring:
     """The scoring of that folder or digest, the newest of several steps. Raises UserError that lists the scorings."""
     name = Path(text).name
-    found = [scoring for scoring in scorings if name in (scoring.folder, scoring.folder.partition("-")[2])]
+    found = [scoring for scoring in scorings if f"-{scoring.folder}".endswith(f"-{name}")]
     if (chosen := newest(found)) is not None:
         return chosen
     lines = [f"  {s.folder}  {s.conditions.removeprefix('With ')}: {judge(s).brief}" for s in scorings]
@@ -116,8 +115,13 @@ def judge(scoring: Scoring) -> Answer:
         f"This holds for step {scoring.step:,} of this training run, {scoring.against}.{copying} "
         "Another training run, reference or sampler may rank the weights differently."
     )
-    notes = (scope, *found.notes, *saturation(scoring, scoring.entries))
-    return Answer(f"{scoring.conditions}: {found.sentence}", notes, found.recommended)
+    other = [
+        f"{row.weights} was scored over {row.num_images:,} images."
+        for row in scoring.entries
+        if row.weights in found.recommended and row.num_images != scoring.num_images
+    ]
+    notes = (scope, *found.notes, *other, scoring.saturation(scoring.entries))
+    return Answer(f"{scoring.conditions}: {found.sentence}", tuple(filter(None, notes)), found.recommended)
 
 
 def _decide(scoring: Scoring) -> Answer:
@@ -199,9 +203,3 @@ def against_raw(row: Row) -> str:
 def _size(row: Row) -> str:
     """Of the difference from raw, without its sign."""
     return with_error(abs(row.delta_vs_raw or 0.0), row.delta_stderr)
-
-
-def saturation(scoring: Scoring, rows: Sequence[Row]) -> Iterator[str]:
-    """A warning where samples lie at the ends of the range of pixels far more, or far less, often than the reference."""
-    if text := numbers.saturation({row.weights: row.saturated for row in rows}, scoring.reference_saturated):
-        yield text

@@ -10,7 +10,7 @@ import yaml
 
 from ddpm_ema.numbers import figure, listed, verdict_of, with_error
 from ddpm_ema.report import commands, facts, figures
-from ddpm_ema.report.answer import LABELS, judge, newest
+from ddpm_ema.report.answer import LABELS, Answer, answer, judge, newest, rivals
 from ddpm_ema.report.gallery import Gallery, galleries
 from ddpm_ema.report.plot import Look, Plot, Series
 from ddpm_ema.report.record import Record, Row, Scoring, differences, flat
@@ -36,12 +36,16 @@ class Run(NamedTuple):
     scoring: Scoring | None
 
     @property
+    def answer(self) -> Answer | None:
+        """As on the run's own page."""
+        return answer(self.scoring, rivals(self.scoring, self.record.scorings)) if self.scoring else None
+
+    @property
     def best(self) -> Row | None:
         """The recommended weights, or those with the lowest distance."""
-        if self.scoring is None or not self.scoring.rows:
+        if self.scoring is None or self.answer is None:
             return None
-        wanted = judge(self.scoring).best
-        return next((row for row in self.scoring.entries if row.weights == wanted), self.scoring.rows[0])
+        return next((row for row in self.scoring.entries if row.weights == self.answer.best), self.scoring.rows[0])
 
 
 def chosen(records: Sequence[Record]) -> list[Run]:
@@ -75,11 +79,8 @@ def scorings(record: Record, scoring: Scoring) -> Table | None:
     differs = {key: values for key, values in differs.items() if told_once[tuple(values)] == key}
     rows = []
     for i, one in enumerate(found):
-        told = (
-            judge(one).brief,
-            _distance(one, one.entries[0] if one.entries else None),
-            commands.report(record, scoring=one),
-        )
+        lowest = _distance(one, one.entries[0] if one.entries else None)
+        told = (judge(one).brief, lowest, commands.report(record, scoring=one))
         rows.append((f"step {one.step:,}", *(values[i] for values in differs.values()), *told))
     head = ("Scoring", *differs, "Recommended", "Lowest distance", "Page of this scoring")
     caption = "The one on this page first, with all settings in which they differ"
@@ -90,7 +91,7 @@ def runs(compared: Sequence[Run]) -> Table:
     """What each run says, then all settings of scoring and training in which the runs differ."""
     told = [
         {
-            "Recommended": judge(run.scoring).brief if run.scoring else "not scored",
+            "Recommended": run.answer.brief if run.answer else "not scored",
             "Its distance": _distance(run.scoring, run.best),
             "Distance of raw": _distance(run.scoring, run.scoring.raw if run.scoring else None),
             "Scored step": f"{run.scoring.step:,}" if run.scoring else "none",
@@ -98,19 +99,19 @@ def runs(compared: Sequence[Run]) -> Table:
         }
         for run in compared
     ]
-    rows = [(key, *(one.get(key, "") for one in told)) for key in told[0]]
+    rows = [(key, *(one.get(key, "") for one in told)) for key in dict.fromkeys(key for one in told for key in one)]
     scored = [run.scoring.settings if run.scoring else {} for run in compared]
     for settings in (scored, list(map(_trained, compared))):
-        rows += [(key, *values) for key, values in differing(settings).items()]
+        rows += [row for key, values in differing(settings).items() if (row := (key, *values)) not in rows]
     return Table("The runs, and all settings in which they differ", ("", *(run.name for run in compared)), tuple(rows))
 
 
 def seeds(compared: Sequence[Run]) -> Table | None:
-    """What runs that differ in their training seed alone say together; None for other runs."""
+    """What runs that differ in their training seed alone say together of one step; None for others."""
     scored = [run.scoring for run in compared if run.scoring is not None and run.scoring.raw is not None]
-    if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["seed"]:
+    if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["training seed"]:
         return None
-    if differing(list(map(_protocol, scored))):
+    if differing(list(map(_protocol, scored))) or len({scoring.step for scoring in scored}) > 1:
         return None
     from ddpm_ema.metrics.across_runs import across_runs  # loads torch, which no other page needs
 
@@ -143,11 +144,11 @@ def _distance(scoring: Scoring | None, row: Row | None) -> str:
 def _trained(run: Run) -> dict[str, str]:
     """The run's config.yaml by dotted key, without the place."""
     found = dict(flat(yaml.safe_load(run.record.config_text or "{}")))
-    return {key: value for key, value in found.items() if key != "output_dir"}
+    return {"training seed" if key == "seed" else key: value for key, value in found.items() if key != "output_dir"}
 
 
 def sentence(compared: Sequence[Run], together: Table | None) -> str:
-    """What `seeds` says; else the run with the lowest distance, or why their distances cannot be compared."""
+    """What `seeds` says; else which run's `best` is the lowest, or why their distances cannot be compared."""
     if together is not None:
         by_word = {word: [row[0] for row in together.rows if row[1] == word] for word in ("better", "worse")}
         told = [
@@ -168,7 +169,7 @@ def sentence(compared: Sequence[Run], together: Table | None) -> str:
     (_, run, scoring, row), (_, other, _, behind) = sorted(known, key=lambda one: one[0])[:2]
     gap, error = behind.distance - row.distance, math.hypot(row.stderr or 0.0, behind.stderr or 0.0)
     return (
-        f"{scoring.conditions}: {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
+        f"{scoring.conditions}: of one set of weights per run, {row.weights} of {run.name} has the lowest {scoring.metric_name}, "
         f"{with_error(row.distance, row.stderr)}. That is {with_error(gap, error)} below {behind.weights} of {other.name}, "
         f"{'more' if gap > 2 * error else 'less'} than two standard errors."
     )
@@ -177,6 +178,8 @@ def sentence(compared: Sequence[Run], together: Table | None) -> str:
 def plots(compared: Sequence[Run], looks: Mapping[str, Look]) -> Iterator[Plot | None]:
     """Distance of each run's best and raw weights over training, and over the width of its sweep."""
     over, widths, metric = [], [], ""
+    if differing([_protocol(run.scoring) for run in compared if run.scoring]):
+        return  # on one axis they would be compared
     for run in compared:
         (name, record, scoring), best = run, run.best
         if scoring is None or best is None:
@@ -200,8 +203,5 @@ def gallery(compared: Sequence[Run]) -> list[Gallery]:
         for grid in galleries(run.record, [run.scoring])[:1] if run.scoring and run.best else ():
             wanted = [one for one in grid.pictures if run.best and one.name in (run.best.weights, "raw")]
             pictures += [one._replace(name=f"{run.name} {one.name}") for one in wanted]
-    return (
-        [Gallery("Samples of each run, from the same noise where the seed is the same", tuple(pictures))]
-        if pictures
-        else []
-    )
+    title = "Samples of each run, from the same noise where the seed is the same"
+    return [Gallery(title, tuple(pictures))] if pictures else []

@@ -1,15 +1,12 @@
 """What was trained, on what, and for how long: words and their values for the page."""
 
-from __future__ import annotations
-
 from typing import Any
 
+from ddpm_ema.messages import clock
 from ddpm_ema.report.record import Record, plain
 
-Facts = list[tuple[str, str]]
 
-
-def run(record: Record) -> Facts:
+def run(record: Record) -> list[tuple[str, str]]:
     """What was trained, on what, how long, of what is known."""
     settings, manifest = record.settings, record.manifest
     size = f"{settings.image_size}\u00d7{settings.image_size}" if settings.image_size else ""
@@ -25,7 +22,7 @@ def run(record: Record) -> Facts:
     steps += [f"{settings.batch_size} images per step" if settings.batch_size and done else ""]
     seconds = sum(row.get("seconds") or 0.0 for row in record.training)
     speeds = sorted(speed for row in record.training if (speed := row.get("images_per_second")) is not None)
-    time = [duration(seconds) if seconds else "", f"{speeds[len(speeds) // 2]:,.0f} images/s" if speeds else ""]
+    time = [clock(seconds) if seconds else "", f"{speeds[len(speeds) // 2]:,.0f} images/s" if speeds else ""]
     time += [f"{manifest.world_size} processes" if manifest.world_size > 1 else ""]
     weights = [_rule(name, record.profiles.get(name, {})) for name in record.names]
     words = {"Data": data, "Network": network, "Steps": steps, "Time": time, "Weights": weights}
@@ -38,12 +35,3 @@ def _rule(name: str, rule: dict[str, Any]) -> str:
     if (kind := fields.pop("kind", None)) is None:
         return name
     return f"{name} ({', '.join([str(kind), *(f'{key} {plain(value)}' for key, value in fields.items())])})"
-
-
-def duration(seconds: float) -> str:
-    """`2 min 35 s`, `3 h 20 min`."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

@@ -116,12 +116,12 @@ def sweep(scoring: Scoring, key: str) -> list[Plot]:
     (title, label), points, metric = WIDTHS[key], swept(scoring, key), scoring.metric_name
     if len(points) < 2:
         return []
-    rows = [row for row in scoring.sweep if row.get(key) is not None]
-    best = min(rows, key=lambda row: (-row.num_images, row.distance))
-    ring = next((point for point in points if point.note == best.weights), min(points, key=lambda point: point.y))
+    drawn_rows = [row for row in scoring.sweep if row.weights in {point.note for point in points}]
+    best = min(drawn_rows, key=lambda row: (-row.num_images, row.distance))
+    ring = next(point for point in points if point.note == best.weights)
     caption = (
         f"At step {scoring.step:,}, {scoring.sampling}. Averages reconstructed after training. Bands are one and two standard "
-        f"errors; the ring is the lowest, {ring.note}. Filled marks may be the best of all weights."
+        f"errors; the ring is the lowest over {best.num_images:,} images, {ring.note}. Filled marks may be the best of all weights."
     )
     if ring in (points[0], points[-1]):
         caption += " It lies at the end of the range: a wider range may hold a better one."

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from ddpm_ema import numbers
 from ddpm_ema.report import answer, commands, compare, facts, figures
 from ddpm_ema.report.gallery import galleries
-from ddpm_ema.report.plot import COLOURS, Look, Plot, Series, csv_uri, looks
+from ddpm_ema.report.plot import Look, Plot, Series, csv_uri, looks
 from ddpm_ema.report.record import Record, Row, Scoring
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -61,7 +61,7 @@ class Table:
 
     @property
     def notes(self) -> list[str]:
-        return [*answer.saturation(self.scoring, self.rows), *filter(None, [self.scoring.precision_note])]
+        return list(filter(None, [self.scoring.saturation(self.rows), self.scoring.precision_note]))
 
     def place(self, value: float) -> float:
         """Where a difference from raw is drawn, in 0 ... 120: by its square root, because one average may be far worse."""
@@ -72,9 +72,12 @@ class Table:
     @property
     def csv(self) -> str:
         keys = ["weights", "frechet_distance_unbiased", "frechet_distance", "stderr", "delta_vs_raw", "delta_stderr"]
-        keys += [key for key, _, _ in self.columns]
-        rows = [[*(getattr(row, key, "") for key in keys), answer.against_raw(row)] for row in self.rows]
-        return csv_uri([[*keys, "against_raw"], *rows])
+        keys += [f"{key}{end}" for key, _, _ in self.columns for end in ("", "_stderr")]
+        rows = [
+            [*(getattr(row, key, "") for key in keys), *(row.interval or ("", "")), answer.against_raw(row)]
+            for row in self.rows
+        ]
+        return csv_uri([[*keys, "low", "high", "against_raw"], *rows])
 
 
 def render(record: Record, scoring: Scoring | None) -> str:
@@ -96,13 +99,16 @@ def render(record: Record, scoring: Scoring | None) -> str:
         "tables": list(map(Table, shown)),
     }
     content["warnings"] = _warnings(record, scoring)  # last: problems found on the way are among them
+    content["written_by"] = commands.report(
+        record, scoring=None if scoring is answer.newest(record.scorings) else scoring
+    )
     title = record.path.resolve().name
     return _fill("report.html", [record], title=title, record=record, scoring=scoring, looks=look, **content)
 
 
 def render_runs(compared: Sequence[compare.Run]) -> tuple[str, str]:
     """The page that sets several runs side by side, and its sentence."""
-    look = {run.name: Look(f"c{i % COLOURS}") for i, run in enumerate(compared)}
+    look = looks(run.name for run in compared)
     plots = [*compare.plots(compared, look)]
     for key, title, label, caption, linear in CURVES:
         series = [Series(run.name, look[run.name], figures.column(run.record.training, key)) for run in compared]
@@ -112,6 +118,7 @@ def render_runs(compared: Sequence[compare.Run]) -> tuple[str, str]:
     content |= {"pictures": compare.gallery(compared), "seeds": seeds, "sentence": compare.sentence(compared, seeds)}
     warnings = [f"{run.name}: {text}" for run in compared for text in run.record.problems]
     title, records = " and ".join(run.name for run in compared), [run.record for run in compared]
+    content["written_by"] = commands.report(*records)
     return _fill("runs.html", records, title=title, warnings=warnings, **content), content["sentence"]
 
 
@@ -125,7 +132,7 @@ def _fill(template: str, records: Sequence[Record], **content: Any) -> str:
     style, script = (Markup((TEMPLATES / name).read_text()) for name in ("page.css", "page.js"))
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return environment.get_template(template).render(
-        style=style, script=script, policy=Markup(POLICY.format(*digests)), records=records, **content
+        style=style, script=script, policy=Markup(POLICY.format(*digests)), **content
     )
 
 
@@ -135,7 +142,7 @@ def _quick(record: Record, look: Looks) -> Plot | None:
         return None
     evaluation, series = record.settings.evaluation, [(row.step, row.scores or ()) for row in record.quick]
     images, sampler, steps = (evaluation.get(key) for key in ("every_num_images", "sampler", "num_inference_steps"))
-    label = "FID while training" if series[-1][1][0].metric == "fid" else "FD while training"
+    label = "Quick FID" if series[-1][1][0].metric == "fid" else "Quick FD"
     label += f" ({images:,} images)" if isinstance(images, int) else ""
     known = f" (config.yaml: {sampler} in {steps} steps)" if isinstance(sampler, str) and isinstance(steps, int) else ""
     return figures.distance(series, label, f"Scored while training{known}.", look)
@@ -147,7 +154,7 @@ def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
     for source in (scoring, *later):
         plots = [plot for key in figures.WIDTHS for plot in figures.sweep(source, key)]
         if plots:
-            notes = list(answer.saturation(source, source.sweep))
+            notes = list(filter(None, [source.saturation(source.sweep)]))
             texts = ((row.weights, text) for row in source.sweep for text in row.warnings)
             notes += [f"{name}: {text}" for name, text in texts if not notes or answer.SATURATED not in text]
             return {"plots": plots, "warnings": notes}
@@ -172,7 +179,7 @@ def _warnings(record: Record, scoring: Scoring | None) -> list[str]:
     if scoring is not None:
         rows = Table(scoring).rows
         texts = dict.fromkeys((*scoring.warnings, *(text for row in rows for text in row.warnings)))
-        known = answer.SATURATED if any(answer.saturation(scoring, rows)) else "\n"
+        known = answer.SATURATED if scoring.saturation(rows) else "\n"
         found += [
             f"{_whose(rows, text)}{text}" for text in texts if known not in text and text != scoring.precision_note
         ]

@@ -40,11 +40,10 @@ class Look(NamedTuple):
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """One look per name: raw is grey; the others take colours in turn, then dashes and markers distinguish further ones."""
+    """One look per name: raw is grey, the others take colours in turn; markers and dashes tell 20 names apart without colour."""
     found = {"raw": Look("raw")}
     for i, name in enumerate(name for name in names if name != "raw"):
-        turn = i // COLOURS
-        found[name] = Look(f"c{i % COLOURS}", MARKERS[(i + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
+        found[name] = Look(f"c{i % COLOURS}", MARKERS[(i + 1) % len(MARKERS)], DASHES[(i + 1) % len(DASHES)])
     return found
 
 

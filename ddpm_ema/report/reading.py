@@ -40,15 +40,19 @@ def read(path: Path) -> Record:
     _read_config(record)
     _read_manifest(record)
     _read_metrics(record)
-    for file in sorted((path / "scores").glob("*/results.json")):
-        if (scoring := _parsed(record, file, _results)) is not None:
-            grid = file.with_name("grid.png")
-            found = {"folder": file.parent.name, "grid": grid if grid.exists() else None}
-            record.scorings.append(scoring.model_copy(update=found))
+    read_scorings(record)
     record.sample_grids = _by_step(path / "samples", "*.png")
     if not (record.config_text or record.manifest.step or record.training or record.scorings or record.problems):
         raise UserError(f"{path}: is no run directory (no config.yaml, metrics.jsonl, checkpoint or scores); {ADVICE}")
     return record
+
+
+def read_scorings(record: Record) -> None:
+    for file in sorted((record.path / "scores").glob("*/results.json")):
+        if (scoring := _parsed(record, file, _results)) is not None:
+            grid = file.with_name("grid.png")
+            found = {"folder": file.parent.name, "grid": grid if grid.exists() else None}
+            record.scorings.append(scoring.model_copy(update=found))
 
 
 def _by_step(folder: Path, pattern: str) -> list[tuple[int, Path]]:

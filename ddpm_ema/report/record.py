@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, AliasPath, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ddpm_ema.numbers import metric_label, precision_note, reading, sampler_label
+from ddpm_ema.numbers import metric_label, precision_note, reading, sampler_label, saturation
 from ddpm_ema.weight_names import split_step
 
 SCHEMA = 3
@@ -188,6 +188,10 @@ class Scoring(Shape):
         """As `numbers.precision_note`."""
         return precision_note(self.precision_of_noise)
 
+    def saturation(self, rows: Iterable[Row]) -> str:
+        """As `numbers.saturation`, of these rows."""
+        return saturation({row.weights: row.saturated for row in rows}, self.reference_saturated)
+
     @property
     def raw(self) -> Row | None:
         return next((row for row in self.rows if row.weights == "raw"), None)
@@ -200,7 +204,7 @@ class Scoring(Shape):
     @property
     def settings(self) -> dict[str, str]:
         """Everything that was set for this scoring and may change its numbers, versions among it, by dotted key."""
-        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS), depth=8))
+        return dict(flat(self.model_dump(mode="json", exclude=NO_SETTINGS)))
 
     def comparable(self, other: Scoring) -> bool:
         """Whether both may be points of one curve: the same settings, of whatever versions."""

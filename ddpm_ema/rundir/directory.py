@@ -60,10 +60,6 @@ class RunDir:
     def score_dir(self, step: int, digest: str) -> Path:
         return self.path / "scores" / f"{step:08d}-{digest}"
 
-    def score_dirs(self) -> list[Path]:
-        """Folders of scorings, by step."""
-        return sorted(path for path in (self.path / "scores").glob("*-*") if path.is_dir())
-
     def snapshot_path(self, step: int, name: str) -> Path:
         return self.snapshots_path / step_folder(step) / f"{name}.safetensors"
 

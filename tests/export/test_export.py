@@ -1,11 +1,11 @@
 """Named weights become a diffusers pipeline folder: the same weights, loadable, described, whole or not there at all."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fake_run
 import numpy as np
 import pytest
 import torch
@@ -223,7 +223,7 @@ def test_the_card_lists_scores_of_these_weights_at_this_step_alone(tmp_path: Pat
     write_scores(run, 50, distance=77.5)
     card = read_card(run, "ema_0_999", tmp_path / "out")
     assert (
-        "| FD (classifier) | 12.25 | 11.05 ± 0.90 | 6,000 | ddim 3 steps, x_0 clipped | `train of digits` "
+        "| FD (`classifier`) | 12.25 | 11.05 ± 0.90 | 6,000 | ddim 3 steps, x_0 clipped | `train of digits` "
         "| \u221224.7 ± 2.0 (\u221228.9 to \u221220.5), better |" in card
     )
     assert "77.5" not in card
@@ -278,19 +278,36 @@ def write_scores(run: RunDir, step: int, **changes: Any) -> None:
     given = {"sampler": "ddim", "num_inference_steps": 3, **changes.pop("evaluation", {})}
     evaluation = settings.EvaluationSettings(**given)
     where = changes.pop("rows", "rows")
-    results = {"schema": 2, "step": step, "metric": "fd", "extractor": "classifier", "reference": "train of digits"}
-    results |= {"finished": changes.pop("finished", ""), "evaluation": evaluation.model_dump(mode="json"), "rows": []}
+    more = {key: changes.pop(key) for key in ("extractor", "finished") if key in changes}
+    results = fake_run.results(step, reference="train of digits", **more)
+    results |= {"evaluation": evaluation.model_dump(mode="json"), "rows": []}
     row["weights_sha256"] = key_of(run, changes.get("weights", "ema_0_999"), step)
     results[where] = [{**row, **changes}]
-    folder = run.score_dir(step, f"abc{len(run.score_dirs())}")
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(results))
+    fake_run.write_results(run.path, results, f"abc{len(list(run.path.glob('scores/*')))}")
 
 
 def test_a_data_sets_name_cannot_write_into_the_card(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny(), steps=(10,), name="cats\n# Heading\n<script>`x`\x1b[31m | y")
+    run = write_run(tmp_path / "run", tiny(), steps=(10,), name="cats\n# Heading\n<script>`x`\x1b[31m | y", size="<b>")
     card = read_card(run, "raw", tmp_path / "out")
-    assert "- data: `cats # Heading <script>'x' [31m | y`, 1,797 images" in card
+    assert "- data: `cats # Heading <script>'x' [31m | y`; 8×8" in card
+
+
+def test_an_extractors_name_cannot_write_into_the_card(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny(), steps=(10,))
+    write_scores(run, 10, extractor="x`<script>|")
+    assert "\n| FD (`x'<script>\\|`) | 12.25 |" in read_card(run, "ema_0_999", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_images": "many"}, {"interval": 3}, {"stderr": "\x1b[31m"}, {"measures_vs_raw": {"\x1b[31m": 1}}]
+)
+def test_results_that_cannot_be_read_are_left_out_with_a_warning(tmp_path: Path, caplog: Any, changes: Any) -> None:
+    run = write_run(tmp_path / "run", tiny(), steps=(10,))
+    write_scores(run, 10, **changes)
+    assert "have not been scored" in read_card(run, "ema_0_999", tmp_path / "out")
+    (warning,) = caplog.messages
+    assert "results.json was skipped: it is malformed: rows.0." in warning
+    assert "\x1b" not in warning
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_as_it_was(run: RunDir, tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ def test_a_scoring_is_chosen_by_folder_or_digest_and_an_unknown_one_lists_those_
     assert named([old, new], "00001000-abc") is old
     assert named([old, new], "runs/x/scores/00001000-abc/") is old
     assert named([old, new], "abc") is new
+    table = both("a", "b", folder="00003000-0123-ef01")  # as a scoring names it: digest of the images, of the table
+    assert named([old, table], "ef01") is named([old, table], "0123-ef01") is table
     with pytest.raises(UserError) as error:
         named([old, new], "abd")
     assert str(error.value) == (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def test_the_lowest_run_is_named_with_the_error_of_the_difference_of_two_indepen
     page, sentence = report.write([a, b])
     assert page == tmp_path / "comparison.html"
     assert sentence == (  # 0.42 = √(0.3² + 0.3²)
-        "With dpm_solver++ in 25 steps and 6,000 images per average: power_0_10 of b has the lowest FD (classifier), "
-        "3.00 ± 0.30. That is 1.00 ± 0.42 below power_0_10 of a, more than two standard errors."
+        "With dpm_solver++ in 25 steps and 6,000 images per average: of one set of weights per run, power_0_10 of b has the "
+        "lowest FD (classifier), 3.00 ± 0.30. That is 1.00 ± 0.42 below power_0_10 of a, more than two standard errors."
     )
     text = page.read_text()
     assert (
@@ -42,7 +43,9 @@ def test_the_lowest_run_is_named_with_the_error_of_the_difference_of_two_indepen
 
 
 def test_runs_that_were_scored_with_different_settings_are_not_compared(tmp_path: Path) -> None:
-    _, sentence = report.write([scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 3.0, sampler="ddim", seed=5)])
+    scored(tmp_path / "a", 4.0, step=1000)
+    page, sentence = report.write([scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 3.0, sampler="ddim", seed=5)])
+    assert "<svg viewBox" not in page.read_text()  # no plot has both
     assert sentence == (
         "The distances of these runs cannot be compared, because they were scored with different settings: "
         "sampler (dpm_solver++, ddim) and seed (0, 5)."
@@ -79,6 +82,20 @@ def test_a_run_that_was_not_scored_is_shown_without_an_answer(tmp_path: Path) ->
     page, sentence = report.write([tmp_path / "a", tmp_path / "b"])
     assert sentence == "Fewer than two of these runs have been scored, so there is nothing to compare."
     assert "b. Not scored yet." in page.read_text()
+    assert '<th scope="row">Time</th><td data-label="a"></td><td data-label="b">2:36,' in page.read_text()
+
+
+def test_a_run_whose_scorings_contradict_each_other_recommends_nothing_beside_others_either(tmp_path: Path) -> None:
+    a, b = scored(tmp_path / "a", 4.0), scored(tmp_path / "b", 4.2)
+    rows = [fake_run.row("raw", 5.0), fake_run.row("power_0_10", 9.0, delta=(4.0, 0.5))]
+    other = fake_run.results(rows=rows, may_be_best=["raw"], sampler="ddim", finished="2025-01-01T00:00:00Z")
+    fake_run.write_results(a, other)
+    text = report.write([a, b])[0].read_text()
+    assert "a. No weights are recommended, because scorings of step 3,000 contradict each other." in text
+    assert (
+        '<th scope="row">Recommended</th><td data-label="a">no recommendation</td><td data-label="b"><code>power'
+        in text
+    )
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths_and_a_scoring_is_chosen_for_one_run_alone(
@@ -122,12 +139,28 @@ def test_a_difference_that_does_not_hold_over_seeds_is_not_called_one(tmp_path: 
     assert report.write(runs)[1] == "Over 3 training seeds: no average is shown to be better or worse than raw."
 
 
+def test_seeds_that_were_scored_at_different_steps_are_not_read_together(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / str(seed), seed, -3.0 + seed / 10, step=1000 + 1000 * seed) for seed in range(3)]
+    assert "training seeds" not in report.write(runs)[1]
+
+
+def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
+    text = report.write([fake_run.make_run(tmp_path / str(i)) for i in range(3)])[0].read_text()
+    loss = text[text.index("<h3>Training loss</h3>") :].partition("</figure>")[0]
+    assert len(set(re.findall(r'<path class="line" d="M1 5H21" (stroke-dasharray="[^"]+")', loss))) == 3
+
+
 def test_runs_that_differ_in_more_than_their_seed_are_no_seeds_of_one_run(tmp_path: Path) -> None:
-    a, b = seeded(tmp_path / "a", 0, -3.0), seeded(tmp_path / "b", 1, -3.0)
+    model = {"block_out_channels": [7]}
+    a, b = seeded(tmp_path / "a", 0, -3.0), seeded(tmp_path / "b", 1, -3.0, model=model)
     settings = yaml.safe_load((b / "config.yaml").read_text())
+    settings["model"] |= model  # a setting of training and of scoring, which has one row
     settings["training"]["batch_size"] = 32
     (b / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert "Over 2 training seeds" not in report.write([a, b])[1]
+    page, sentence = report.write([a, b])
+    assert "Over 2 training seeds" not in sentence
+    rows = re.findall('<tr><th scope="row">([^<]*)<', page.read_text())
+    assert rows[5:] == ["model.block_out_channels", "training seed", "training.batch_size"]
 
 
 def test_what_seeds_say_is_computed_once_for_page_and_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,5 +186,6 @@ def test_the_samples_of_several_runs_begin_with_the_first_one_s_best_and_have_wh
     text = report.write([fake_run.make_run(tmp_path / name) for name in "ab"])[0].read_text()
     assert ' checked><label for="gallery1-2">a power_0_10</label>' in text
     assert text.count(" checked>") == 1
+    assert "what averaging alone changes" not in text  # between runs, more changes
     assert text.count(fake_run.NEAREST) == 4
     assert "a. With dpm_solver++ in 25 steps and 6,000 images per average: ship <code>power_0_10</code>." in text

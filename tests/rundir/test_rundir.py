@@ -308,7 +308,7 @@ def test_scores_sample_grids_and_reconstructions_of_steps_that_are_trained_anew_
         assert (aside / name).read_text() == name
         assert not (rundir.path / name).exists()
     assert all((rundir.path / name).exists() for name in kept)
-    assert [path.name for path in rundir.score_dirs()] == ["00000002-ab"]
+    assert [path.name for path in (rundir.path / "scores").iterdir()] == ["00000002-ab"]
     assert rundir.drop_after(2) is None
     assert rundir.move_aside() == rundir.path / "previous-2"
 
