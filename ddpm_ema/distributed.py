@@ -261,7 +261,8 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            os.write(2, f"\n{self.reason}: saving, then ending; it is enough to ask once\n".encode())
+            with contextlib.suppress(OSError):  # Ctrl-C also ended the reader of a pipe
+                os.write(2, f"\n{self.reason}: saving, then ending; it is enough to ask once\n".encode())
 
     @property
     def requested(self) -> bool:
