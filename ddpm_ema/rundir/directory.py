@@ -29,6 +29,7 @@ OF_ONE_RUN = (
     "snapshots",
     "samples",
     "scores",
+    "reconstructed",
     "metrics.jsonl",
     "report.html",
     "config.yaml",
@@ -116,14 +117,13 @@ class RunDir:
     def write_checkpoint(
         self, step: int, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
     ) -> Checkpoint:
-        """Writes the checkpoint of `step`, which appears whole or not at all; one that proved bad may be there already.
+        """Writes the checkpoint of `step`, which appears whole or not at all.
 
         `files`: relative path -> tensors by name; `manifest`: what manifest.json holds beside schema, step and files. Raises
         UserError where the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
         """
         target, entries = self.checkpoints_path / step_folder(step), {}
         needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-        doomed = target.with_name(f".{target.name}.{os.getpid()}.deleted")
         with as_user_error(target, needed), replacing(target, folder=True) as partial:
             require_space(partial, needed)
             for file, tensors in files.items():
@@ -132,9 +132,6 @@ class RunDir:
                 entries[file] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
             atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
-            if target.exists():
-                os.replace(target, doomed)  # in one rename, as the new one comes
-        shutil.rmtree(doomed, ignore_errors=True)
         return Checkpoint(target)
 
     def prune(self, keep: int, keep_every: int | None) -> None:
@@ -177,7 +174,7 @@ class RunDir:
         for path in paths:
             target = aside / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+            shutil.move(path, target)  # samples/ may be a link to another file system
         return aside
 
     def last_stored_step(self) -> int:
