@@ -55,9 +55,6 @@ class _LineFile:
         if line := text.strip():
             logger.info(line)
 
-    def flush(self) -> None:
-        pass
-
 
 def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 0) -> Any:
     """tqdm's bar on a terminal; elsewhere a line every LINE_SECONDS; nothing if `hidden` or INFO is not logged.

@@ -24,17 +24,7 @@ from ddpm_ema.rundir.lock import Lock
 if TYPE_CHECKING:
     from torch import Tensor
 
-OF_ONE_RUN = (
-    "checkpoints",
-    "snapshots",
-    "samples",
-    "scores",
-    "reconstructed",
-    "metrics.jsonl",
-    "report.html",
-    "config.yaml",
-    "imported.json",
-)
+OF_ONE_RUN = "checkpoints snapshots samples scores reconstructed metrics.jsonl report.html config.yaml imported.json"
 OF_THE_HOLDER = ("checkpoints", "snapshots", "samples", "weights")  # the last of a scoring
 LEFTOVER = re.compile(r"\..*\.(partial|deleted)|\.tmp\w{6}")  # safetensors writes into .tmpXXXXXX
 OF_ONE_STEP = ("scores/*", "samples/*", "reconstructed/*")
@@ -162,7 +152,7 @@ class RunDir:
 
     def move_aside(self) -> Path | None:
         """Moves the files of an earlier run into previous-N/; returns that folder, or None where nothing moved."""
-        return self._set_aside([self.path / name for name in OF_ONE_RUN if (self.path / name).exists()])
+        return self._set_aside([self.path / name for name in OF_ONE_RUN.split() if (self.path / name).exists()])
 
     def _set_aside(self, paths: Sequence[Path]) -> Path | None:
         """Moves `paths` into a new previous-N/, each to the same relative path."""
