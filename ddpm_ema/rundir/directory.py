@@ -107,7 +107,7 @@ class RunDir:
     def write_checkpoint(
         self, step: int, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
     ) -> Checkpoint:
-        """Writes the checkpoint of `step`, which appears whole or not at all.
+        """Writes the checkpoint of `step`, which appears whole or not at all; one that proved bad may be there already.
 
         `files`: relative path -> tensors by name; `manifest`: what manifest.json holds beside schema, step and files. Raises
         UserError where the disk is full (with the bytes needed and free) or cannot be written. No other checkpoint is touched.
@@ -122,6 +122,7 @@ class RunDir:
                 entries[file] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
             atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
+            remove(target)  # which was of no use
         return Checkpoint(target)
 
     def prune(self, keep: int, keep_every: int | None) -> None:
