@@ -25,8 +25,6 @@ def batch_indices(seed: int, step: int, positions: Tensor, batch_size: int, data
     Position p of step s (from 0) is item `s * batch_size + p` of the endless sequence of epochs, each a permutation of
     the data set. A batch may reach over the end of an epoch; nothing is dropped and nothing repeated within an epoch.
     """
-    if batch_size < 1 or dataset_size < 1:
-        raise ValueError(f"batch_size and dataset_size must be at least 1, got {batch_size} and {dataset_size}")
     items = step * batch_size + positions.cpu()
     epochs = items // dataset_size
     indices = items % dataset_size
@@ -38,15 +36,11 @@ def batch_indices(seed: int, step: int, positions: Tensor, batch_size: int, data
 
 def partition(total: int, rank: int, world_size: int) -> range:
     """The positions that process `rank` of `world_size` owns: contiguous, in order of rank, sizes at most one apart."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be at least 0 and below the world size {world_size}, got {rank}")
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
 def micro_batches(positions: range, size: int | None) -> list[range]:
     """`positions` cut into contiguous pieces of at most `size` (None: one piece), sizes at most one apart."""
-    if size is not None and size < 1:
-        raise ValueError(f"micro-batch size must be at least 1, got {size}")
     pieces = 1 if size is None else max(1, -(-len(positions) // size))
     cuts = [partition(len(positions), piece, pieces) for piece in range(pieces)]
     return [positions[cut.start : cut.stop] for cut in cuts]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_ema import options
 from ddpm_ema.errors import EXIT_DONE, UserError, nearest
-from ddpm_ema.messages import to_stderr
+from ddpm_ema.messages import to_stderr, write_line
 
 if TYPE_CHECKING:
     from ddpm_ema.config import Config
@@ -105,7 +105,7 @@ def guard(function: Callable[..., Any], *args: Any, quiet: bool = False) -> int:
             sys.stdout.flush()
     except UserError as error:
         if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{error.prefix}{error}", file=sys.stderr, flush=True)
+            write_line(f"{error.prefix}{error}")
         return error.exit_code
     except BrokenPipeError:
         if not _reader_is_gone():

@@ -37,12 +37,9 @@ def prepare(setting: str, tell: Callable[[str], object] = logger.info) -> None:
             tell(f"{path}: was cut off by a kill while torch.compile wrote it; deleted, to be compiled again")
     # Two remarks of torch that ask nothing of a user would stand among the first lines of every log.
     warnings.filterwarnings("ignore", message=r"Dynamo detected a call to a `functools\.lru_cache`-wrapped")
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
+    quiet = "No CUDA runtime is found"
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: not record.getMessage().startswith(quiet))
     tell(f"compiling the network ({setting}): the first step may take minutes, on busy cores many")
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def _is_cut_off(path: Path) -> bool:

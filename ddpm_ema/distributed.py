@@ -245,7 +245,9 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._parent = os.getppid() if _has_launcher() else None
+        # A run ends with the launcher that started it. It does not end with a shell.
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+        self._parent = os.getppid() if launched else None
         self._pending: tuple[Any, Tensor] | None = None
         self._previous: dict[int, Any] = {}
 
@@ -261,7 +263,8 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            os.write(2, f"\n{self.reason}: saving, then ending; it is enough to ask once\n".encode())
+            with contextlib.suppress(OSError):  # Ctrl-C also ended the reader of a pipe
+                os.write(2, f"\n{self.reason}: saving, then ending; it is enough to ask once\n".encode())
 
     @property
     def requested(self) -> bool:
@@ -317,8 +320,3 @@ def _accelerator(device: str, timeout: float, trackers: Sequence[str], project_d
 def _as_bytes(tensor: Tensor) -> Tensor:
     """A view as uint8: gloo knows few dtypes, and a broadcast moves bytes."""
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _has_launcher() -> bool:
-    """Whether a launcher started this process, so that the run ends with it (it does not end with a shell)."""
-    return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))

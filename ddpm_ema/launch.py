@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED
+from ddpm_ema.messages import write_line
 
 LINGER_SECONDS = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -35,7 +36,8 @@ class StopRelay:
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -107,8 +109,11 @@ def _free_port() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs torchrun's launcher in this process and returns the exit code of its ranks."""
     relay = StopRelay()  # before torch is imported, which takes seconds
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from ddpm_ema.lost_ranks import first_line
 
     options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     # torchrun must handle some signal; those that mean "stop" are the relay's.
@@ -120,12 +125,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
-            print(f"launch: rank {rank} ended with {how}", file=sys.stderr)
+            write_line(f"launch: rank {rank} ended with {how}")
         code = exit_code((failure.exitcode for failure in error.failures.values()), relay.stopped)
         if code not in (EXIT_DONE, EXIT_STOPPED):
             # `error` keeps the rendezvous store of node 0 alive, in which ranks on other nodes read why this one ended.
             time.sleep(LINGER_SECONDS if options.nnodes not in ("1", "1:1") else 0)
         return code
+    except (DistError, RendezvousError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        write_line(f"launch: the launchers of the nodes did not meet ({why}); start all of them again")
+        return EXIT_STOPPED
     return EXIT_DONE
 
 

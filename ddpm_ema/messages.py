@@ -12,13 +12,21 @@ LINE_SECONDS = 30.0
 
 
 class _Stderr(logging.Handler):
-    """One line on stderr, clear of progress bars; a warning says that it is one."""
+    """One line on stderr; a warning says that it is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        write_line(prefix + record.getMessage())
+
+
+def write_line(text: str) -> None:
+    """One line on stderr, clear of progress bars. A log that nobody can read any more (`| tee` was stopped) ends no run."""
+    from tqdm import tqdm
+
+    try:
+        tqdm.write(text, file=sys.stderr)
+    except OSError:  # also what is left in its buffer goes nowhere then, instead of failing at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def to_stderr(quiet: bool = False) -> None:
@@ -46,9 +54,6 @@ class _LineFile:
     def write(self, text: str) -> None:
         if line := text.strip():
             logger.info(line)
-
-    def flush(self) -> None:
-        pass
 
 
 def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 0) -> Any:

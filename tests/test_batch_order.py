@@ -53,10 +53,3 @@ def test_micro_batches_cover_the_share_within_the_bound(size: int | None) -> Non
     assert [position for piece in pieces for position in piece] == list(range(10, 20))
     assert max(map(len, pieces)) <= (size or 10)
     assert len(pieces) == -(-10 // (size or 10))
-
-
-def test_ranks_and_sizes_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="rank"):
-        partition(4, 2, 2)
-    with pytest.raises(ValueError, match="micro-batch"):
-        micro_batches(range(4), 0)

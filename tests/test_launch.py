@@ -98,6 +98,21 @@ def test_a_stop_while_waiting_for_other_nodes_ends_the_launcher_at_once(tmp_path
     assert not (tmp_path / "up-0").exists()
 
 
+def test_launchers_that_do_not_meet_end_in_75_without_a_traceback(tmp_path: Path):
+    place = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--rdzv-conf", "timeout=1")
+    launcher = start(tmp_path, options=("--nnodes", "2", "--node-rank", "1", *place))
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75
+    assert "did not meet" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    code = "import signal as s; from ddpm_ema.launch import StopRelay; s.signal(s.SIGHUP, s.SIG_IGN); StopRelay(); "
+    code += "assert s.getsignal(s.SIGHUP) is s.SIG_IGN and callable(s.getsignal(s.SIGTERM))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_bad_settings_on_a_rank_are_the_launchers_exit_code_without_a_traceback(tmp_path: Path):
     launcher = start(tmp_path, "2", "2")
     _, errors = launcher.communicate(timeout=60)

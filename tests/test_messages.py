@@ -56,6 +56,24 @@ def test_on_a_terminal_progress_is_one_bar_with_the_time_left_that_goes_when_it_
     assert b" of 4 images" not in shown
 
 
+STOPPED = """
+import os, signal, sys
+from ddpm_ema import cli, distributed, errors, messages
+def run():
+    with distributed.StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        messages.logger.info("step 5")
+        raise errors.StoppedError(stop.reason)
+sys.exit(cli.guard(run))
+"""
+
+
+def test_a_run_whose_log_has_no_reader_any_more_goes_on_and_keeps_its_exit_code() -> None:
+    """As of `2>&1 | tee` at Ctrl-C, which ends tee first."""
+    command = '"$0" -c "$1" 2>&1 | true; exit ${PIPESTATUS[0]}'
+    assert subprocess.run(["bash", "-c", command, sys.executable, STOPPED]).returncode == 75
+
+
 def test_a_library_shows_no_bar() -> None:
     assert on_a_terminal("library") == b"careful\r\n"
 

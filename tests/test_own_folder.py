@@ -93,7 +93,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(folder: Path, capsys
     words = {line.split("  ")[0]: " ".join(line.split()) for line in said.err.splitlines()}
     weights = 4 * int(words["parameters"].split()[1].replace(",", "")) / 2**20
     assert words["epoch"] == "epoch 1.2 steps; the run sees each image 320.0 times"
-    assert words["checkpoint"] == f"checkpoint {8 * weights:.1f} MiB (raw, two moments, 5 averages); 6 kept at the end"
+    assert words["checkpoint"] == f"checkpoint {8 * weights:.1f} MiB (raw, two moments, 5 averages); 5 kept at the end"
     assert words["snapshots"].startswith(f"snapshots {61 * weights:.1f} MiB: 20 of 3 averages and the first weights")
     assert words["optimizer"].split()[1::2] == [f"{2 * weights:.1f}"] * 3
     assert words["uniform"].endswith("MiB")  # below the table of what the averages mean

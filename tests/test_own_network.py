@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live_runs import settings
+from live_runs import assert_bit_equal, settings, state
 from safetensors.torch import load_file
 from scored import Trained, classifier, save_classifier
 from torch import nn
@@ -51,6 +51,32 @@ def test_it_is_trained_averaged_scored_loaded_and_sampled(trained: config.Config
     stored = RunDir(trained.output_dir).checkpoint(2).weights("power_0_10")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.network.state_dict().items())
     assert ddpm_ema.sample(loaded, 3).shape == (3, 1, 8, 8)
+
+
+class Dropping(nn.Module):
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(channels, channels, size, padding="same"), nn.Dropout(0.5))
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: None) -> torch.Tensor:
+        return self.layers(x_t)
+
+
+def dropping(image_size: int, channels: int, out_channels: int, num_classes: None) -> nn.Module:
+    return Dropping(channels, 3)
+
+
+def test_its_dropout_is_that_of_an_undisturbed_run_after_a_stop_and_code_that_changed_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model__factory": f"{__name__}:dropping", "training__steps": 4}
+    train.run(run_of(tmp_path / "whole", **changes))
+    train.run(run_of(tmp_path, **changes | {"training__steps": 2}))
+    train.run(run := run_of(tmp_path, **changes))
+    assert_bit_equal(state(run), state(run_of(tmp_path / "whole")))
+    monkeypatch.setattr(sys.modules[__name__], "dropping", lambda **shape: Dropping(shape["channels"], 5))
+    with pytest.raises(UserError, match=r"step 4: its weights are not of the network[^\0]*3, 3\][^\0]*5, 5\]"):
+        train.run(run_of(tmp_path, **changes | {"training__steps": 6}))
 
 
 def test_its_export_is_safetensors_and_code_that_samples_without_this_package(

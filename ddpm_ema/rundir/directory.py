@@ -24,16 +24,7 @@ from ddpm_ema.rundir.lock import Lock
 if TYPE_CHECKING:
     from torch import Tensor
 
-OF_ONE_RUN = (
-    "checkpoints",
-    "snapshots",
-    "samples",
-    "scores",
-    "metrics.jsonl",
-    "report.html",
-    "config.yaml",
-    "imported.json",
-)
+OF_ONE_RUN = "checkpoints snapshots samples scores reconstructed metrics.jsonl report.html config.yaml imported.json"
 OF_THE_HOLDER = ("checkpoints", "snapshots", "samples", "weights")  # the last of a scoring
 LEFTOVER = re.compile(r"\..*\.(partial|deleted)|\.tmp\w{6}")  # safetensors writes into .tmpXXXXXX
 OF_ONE_STEP = ("scores/*", "samples/*", "reconstructed/*")
@@ -119,7 +110,6 @@ class RunDir:
         """
         target, entries = self.checkpoints_path / step_folder(step), {}
         needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-        doomed = target.with_name(f".{target.name}.{os.getpid()}.deleted")
         with as_user_error(target, needed), replacing(target, folder=True) as partial:
             require_space(partial, needed)
             for file, tensors in files.items():
@@ -128,9 +118,7 @@ class RunDir:
                 entries[file] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
             atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
-            if target.exists():
-                os.replace(target, doomed)  # in one rename, as the new one comes
-        shutil.rmtree(doomed, ignore_errors=True)
+            remove(target)  # which was of no use
         return Checkpoint(target)
 
     def prune(self, keep: int, keep_every: int | None) -> None:
@@ -161,7 +149,7 @@ class RunDir:
 
     def move_aside(self) -> Path | None:
         """Moves the files of an earlier run into previous-N/; returns that folder, or None where nothing moved."""
-        return self._set_aside([self.path / name for name in OF_ONE_RUN if (self.path / name).exists()])
+        return self._set_aside([self.path / name for name in OF_ONE_RUN.split() if (self.path / name).exists()])
 
     def _set_aside(self, paths: Sequence[Path]) -> Path | None:
         """Moves `paths` into a new previous-N/, each to the same relative path."""
@@ -173,7 +161,7 @@ class RunDir:
         for path in paths:
             target = aside / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+            shutil.move(path, target)  # samples/ may be a link to another file system
         return aside
 
     def last_stored_step(self) -> int:

@@ -41,15 +41,16 @@ def dry_run(config: Config) -> None:
 
 
 def time_steps(trainer: Trainer) -> float:
-    """Seconds per optimizer step: a mean over two steps after one that warms up (and compiles); 0 for a run of one step."""
+    """Seconds per optimizer step: a mean over two steps after one that warms up (and compiles), if the run has so many."""
     batches = list(itertools.islice(batches_of(trainer), 3))
-    ends = []
+    ends = [time.perf_counter()]
     for micro_batches in batches:
         train_step(trainer, micro_batches)
         if trainer.processes.device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
+    measured = ends[1:] if len(ends) > 2 else ends
+    return (measured[-1] - measured[0]) / (len(measured) - 1)
 
 
 def cost(trainer: Trainer, seconds: float) -> Iterator[str]:
@@ -59,11 +60,11 @@ def cost(trainer: Trainer, seconds: float) -> Iterator[str]:
     epoch = len(trainer.dataset) / batch
     weights = 4 * sum(parameter.numel() for parameter in trainer.network.parameters())
     saved = (3 + len(config.averages)) * weights
-    yield f"step         {seconds:.3g} s here (two steps), {batch / max(seconds, 1e-9):,.1f} images/s"
+    yield f"step         {seconds:.3g} s here (two steps), {batch / seconds:,.1f} images/s"
     yield f"run          {length(steps, seconds)}"
     yield f"epoch        {epoch:,.1f} steps; the run sees each image {steps / epoch:,.1f} times"
-    kept = checkpoints.keep + (steps // checkpoints.keep_every if checkpoints.keep_every else 0)
-    kept = min(kept, -(-steps // checkpoints.every))
+    written = [*range(checkpoints.every, steps, checkpoints.every), steps]
+    kept = len({*written[-checkpoints.keep :], *(s for s in written if s % (checkpoints.keep_every or steps + 1) == 0)})
     yield f"checkpoint   {saved / MIB:,.1f} MiB (raw, two moments, {len(config.averages)} averages); {kept} kept at the end"
     if checkpoints.snapshots_every:
         size = weights // (2 if checkpoints.snapshot_dtype == "bfloat16" else 1)

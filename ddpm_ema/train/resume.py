@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_ema.config import Config, Effect, differing, to_dict, to_yaml
 from ddpm_ema.distributed import Processes
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir import OPTIMIZER_FILE, Checkpoint, RunDir, atomic_write, buffers_file, step_folder, weights_file
 from ddpm_ema.train import optimizer
@@ -21,11 +21,12 @@ from ddpm_ema.train.trainer import Trainer
 
 def manifest_to_resume(config: Config, rundir: RunDir, processes: Processes) -> dict[str, Any] | None:
     """The manifest of the checkpoint to go on from, on every rank; None for a run from the start. A collective."""
-    checkpoint = None
-    with processes.sharing_errors():
-        if processes.is_main:
-            checkpoint = find_checkpoint(config, rundir, processes.world_size)
-    return processes.broadcast(checkpoint.manifest if checkpoint else None)
+
+    def found() -> dict[str, Any] | None:
+        checkpoint = find_checkpoint(config, rundir, processes.world_size)
+        return checkpoint.manifest if checkpoint else None
+
+    return processes.on_main(found, "checking the checkpoints")
 
 
 def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoint | None:
@@ -40,8 +41,9 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
     stored = checkpoints[-1].step if checkpoints else rundir.last_stored_step()
     if config.training.resume == "never" and (checkpoints or stored):
         raise UserError(f"output_dir {rundir.path}: holds a run, and training.resume is never; choose another folder")
-    # A kill before the first checkpoint leaves rows and snapshots of fewer steps, which are made again.
-    if not checkpoints and stored >= 2 * config.checkpoints.every:
+    # A kill before the first checkpoint leaves rows and snapshots of fewer steps, which are made again, and an empty folder.
+    before_first = stored < 2 * config.checkpoints.every and rundir.checkpoints_path.is_dir()
+    if stored and not checkpoints and not before_first:
         raise UserError(
             f"{rundir.path}: holds no checkpoint, but metrics or snapshots up to step {stored}: bring the checkpoints back, or "
             "start over with --training.resume fresh, which keeps what is there in previous-N"
@@ -107,6 +109,7 @@ def restore(trainer: Trainer, manifest: dict[str, Any] | None) -> None:
         if starts_afresh(config) and (aside := trainer.rundir.move_aside()):
             logger.info(f"starting afresh; what was in {trainer.rundir.path} is now in {aside}")
         atomic_write(trainer.rundir.config_path, to_yaml(config))
+        trainer.rundir.checkpoints_path.mkdir(exist_ok=True)
         if manifest is not None:
             logger.info(f"going on from {trainer.rundir.checkpoints_path / step_folder(trainer.step)}")
     if manifest is None and config.checkpoints.snapshots_every:
@@ -136,7 +139,8 @@ def _load(trainer: Trainer, manifest: dict[str, Any]) -> None:
         return processes.broadcast_tensors(checkpoint.tensors(file) if checkpoint else None)
 
     raw, buffers = tensors(weights_file("raw")), tensors(buffers_file("raw"))
-    trainer.network.load_state_dict(raw | buffers)
+    with explained(f"step {step}: its weights are not of the network that the settings describe: ", RuntimeError):
+        trainer.network.load_state_dict(raw | buffers)
     optimizer.load_named_state(trainer.optimizer, trainer.parameters, tensors(OPTIMIZER_FILE))
     for name in trainer.bank.profiles:
         known = name in manifest["profiles"]

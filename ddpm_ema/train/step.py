@@ -59,7 +59,7 @@ def image_losses(trainer: Trainer, micro_batch: MicroBatch) -> tuple[Tensor, Ten
     """(loss of every image, fp32 [n]; timesteps, int64 [n]) of one micro-batch, by the keys (seed, step, position)."""
     config, objective = trainer.config, trainer.objective
     seed, step, positions = config.seed, trainer.step, micro_batch.positions
-    if config.model.dropout > 0:
+    if config.model.dropout > 0 or config.model.factory is not None:  # whose module may drop out as it likes
         torch.manual_seed(keyed_random.seed_for(seed, Purpose.DROPOUT, step, int(positions[0])))
     labels = None
     if (no_label := model.no_label(trainer.network)) is not None:

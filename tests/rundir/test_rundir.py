@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,6 +301,7 @@ def test_scores_sample_grids_and_reconstructions_of_steps_that_are_trained_anew_
         "samples/step-00000002.png",
         "reconstructed/step-00000002/power.safetensors",
     )
+    (rundir.path / "samples").symlink_to(tempfile.mkdtemp(dir="/dev/shm"))  # another file system
     for name in (*later, *kept):
         atomic_write(rundir.path / name, name)
     aside = rundir.drop_after(2)
@@ -311,6 +313,8 @@ def test_scores_sample_grids_and_reconstructions_of_steps_that_are_trained_anew_
     assert [path.name for path in (rundir.path / "scores").iterdir()] == ["00000002-ab"]
     assert rundir.drop_after(2) is None
     assert rundir.move_aside() == rundir.path / "previous-2"
+    assert not (rundir.path / "reconstructed").exists()
+    shutil.rmtree((rundir.path / "previous-2" / "samples").resolve())
 
 
 def test_a_checkpoint_that_training_deletes_while_it_is_read_says_so_and_which_setting_keeps_it(rundir: RunDir) -> None:

@@ -116,9 +116,9 @@ def test_never_refuses_a_used_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_checkpoints_are_gone_is_refused_and_fresh_keeps_everything(tmp_path: Path) -> None:
-    changes = {"checkpoints__snapshots_every": 4, "training__steps": 12}
+    changes = {"checkpoints__snapshots_every": 4, "training__steps": 12, "checkpoints__every": 12}
     train.run(settings(tmp_path / "run", **changes))
-    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")  # or a link to a disk that is not mounted
     before = sorted(p for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
     for resume, expected in (
         ("auto", "holds no checkpoint, but metrics or snapshots up to step 12"),
@@ -126,6 +126,8 @@ def test_a_folder_whose_checkpoints_are_gone_is_refused_and_fresh_keeps_everythi
     ):
         assert expected in refusal(settings(tmp_path / "run", **changes, training__resume=resume))
     assert sorted(p for p in (tmp_path / "run").rglob("*") if p.name != ".lock") == before
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert "holds no checkpoint" in refusal(settings(tmp_path / "run", **changes | {"checkpoints__every": 6}))
     train.run(settings(tmp_path / "run", **changes, training__resume="fresh"))
     aside = tmp_path / "run" / "previous-1"
     assert len(list(aside.rglob("*.safetensors"))) == sum(p.suffix == ".safetensors" for p in before)
@@ -136,6 +138,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
     run = settings(tmp_path / "run", training__steps=12, checkpoints__every=8, checkpoints__snapshots_every=2)
     train.run(run)
     (run.output_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    (run.output_dir / "checkpoints").mkdir()
     rows_left = run.output_dir.joinpath("metrics.jsonl")
     rows_left.write_text("".join(rows_left.read_text().splitlines(keepends=True)[:7]))  # as if killed at step 7
     for folder in (run.output_dir / "snapshots").glob("step-*"):
