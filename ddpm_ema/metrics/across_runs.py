@@ -14,7 +14,8 @@ The same holds for a paired difference from raw, d_w - d_raw. What w and raw sha
     covariance(T_w, T_raw) = (Var(T_w) + Var(T_raw) - Var(T_w - T_raw)) / 2
 
 A difference holds across runs where its mean over this standard error says so, by Student's t with Holm's correction over the
-averages. Of its two parts, one has R - 1 degrees of freedom and the other one less than the groups (Satterthwaite 1946).
+averages. Its degrees of freedom are Satterthwaite's (1946): S² has R - 1, and the variance of what the groups share one less than
+there are groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,21 +58,19 @@ def spread(estimates: Sequence[Estimate]) -> Spread:
 
     Raises ValueError where the groups differ.
     """
-    runs = len(estimates)
-    within, between, groups = 0.0, 0.0, []
+    runs, values = len(estimates), [estimate.unbiased for estimate in estimates]
+    total = float(np.var(values, ddof=1))
+    within, between, doubt = 0.0, 0.0, (total / runs) ** 2 / (runs - 1)
     for sides in zip(*(estimate.sides for estimate in estimates), strict=True):
         if len({side.counts for side in sides}) > 1:
             raise ValueError(f"groups of different images cannot be read together: {[side.counts for side in sides]}")
-        variance = float(np.mean([side.variance for side in sides]))
         mean = Side(tuple(np.mean([side.pseudo_values for side in sides], axis=0)), sides[0].counts)
-        within += variance
-        between += (runs * mean.variance - variance) / (runs - 1)
-        groups.append(len(mean.counts))
-    values, between = [estimate.unbiased for estimate in estimates], max(0.0, between)
-    total = float(np.var(values, ddof=1))
-    variance, freedom = total / runs + between, runs - 1.0
-    if variance > 0 and runs > 2:  # of two runs, Satterthwaite's approximation errs in up to 8% of draws
-        freedom = variance**2 / ((total / runs) ** 2 / (runs - 1) + between**2 / (min(groups) - 1))
+        apart, alike = float(np.mean([side.variance for side in sides])), mean.variance
+        within, between = within + apart, between + (runs * alike - apart) / (runs - 1)
+        doubt += (runs * alike / (runs - 1)) ** 2 / (len(mean.counts) - 1)
+    between = max(0.0, between)
+    variance = total / runs + between
+    freedom = max(runs - 1.0, variance**2 / doubt) if doubt else runs - 1.0
     training = max(0.0, total - within + between)
     return Spread(float(np.mean(values)), variance**0.5, freedom, within**0.5, training**0.5)
 

@@ -114,8 +114,12 @@ def seeds(compared: Sequence[Run]) -> Table | None:
     if differing(list(map(_protocol, scored))) or len({scoring.step for scoring in scored}) > 1:
         return None
     from ddpm_ema.metrics.across_runs import across_runs  # loads torch, which no other page needs
+    from ddpm_ema.metrics.jackknife import Estimate
 
-    found = across_runs([{row.weights: _figures(row) for row in scoring.rows} for scoring in scored])
+    try:
+        found = across_runs([{row.weights: Estimate.from_dict(row.estimate) for row in s.rows} for s in scored])
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # of an older version, or no file of ours
+        return None
     rows = []
     for name, one in sorted(found.items(), key=lambda item: item[1].distance.mean):
         gap, size = one.difference, with_error(one.distance.mean, one.distance.stderr)
@@ -123,18 +127,12 @@ def seeds(compared: Sequence[Run]) -> Table | None:
         delta = "" if gap is None else with_error(gap.mean, gap.stderr, signed=True)
         rows.append((name, verdict, delta, size, figure(one.distance.training_std)))
     caption = (
-        f"Means over {len(compared)} training seeds, \N{PLUS-MINUS SIGN} one standard error of the mean. Better and worse hold over "
-        "seeds: Student's t, corrected for the number of averages (Holm). What a seed adds is a standard deviation, without the part "
-        "of sampling"
+        f"Means over {len(compared)} training seeds, \N{PLUS-MINUS SIGN} one standard error of the mean, which covers other seeds "
+        "and other noise. Better and worse hold over seeds (Student's t, corrected for the number of averages by Holm). What a seed "
+        "adds is a standard deviation, without the part of sampling"
     )
     head = ("Weights", "Over seeds", "Difference from raw", scored[0].metric_name, "What a seed adds")
     return Table(caption, head, tuple(rows))
-
-
-def _figures(row: Row) -> dict[str, float]:
-    gap = row.versus_raw
-    paired = {} if gap is None else {"delta_vs_raw": gap.delta, "delta_stderr": gap.stderr}
-    return {"frechet_distance_unbiased": row.distance, "stderr": row.stderr or 0.0, **paired}
 
 
 def _distance(scoring: Scoring | None, row: Row | None) -> str:

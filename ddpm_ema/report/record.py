@@ -86,6 +86,7 @@ class Row(Shape):
     delta_stderr: Error = None
     interval: tuple[Number, Number] | None = None
     significant: bool | None = None
+    estimate: dict[str, Any] = {}
     measures_vs_raw: dict[str, MeasureDifference] = {}
     saturated: Number = None
     seconds: Number = None

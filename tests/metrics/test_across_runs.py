@@ -33,7 +33,10 @@ def test_what_all_runs_share_of_sampling_is_in_the_error_of_the_mean_and_no_part
     found = spread([estimate([0, 2]), estimate([2, 4]), estimate([4, 6])])
     assert found.stderr == pytest.approx(math.sqrt(4 / 3 + 1))
     assert found.training_std == pytest.approx(2.0)
-    assert found.freedom == pytest.approx((4 / 3 + 1) ** 2 / ((4 / 3) ** 2 / 2 + 1))
+    assert found.freedom == 2.0  # never fewer than the runs have
+    many = spread([estimate([level - 1, level + 1] * 8) for level in (0, 2, 4)])
+    alike = 1 / 15  # variance of the mean, and covariance of two runs
+    assert many.freedom == pytest.approx((4 / 3 + alike) ** 2 / ((4 / 3) ** 2 / 2 + (1.5 * alike) ** 2 / 15))
 
 
 def test_the_images_of_the_reference_are_a_side_of_their_own() -> None:

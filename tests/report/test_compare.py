@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,17 @@ def test_settings_that_unfold_without_end_are_not_unfolded(tmp_path: Path) -> No
     assert report.write(runs)[0].stat().st_size < 200_000
 
 
-def seeded(folder: Path, seed: int, gap: float, **changes: Any) -> Path:
-    rows = [fake_run.row("raw", 9.0 + seed), fake_run.row("power_0_10", 9.0 + seed + gap, delta=(gap, 0.5))]
+def estimate(distance: float, noise: float = 0.0) -> dict[str, Any]:
+    """Of three groups, whose error is that of the same noise in every run."""
+    groups = {"pseudo_values": [distance - noise, distance, distance + noise], "counts": [20] * 3}
+    return {"plain": distance, "sides": [groups], "warnings": []}
+
+
+def seeded(folder: Path, seed: int, gap: float, noise: float = 0.0, **changes: Any) -> Path:
+    rows = [
+        fake_run.row("raw", 9.0 + seed, estimate=estimate(9.0 + seed)),
+        fake_run.row("power_0_10", 9.0 + seed + gap, delta=(gap, 0.5), estimate=estimate(9.0 + seed + gap, noise)),
+    ]
     fake_run.write_results(folder, fake_run.results(rows=rows, **changes))
     (folder / "config.yaml").write_text(yaml.safe_dump(fake_run.settings() | {"seed": seed}))
     return folder
@@ -137,6 +147,23 @@ def test_runs_that_differ_in_their_seed_alone_are_read_together(tmp_path: Path) 
 def test_a_difference_that_does_not_hold_over_seeds_is_not_called_one(tmp_path: Path) -> None:
     runs = [seeded(tmp_path / str(seed), seed, gap) for seed, gap in enumerate((-3.0, 2.0, -1.0))]
     assert report.write(runs)[1] == "Over 3 training seeds: no average is shown to be better or worse than raw."
+
+
+def test_an_error_of_sampling_that_the_seeds_share_counts(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / str(seed), seed, gap, noise=4.0) for seed, gap in enumerate((-3.0, -3.2, -2.9, -3.1))]
+    assert report.write(runs)[1] == "Over 4 training seeds: no average is shown to be better or worse than raw."
+
+
+@pytest.mark.parametrize(
+    "damaged", [{}, {"sides": 3}, {"plain": 1, "sides": [{"pseudo_values": ["x"], "counts": [0]}]}]
+)
+def test_seeds_without_estimates_are_set_side_by_side_alone(tmp_path: Path, damaged: dict[str, Any]) -> None:
+    runs = [seeded(tmp_path / str(seed), seed, -3.0) for seed in range(2)]
+    results = next(runs[0].glob("scores/*/results.json"))
+    content = json.loads(results.read_text())
+    content["rows"][0]["estimate"] = damaged
+    results.write_text(json.dumps(content))
+    assert "training seeds" not in report.write(runs)[1]
 
 
 def test_seeds_that_were_scored_at_different_steps_are_not_read_together(tmp_path: Path) -> None:
