@@ -12,17 +12,18 @@ train or score meanwhile (`ddpm-ema train FOLDER/seed_2`) are taken as they lie.
 import argparse
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from environment import environment, save
 from photographs import settings_of
 
 from ddpm_ema import classifier_training, score, train
 from ddpm_ema.config import Config
-from ddpm_ema.metrics import Estimate
+from ddpm_ema.metrics import Estimate, difference
 from ddpm_ema.metrics.across_runs import across_runs
 
 WEIGHTS = ("raw", "ema_0_999", "ema_0_999_debiased", "power_0_05", "power_0_10")
@@ -51,21 +52,32 @@ def study(runs: list[Config]) -> dict[str, Any]:
             shutil.copy(first.output_dir / features.name, features)
         tables.append({row["weights"]: row for row in score.run(run)[-1]["rows"]})
     estimates = [{name: Estimate.from_dict(row["estimate"]) for name, row in table.items()} for table in tables]
-    rows = [
-        {
-            "weights": name,
-            **asdict(found),
-            "runs": [{key: table[name][key] for key in FIGURES if key in table[name]} for table in tables],
-        }
-        for name, found in sorted(across_runs(estimates).items(), key=lambda item: item[1].distance.mean)
-    ]
+    rows = []
+    for name, found in sorted(across_runs(estimates).items(), key=lambda item: item[1].distance.mean):
+        row: dict[str, Any] = {"weights": name, **asdict(found)}
+        row["errors_correlate"] = {"distance": correlation([table[name] for table in estimates])}
+        if name != "raw":
+            row["errors_correlate"]["difference"] = correlation(
+                [difference(table[name], table["raw"]) for table in estimates]
+            )
+        row["runs"] = [{key: table[name][key] for key in FIGURES if key in table[name]} for table in tables]
+        rows.append(row)
     size = {"seeds": len(runs), "steps": first.training.steps, "num_images": first.evaluation.num_images}
     return {**size, "training": first.model_dump(mode="json")["training"], "rows": rows}
 
 
+def correlation(estimates: Sequence[Estimate]) -> float:
+    """Mean over pairs of runs of the correlation of their errors of sampling, by the groups that have the same noise."""
+    found = np.corrcoef([estimate.sides[0].pseudo_values for estimate in estimates])
+    return float(found[np.triu_indices(len(estimates), 1)].mean())
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The table, as docs/results.md has it."""
-    lines = ["| weights | distance | minus raw | over seeds | from the seed | |", "|---" * 6 + "|"]
+    lines = [
+        "| weights | distance | minus raw | over seeds | from the seed | errors of two seeds correlate | each run |"
+    ]
+    lines.append("|---" * 7 + "|")
     for row in results["rows"]:
         distance, difference = row["distance"], row["difference"]
         cells = [f"`{row['weights']}`", f"{distance['mean']:.2f} ± {distance['stderr']:.2f}", "", ""]
@@ -73,7 +85,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             word = "not significant" if not row["holds"] else "better" if difference["mean"] < 0 else "worse"
             cells[2:] = [f"{difference['mean']:+.2f} ± {difference['stderr']:.2f}", f"{word} (p {row['p_value']:.2g})"]
         each = ", ".join(f"{run['frechet_distance_unbiased']:.1f}" for run in row["runs"])
-        lines.append(f"| {' | '.join(cells)} | {distance['training_std']:.2f} | {each} |")
+        shared = " / ".join(f"{share:.2f}" for share in row["errors_correlate"].values())
+        lines.append(f"| {' | '.join(cells)} | {distance['training_std']:.2f} | {shared} | {each} |")
     return re.sub(r"-(?=\d)", "\N{MINUS SIGN}", "\n".join(lines))
 
 
