@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -103,8 +103,9 @@ class Estimate:
         return float(2 * stdtr(self._freedom, -abs(self.unbiased) / self.stderr))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able objects."""
-        return asdict(self)
+        """Plain objects, as JSON gives them back."""
+        sides = [{"pseudo_values": list(side.pseudo_values), "counts": list(side.counts)} for side in self.sides]
+        return {"plain": self.plain, "sides": sides, "warnings": list(self.warnings)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
