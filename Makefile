@@ -59,7 +59,7 @@ format: install  ## rewrite what `check` would complain of
 	$(BIN)/ruff format .
 
 study: install   ## every rule of averaging over several seeds of digits; STUDY=full for the record
-	$(BIN)/python benchmarks/study.py runs/study $(if $(filter full,$(STUDY)),--seeds 4 --output benchmarks/results/study.json)
+	$(BIN)/python benchmarks/study.py runs/study $(if $(filter full,$(STUDY)),--seeds 6 --output benchmarks/results/study.json)
 
 bench: install   ## every benchmark; ratios from interleaved runs, as JSON under benchmarks/results
 	for script in averaging averaging_shards conformance train_step sampling scoring checkpoints startup; do $(BIN)/python benchmarks/$$script.py || exit 1; done

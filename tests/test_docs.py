@@ -152,8 +152,9 @@ def benchmark(name: str) -> Any:
 
 
 def test_the_tables_of_results_and_benchmarks_are_what_the_recorded_files_say() -> None:
-    page = (ROOT / "docs" / "results.md").read_text().splitlines()
-    for script, name in (("study", "study"), ("photographs", "photographs"), ("photographs", "photographs_32")):
+    page = [line for name in ("results", "scoring") for line in (ROOT / "docs" / f"{name}.md").read_text().splitlines()]
+    own = ("study", "photographs", "photographs_seeds", "error_rates_seeds")
+    for script, name in (*zip(own, own, strict=True), ("photographs", "photographs_32")):
         results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         assert all(line in page for line in benchmark(script).markdown(results).splitlines()), name
     made = benchmark("page")
