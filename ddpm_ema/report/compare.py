@@ -119,6 +119,9 @@ def seeds(compared: Sequence[Run]) -> Table | None:
     try:
         found = across_runs([{row.weights: Estimate.from_dict(row.estimate) for row in s.rows} for s in scored])
     except (KeyError, TypeError, ValueError, ArithmeticError):  # of an older version, or no file of ours
+        cure = "score it again (nothing is sampled anew), then its seed is read together with the others"
+        for run in compared:
+            run.record.problems.append(f"results.json lacks an estimate that fits those of the other runs: {cure}")
         return None
     rows = []
     for name, one in sorted(found.items(), key=lambda item: item[1].distance.mean):

@@ -163,7 +163,9 @@ def test_seeds_without_estimates_are_set_side_by_side_alone(tmp_path: Path, dama
     content = json.loads(results.read_text())
     content["rows"][0]["estimate"] = damaged
     results.write_text(json.dumps(content))
-    assert "training seeds" not in report.write(runs)[1]
+    page, sentence = report.write(runs)
+    assert "training seeds" not in sentence
+    assert "score it again (nothing is sampled anew)" in page.read_text()
 
 
 def test_seeds_that_were_scored_at_different_steps_are_not_read_together(tmp_path: Path) -> None:
