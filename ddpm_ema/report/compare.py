@@ -118,7 +118,9 @@ def seeds(compared: Sequence[Run]) -> Table | None:
 
     try:
         found = across_runs([{row.weights: Estimate.from_dict(row.estimate) for row in s.rows} for s in scored])
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # of an older version, or no file of ours
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # of an older version, or no file of ours
+        told = "its seeds were not read together, because a table lacks estimates: score the runs again, which keeps the images"
+        compared[0].record.problems.append(told)
         return None
     rows = []
     for name, one in sorted(found.items(), key=lambda item: item[1].distance.mean):
