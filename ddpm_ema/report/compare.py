@@ -73,9 +73,8 @@ def scorings(record: Record, scoring: Scoring) -> Table | None:
     """All scorings of the run, this one first, then the newest."""
     found = sorted(record.scorings, key=lambda s: (s is scoring, s.step, s.finished), reverse=True)
     differs = differing([one.settings for one in found])
-    told_once = {
-        tuple(values): key for key, values in reversed(differs.items())
-    }  # that of the reference is its extractor's
+    # What the reference says of its extractor is the extractor's.
+    told_once = {tuple(values): key for key, values in reversed(differs.items())}
     differs = {key: values for key, values in differs.items() if told_once[tuple(values)] == key}
     rows = []
     for i, one in enumerate(found):
