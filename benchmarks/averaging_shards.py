@@ -129,6 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     sizes = {"processes": arguments.processes, "rounds": arguments.rounds}
+    torch.set_num_threads(1)  # as in each of the processes: the page tells of it
     report: dict[str, Any] = {"environment": environment("diffusers"), **sizes, "averages": {}}
     for count in arguments.averages:
         store = str(arguments.output.absolute()) + f".{os.getpid()}.{count}"

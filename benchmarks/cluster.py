@@ -201,6 +201,7 @@ def main() -> int:
     alone = os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("unshare") is not None
     if not alone:
         print("bytes sent are not measured: a network namespace needs root, iproute2 and util-linux")
+    here = environment()
     launches = {n: launch(n, options.steps, alone) for n in sorted({1, *options.processes})}
     rows = [row for n, ranks in launches.items() for row in compare(n, ranks, launches[1][0], alone)]
     print(f"{'processes':>9}  {'what':<28}{'measured':>16}{'formula':>16}{'ratio':>8}")
@@ -215,7 +216,7 @@ def main() -> int:
     rates = {n: bandwidths(ranks) for n, ranks in launches.items()}
     for n, found in rates.items():
         print(f"{n:>9}  " + ", ".join(f"{name} at {rate / 1e9:.2f} GB/s" for name, rate in found.items()))
-    save(options.output, {"environment": environment(), "rows": rows, "bytes_a_second": rates})
+    save(options.output, {"environment": here, "rows": rows, "bytes_a_second": rates})
     return 1 if wrong else 0
 
 

@@ -134,10 +134,12 @@ def main() -> None:
         )
     own = [own_contender(arguments.factory, arguments.documented)] if arguments.factory else []
     torch.set_num_threads(1)
+    wanted = own or contenders()
+    where = environment(*installed({contender.package for contender in wanted}))
     rows, missing = [], {}
     columns = "centre: documented  measured   steps averaged: documented  measured   displaced by"
     print(f"{arguments.steps} steps{'':52s}  {columns}")
-    for contender in own or contenders():
+    for contender in wanted:
         try:
             row = judge(contender, arguments.steps)
         except ImportError as error:
@@ -160,8 +162,7 @@ def main() -> None:
     if results:
         curves = ("cumulative", "cumulative_documented")
         kept = [{key: value for key, value in row.items() if key not in curves} for row in rows]
-        here = environment(*installed({row["package"] for row in rows}))
-        save(results, {"environment": here, "steps": arguments.steps, "missing": missing, "rows": kept})
+        save(results, {"environment": where, "steps": arguments.steps, "missing": missing, "rows": kept})
         print(f"written to {results}")
 
 

@@ -50,8 +50,12 @@ def measured(where: dict[str, Any]) -> str:
     if "commit" not in where:
         return ""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}, load before {where['load']}"
-    return f": {where.get('gpu', where['cpu'])}, {threads}; {versions}; commit {where['commit']}, {where['date']}"
+    machine = f"{where.get('gpu', where['cpu'])}, {threads(where)}, load before {where['load']}"
+    return f": {machine}; {versions}; commit {where['commit']}, {where['date']}"
+
+
+def threads(where: dict[str, Any]) -> str:
+    return f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
 
 
 def averaging() -> str:
@@ -129,7 +133,7 @@ def scoring() -> str:
         "Scoring one set of samples, with the FID's Inception",
         "scoring.py",
         table(["contender", "times ours (lowest–highest round)", "MiB beside the features"], rows),
-        f"{found['images']} images of 32×32 on {found['environment']['threads']} thread, random weights: torch-fidelity writes PNG "
+        f"{found['images']} images of 32×32 on {threads(found['environment'])}, random weights: torch-fidelity writes PNG "
         "files, reads them and gives one number; "
         "ours gives the corrected distance with its error, KID, precision and recall, from memory. The network, "
         "which both share, is most of our time; torch-fidelity also loads it and starts readers in each round, which weighs less for "

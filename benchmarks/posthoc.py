@@ -334,8 +334,8 @@ def main() -> None:
     if arguments.simulate:
         results["simulated"] = simulate()
     if arguments.folder:
-        cells = [c for name in arguments.runs for c in measure(train(arguments.folder, name), arguments.counts)]
         results |= {"environment": environment("diffusers"), "steps": STEPS}
+        cells = [c for name in arguments.runs for c in measure(train(arguments.folder, name), arguments.counts)]
         results |= {"summary": summary(cells), "columns": COLUMNS, "cells": table(cells)}
         draw(cells, arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"))
     arguments = parser.parse_args()
     processes = Processes.start(arguments.device)
-    device = processes.device
+    device, here = processes.device, environment("diffusers")
     with tempfile.TemporaryDirectory() as folder:
         plain = settings(Path(folder) / "fp32", arguments.device)
         fast = settings(Path(folder) / "fast", arguments.device, mixed_precision="bf16", compile=True)
@@ -188,12 +188,12 @@ def main() -> None:
         ours = variants["ours"]
         assert isinstance(ours, Ours)
         parts = breakdown(ours, arguments.steps * arguments.rounds, device)
-    report(arguments, times, parts, device)
+    save(arguments.output, {"environment": here, **report(arguments, times, parts, device)})
 
 
 def report(
     arguments: argparse.Namespace, times: dict[str, list[float]], parts: dict[str, float], device: torch.device
-) -> None:
+) -> dict[str, Any]:
     ratios = {
         name: sorted(bare / own for bare, own in zip(times["bare"], values, strict=True))
         for name, values in times.items()
@@ -218,7 +218,7 @@ def report(
     for name, value in parts.items():
         print(f"  {name:28} {value:8.2f}  {100 * value / parts['total']:5.1f}%")
     print(f"outside forward, backward and optimizer: {100 * share_outside(parts):.1f}%")
-    save(arguments.output, {"environment": environment("diffusers"), **result})
+    return result
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from ddpm_ema.messages import logger
 from ddpm_ema.rundir import as_user_error
 
 MOST_IMAGES = 60_000  # more cost minutes and change little
-MOST_BYTES = (
-    2**30
-)  # of images held in memory for training; where each is turned four ways, nine times as much for a moment
+MOST_BYTES = 2**30  # held in memory for training; where each image is turned four ways, nine times as much for a moment
 
 
 def train_features(config: Config) -> Path:

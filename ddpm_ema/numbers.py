@@ -12,7 +12,7 @@ SATURATION_MARGIN = 0.10  # a warning where samples and reference differ by more
 
 def decimals(error: float | None) -> int:
     """Digits after the point that show an error of this size to two significant figures; two where there is none."""
-    if error is None or not error > 0:
+    if error is None or not 0 < error < math.inf:
         return 2
     return min(8, max(0, 1 - math.floor(math.log10(error))))
 

@@ -20,6 +20,7 @@ def test_names_are_listed_as_people_do() -> None:
         (123.4, 45.6, "123 ± 46"),
         (1.5, None, "1.50"),
         (None, 0.5, "\u2013"),
+        (1.5, float("inf"), "1.50 ± inf"),  # of figures that a damaged file holds
     ],
 )
 def test_figures_have_as_many_digits_as_their_error_supports(

@@ -14,8 +14,8 @@ The same holds for a paired difference from raw, d_w - d_raw. What w and raw sha
     covariance(T_w, T_raw) = (Var(T_w) + Var(T_raw) - Var(T_w - T_raw)) / 2
 
 A difference holds across runs where its mean over this standard error says so, by Student's t with Holm's correction over the
-averages. Its degrees of freedom are Satterthwaite's (1946): S² has R - 1, and the variance of what the groups share one less than
-there are groups.
+averages. Its degrees of freedom are Satterthwaite's (1946), at least R - 1: S² has R - 1, and the variance of what the groups
+share one less than there are groups.
 """
 
 from collections.abc import Mapping, Sequence

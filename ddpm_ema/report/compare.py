@@ -73,9 +73,8 @@ def scorings(record: Record, scoring: Scoring) -> Table | None:
     """All scorings of the run, this one first, then the newest."""
     found = sorted(record.scorings, key=lambda s: (s is scoring, s.step, s.finished), reverse=True)
     differs = differing([one.settings for one in found])
-    told_once = {
-        tuple(values): key for key, values in reversed(differs.items())
-    }  # that of the reference is its extractor's
+    # What the reference says of its extractor is the extractor's.
+    told_once = {tuple(values): key for key, values in reversed(differs.items())}
     differs = {key: values for key, values in differs.items() if told_once[tuple(values)] == key}
     rows = []
     for i, one in enumerate(found):
@@ -118,10 +117,9 @@ def seeds(compared: Sequence[Run]) -> Table | None:
 
     try:
         found = across_runs([{row.weights: Estimate.from_dict(row.estimate) for row in s.rows} for s in scored])
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # of an older version, or no file of ours
-        cure = "score it again (nothing is sampled anew), then its seed is read together with the others"
-        for run in compared:
-            run.record.problems.append(f"results.json lacks an estimate that fits those of the other runs: {cure}")
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # of an older version, or no file of ours
+        told = "its seeds were not read together, because a table lacks estimates: score the runs again, which keeps the images"
+        compared[0].record.problems.append(told)
         return None
     rows = []
     for name, one in sorted(found.items(), key=lambda item: item[1].distance.mean):

@@ -99,9 +99,8 @@ def render(record: Record, scoring: Scoring | None) -> str:
         "tables": list(map(Table, shown)),
     }
     content["warnings"] = _warnings(record, scoring)  # last: problems found on the way are among them
-    content["written_by"] = commands.report(
-        record, scoring=None if scoring is answer.newest(record.scorings) else scoring
-    )
+    chosen = None if scoring is answer.newest(record.scorings) else scoring
+    content["written_by"] = commands.report(record, scoring=chosen)
     title = record.path.resolve().name
     return _fill("report.html", [record], title=title, record=record, scoring=scoring, looks=look, **content)
 

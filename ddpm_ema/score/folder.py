@@ -30,7 +30,7 @@ class Record:
     """One set of weights, by the key of its content: its figures over some numbers of images.
 
     `names` are those it was asked for by; a candidate of a sweep alone has none. `candidate` says what a sweep makes of it:
-    `kind` (std, decay or cooldown), `value`, and `num_images` that it is compared over.
+    `kind` (std, decay or cooldown), `value`, `num_images` that it is compared over (0: no search looked at it), and `looks`.
     """
 
     key: str

@@ -58,9 +58,9 @@ def reading_of(config: Config) -> str:
 
 
 def _share_images(one: str, other: str) -> bool:
-    """Whether two splits may: `train[:50%]+test` takes images from train and test, and `all` from any."""
+    """Whether two splits may: `train[:50%]+test` takes images from train and test, `all` from any; what is held out is apart."""
     ours, theirs = ({part.partition("[")[0].strip() for part in text.split("+")} for text in (one, other))
-    return bool(ours & theirs) or "all" in ours | theirs
+    return HELD_OUT not in (one, other) and (bool(ours & theirs) or "all" in ours | theirs)
 
 
 def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[str, Reference]]:

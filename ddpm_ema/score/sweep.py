@@ -145,6 +145,8 @@ def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [score.row["sweep"] for score in swept]
     searches = {**scorer.folder.results().get("sweep_search", {}), **spent}
     searches = {kind: search for kind, search in searches.items() if kind in kinds}
+    # Searches of earlier versions kept the number alone of what they did not look at.
+    told = sum(max(0, search["candidates"] - kinds.count(kind)) for kind, search in searches.items())
 
     def pair(a: Score, b: Score) -> Estimate | None:
         """Over the images that both have; raw has those of every candidate."""
@@ -152,7 +154,7 @@ def summary(scorer: Scorer, spent: Mapping[str, Any]) -> dict[str, Any]:
         ours, theirs = (scorer.estimate(one.row["weights_sha256"], count) for one in (a, b))
         return difference(ours, theirs) if ours is not None and theirs is not None else None
 
-    rows, best = compare([*named, *swept], pair, unseen)
+    rows, best = compare([*named, *swept], pair, max(unseen, told))
     found = {"rows": ranked(rows[: len(named)]), "sweep": rows[len(named) :], "may_be_best": best}
     return found | ({"sweep_search": searches} if searches else {})
 

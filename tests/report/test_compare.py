@@ -155,17 +155,23 @@ def test_an_error_of_sampling_that_the_seeds_share_counts(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "damaged", [{}, {"sides": 3}, {"plain": 1, "sides": [{"pseudo_values": ["x"], "counts": [0]}]}]
+    "damaged",
+    [
+        {},
+        {"sides": 3},
+        {"plain": 1, "sides": [{"pseudo_values": ["x"], "counts": [0]}]},
+        {"plain": 1, "sides": [], "warnings": []},
+    ],
 )
 def test_seeds_without_estimates_are_set_side_by_side_alone(tmp_path: Path, damaged: dict[str, Any]) -> None:
     runs = [seeded(tmp_path / str(seed), seed, -3.0) for seed in range(2)]
-    results = next(runs[0].glob("scores/*/results.json"))
-    content = json.loads(results.read_text())
-    content["rows"][0]["estimate"] = damaged
-    results.write_text(json.dumps(content))
+    for results in tmp_path.glob("*/scores/*/results.json"):
+        content = json.loads(results.read_text())
+        content["rows"][0]["estimate"] = damaged
+        results.write_text(json.dumps(content))
     page, sentence = report.write(runs)
     assert "training seeds" not in sentence
-    assert "score it again (nothing is sampled anew)" in page.read_text()
+    assert "0: its seeds were not read together, because a table lacks estimates: score the runs" in page.read_text()
 
 
 def test_seeds_that_were_scored_at_different_steps_are_not_read_together(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_images_that_may_be_the_reference_s_own_are_no_floor_and_no_population(t
     settings = config.validate({"data": {"split": trained}, "evaluation": {"reference": reference}})
     assert floor_split(settings) == ""
     assert reading_of(settings) != "population"
+    held_out = config.validate({"data": {"split": trained, "held_out": 0.2}, "evaluation": {"reference": "held_out"}})
+    assert (floor_split(held_out), reading_of(held_out)) == (trained, "population")
 
 
 def test_held_out_digits_stand_in_the_table_beside_samples_and_against_them(tmp_path) -> None:

@@ -301,6 +301,8 @@ class TestSummary:
         searched = Desk({"0.10": {400: 4.6}}, named, looks=4, unseen=11).found_in(spent)
         assert searched["sweep"][0]["p_value"] == pytest.approx(12 * 4 * once)
         assert searched["sweep_search"] == spent
+        assert Desk({"0.10": {400: 4.6}}, named, looks=4).found_in(spent) == searched, "of an earlier version"
+        assert Desk({"0.10": {400: 4.6}}, named, looks=4, unseen=11).found_in()["sweep"] == searched["sweep"]
         assert [row["weights"] for row in searched["sweep"]] == ["0.10"]
 
 
