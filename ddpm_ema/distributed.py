@@ -215,12 +215,9 @@ class Processes:
             yield
         except Exception as error:
             if self.control is not None and not isinstance(error, StoppedError | PeerFailedError):
-                code = error.exit_code if isinstance(error, UserError) else 1
-                text = (
-                    str(error)
-                    if isinstance(error, UserError)
-                    else f"{type(error).__name__}: {lost_ranks.first_line(error)}"
-                )
+                code, text = 1, f"{type(error).__name__}: {lost_ranks.first_line(error)}"
+                if isinstance(error, UserError):
+                    code, text = error.exit_code, str(error)
                 lost_ranks.leave_word(self.rank, text, code)
             raise
 

@@ -21,10 +21,9 @@ class _Stderr(logging.Handler):
 
 def write_line(text: str) -> None:
     """One line on stderr, clear of progress bars. A log that nobody can read any more (`| tee` was stopped) ends no run."""
-    from tqdm import tqdm
-
+    bars = sys.modules.get("tqdm")  # without it there are none: not every install has it
     try:
-        tqdm.write(text, file=sys.stderr)
+        (bars.tqdm.write if bars else print)(text, file=sys.stderr)
     except OSError:  # also what is left in its buffer goes nowhere then, instead of failing at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

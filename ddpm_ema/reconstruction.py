@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         return []
     if arguments.run is None or not targets:
         parser.error("give a run directory and one --target or more, or --plan")
+    if len({name_of(target) for target in targets}) < len({*targets}):
+        raise UserError("--target: several have one name, and would be one file; give each its own command and --out")
     run = RunDir(arguments.run)
     config = settings.load(run.config_path) if run.config_path.is_file() else None
     resolver = WeightResolver(run, None, config)

@@ -25,6 +25,13 @@ def test_help_lists_every_command() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == COMMANDS
 
 
+def test_a_stage_without_its_extra_names_it() -> None:
+    code = "import sys; sys.modules |= dict.fromkeys(('pydantic', 'tqdm')); from ddpm_ema import cli; "
+    done = python("-c", code + "sys.exit(cli.main(['train']))")
+    assert (done.returncode, done.stderr.count("\n")) == (EXIT_BAD_INPUT, 1), done.stderr
+    assert "pip install 'ddpm_ema[train]'" in done.stderr
+
+
 def test_help_waits_for_no_heavy_library() -> None:
     code = f"""
 import sys

@@ -107,8 +107,9 @@ def test_launchers_that_do_not_meet_end_in_75_without_a_traceback(tmp_path: Path
     assert "Traceback" not in errors
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored():
-    code = "import signal as s; from ddpm_ema.launch import StopRelay; s.signal(s.SIGHUP, s.SIG_IGN); StopRelay(); "
+def test_a_hangup_that_nohup_ignores_stays_ignored_and_what_a_shell_ignores_for_itself_is_heard():
+    code = "import signal as s; from ddpm_ema.launch import StopRelay; s.signal(s.SIGHUP, s.SIG_IGN); "
+    code += "s.signal(s.SIGTERM, s.SIG_IGN); StopRelay(); "
     code += "assert s.getsignal(s.SIGHUP) is s.SIG_IGN and callable(s.getsignal(s.SIGTERM))"
     subprocess.run([sys.executable, "-c", code], check=True)
 

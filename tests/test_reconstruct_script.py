@@ -131,6 +131,8 @@ def test_a_bad_target_is_refused_with_what_is_wrong_in_it(text: str, message: st
 def test_nothing_is_written_when_one_of_the_targets_is_bad(run: RunDir) -> None:
     with pytest.raises(UserError):
         main([str(run.path), "--target", "power_0_075", "--target", "nonsense:x=1"])
+    with pytest.raises(UserError, match="one name"):  # the second would replace the first
+        main([str(run.path), "--target", "diffusers_ema", "--target", "diffusers_ema:max_decay=0.9"])
     assert not (run.path / "reconstructed").exists()
 
 

@@ -36,6 +36,8 @@ class DiffusersDecay(ScheduledDecay):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_real("update_after_step", self.update_after_step, -1.0, math.inf, "a number of at least -1")
+        if self.use_ema_warmup not in (True, False):
+            raise ValueError(f"use_ema_warmup: expected true or false, got {self.use_ema_warmup!r}")
 
     def decays(self, first: int, last: int) -> FloatArray:
         s = np.arange(first, last + 1, dtype=np.float64) - self.update_after_step - 1

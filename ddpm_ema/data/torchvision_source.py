@@ -128,15 +128,15 @@ def _labels(data: Any) -> tuple[Tensor | None, int | None]:
     """The class of every image if the targets are classes; taken from an attribute if one holds the same targets."""
     size = len(data)
     probes = islice(readable(data.__getitem__, chain((0, size // 3, size // 2, size - 1), range(size))), 4)
-    seen = {index: target for index, (_, target) in probes}
+    seen = {index: item[1] for index, item in probes}
     if {isinstance(target, (int, np.integer)) and not isinstance(target, bool) for target in seen.values()} != {True}:
         return None, None
     right = (found for found in _candidates(data) if len(found) == size and all(found[i] == seen[i] for i in seen))
     labels = next(right, None)
     if labels is None:
         labels = torch.zeros(size, dtype=torch.int64)
-        for index, (_, target) in readable(data.__getitem__, range(size)):
-            labels[index] = int(target)
+        for index, item in readable(data.__getitem__, range(size)):
+            labels[index] = int(item[1])
     if int(labels.min()) < 0:
         return None, None  # STL10 marks images without a label by -1
     num_classes = max(len(getattr(data, "classes", ())), int(labels.max()) + 1)

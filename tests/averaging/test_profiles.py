@@ -363,6 +363,7 @@ def test_tau_is_one_minus_decay() -> None:
         (lambda: CosineCooldown(0, 10), r"length: .*got 0"),
         (lambda: DiffusersDecay(min_decay=1.5), r"min_decay: expected a number with 0 <= min_decay <= 1, got 1\.5"),
         (lambda: DiffusersDecay(update_after_step="3"), r"update_after_step: .*got '3'"),
+        (lambda: DiffusersDecay(use_ema_warmup="no"), "use_ema_warmup: expected true or false, got 'no'"),
         (lambda: Delayed(Uniform(), 1.5), r"start: expected a whole number of steps of at least 1, got 1\.5"),
         (
             lambda: Delayed(Delayed(Uniform(), 3), 4),

@@ -122,6 +122,8 @@ def test_labels_fall_back_to_the_targets_themselves(tmp_path: Path) -> None:
     labels, num_classes = torchvision_source._labels(Odd())
     assert labels.tolist() == [0, 1, 2, 3]
     assert num_classes == 5
+    pairs = [(None, None, 1)] * 4  # as of LFWPairs: two images, and whether they match
+    assert torchvision_source._labels(pairs) == (None, None)
 
 
 @pytest.mark.parametrize("names", [["a/0"], ["c/3"], ["a/0", "b/0", "b/2", "c/3"]])
