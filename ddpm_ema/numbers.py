@@ -107,5 +107,6 @@ def saturation(shares: Mapping[str, float | None], expected: float | None) -> st
         return ""
     return (
         f"Channel values at 0 or 255: {listed([f'{share:.0%} of {name}' for name, share in off.items()])}, but {expected:.0%} of the "
-        "reference. The sampler may be the cause: another sampler, or more steps, may rank the weights differently."
+        "reference. The usual cause is the sampler (steps, clip_sample) or a short training; another sampler may rank weights "
+        "differently."
     )

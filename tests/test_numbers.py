@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddpm_ema.numbers import aligned, figure, listed, with_error
+from ddpm_ema.numbers import aligned, figure, listed, saturation, with_error
 
 
 def test_names_are_listed_as_people_do() -> None:
@@ -39,3 +39,10 @@ def test_the_columns_of_a_text_table_are_aligned_without_trailing_spaces() -> No
         "a           12.5  b",
         "long name      1",
     ]
+
+
+def test_saturation_is_told_of_weights_whose_share_is_more_than_ten_points_from_the_references() -> None:
+    text = saturation({"raw": 0.15, "ema": 0.02, "power": 0.11, "unknown": None}, 0.02)
+    assert text.startswith("Channel values at 0 or 255: 15% of raw, but 2% of the reference.")
+    assert saturation({"raw": 0.0}, 0.4).startswith("Channel values at 0 or 255: 0% of raw, but 40%")
+    assert saturation({"raw": 0.11}, 0.02) == saturation({"raw": 0.9}, None) == ""

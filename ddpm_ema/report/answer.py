@@ -25,8 +25,6 @@ from ddpm_ema.numbers import listed, verdict_of, with_error
 from ddpm_ema.report.record import Row, Scoring, differences
 
 BETTER, WORSE, UNCLEAR, UNKNOWN = verdict_of(-1, True), verdict_of(1, True), verdict_of(0, False), ""
-SATURATED = "of the channel values of these samples are at 0 or 255"
-"""In the scorer's warning of one row, which `Scoring.saturation` tells of all rows at once."""
 LABELS = {"num_inference_steps": "steps", "num_images": "images", "clip_sample": "clipping of x_0"}
 
 

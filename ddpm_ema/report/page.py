@@ -154,8 +154,7 @@ def _sweep(record: Record, scoring: Scoring) -> dict[str, Sequence[Any]]:
         plots = [plot for key in figures.WIDTHS for plot in figures.sweep(source, key)]
         if plots:
             notes = list(filter(None, [source.saturation(source.sweep)]))
-            texts = ((row.weights, text) for row in source.sweep for text in row.warnings)
-            notes += [f"{name}: {text}" for name, text in texts if not notes or answer.SATURATED not in text]
+            notes += [f"{row.weights}: {text}" for row in source.sweep for text in row.warnings]
             return {"plots": plots, "warnings": notes}
     return {"plots": (), "warnings": ()}
 
@@ -178,10 +177,7 @@ def _warnings(record: Record, scoring: Scoring | None) -> list[str]:
     if scoring is not None:
         rows = Table(scoring).rows
         texts = dict.fromkeys((*scoring.warnings, *(text for row in rows for text in row.warnings)))
-        known = answer.SATURATED if scoring.saturation(rows) else "\n"
-        found += [
-            f"{_whose(rows, text)}{text}" for text in texts if known not in text and text != scoring.precision_note
-        ]
+        found += [f"{_whose(rows, text)}{text}" for text in texts if text != scoring.precision_note]
         if record.last_step is not None and scoring.step < record.last_step:
             found.append(
                 f"Step {scoring.step:,} was scored, and training has gone on to step {record.last_step:,}: "

@@ -11,7 +11,6 @@ from ddpm_ema import metrics
 from ddpm_ema.config import EvaluationSettings
 from ddpm_ema.features import full_precision
 from ddpm_ema.metrics import Estimate, FrechetReference, KernelReference, Reference, Verdict
-from ddpm_ema.numbers import SATURATION_MARGIN
 from ddpm_ema.score.feature_store import FeatureBatch
 
 NEIGHBOURS_NEEDED = 5  # three neighbours beside the image itself, when one of at least ten groups is left out
@@ -78,12 +77,6 @@ class RowBuilder:
 
     def _doubts(self, batch: FeatureBatch) -> Iterator[str]:
         """Warnings about samples that look like no image of the reference, whatever their distance."""
-        saturated, real = float(batch.saturated.double().mean()), self.reference.saturated
-        if real is not None and abs(saturated - real) > SATURATION_MARGIN:
-            yield (
-                f"{saturated:.1%} of the channel values of these samples are at 0 or 255, {real:.1%} of the reference's: usually "
-                "the predicted x_0 was not clipped (evaluation.clip_sample), or the network is undertrained"
-            )
         flat = float((batch.contrast <= FLAT_CONTRAST).double().mean())
         if flat > 0.5:
             yield f"{flat:.0%} of these samples are of one colour: the network has learned nothing, or has broken"

@@ -150,9 +150,9 @@ def _show(results: dict[str, Any]) -> None:
     logger.info(table(results))
     if results.get("sweep"):
         logger.info(describe(results))
-        shares = {row["weights"]: row["saturated"] for row in results["sweep"]}
-        if text := numbers.saturation(shares, results["reference_saturated"]):  # of all candidates at once
-            logger.warning(text)
+    shares = {row["weights"]: row["saturated"] for row in (*results["rows"], *results.get("sweep", ()))}
+    if text := numbers.saturation(shares, results["reference_saturated"]):  # of all weights at once
+        logger.warning(text)
     for warning in results["warnings"]:
         names = [row["weights"] for row in results["rows"] if warning in row["warnings"]]
         logger.warning((f"{numbers.listed(names)}: " if 0 < len(names) < len(results["rows"]) else "") + warning)

@@ -177,8 +177,8 @@ def test_samples_that_are_saturated_otherwise_than_the_reference_are_warned_of()
     ]
     note = texts(judge(scoring(*rows, reference_saturated=0.50)))[-1]
     assert note == (
-        "Channel values at 0 or 255: 82% of raw and 39% of b, but 50% of the reference. The sampler may be the cause: another "
-        "sampler, or more steps, may rank the weights differently."
+        "Channel values at 0 or 255: 82% of raw and 39% of b, but 50% of the reference. The usual cause is the "
+        "sampler (steps, clip_sample) or a short training; another sampler may rank weights differently."
     )
     assert not any("Channel" in text for text in texts(judge(scoring(*rows, reference_saturated=None))))
 

@@ -442,14 +442,12 @@ def test_better_means_closer_to_these_training_images_where_the_distance_is_from
 
 
 def test_saturation_is_warned_of_once_under_the_answer(tmp_path: Path) -> None:
-    says = "90.0% of the channel values of these samples are at 0 or 255, 50.0% of the reference's"
-    rows = [fake_run.row("raw", 5.0, saturated=0.9, warnings=[says]), fake_run.row("a", 4.0, delta=(-1.0, 0.1))]
+    rows = [fake_run.row("raw", 5.0, saturated=0.9), fake_run.row("a", 4.0, delta=(-1.0, 0.1))]
     fake_run.write_results(tmp_path, fake_run.results(rows=rows))
     text = written(tmp_path).text
     assert text.count("Channel values at 0 or 255: 90% of raw , but 50% of the reference.") == 1
-    assert says not in text  # the same once more, for every row
     fake_run.write_results(tmp_path, fake_run.results(4000, rows=rows, reference_saturated=None))
-    assert f"raw: {says}" in written(tmp_path).text
+    assert "Channel values" not in written(tmp_path).text
 
 
 def test_real_images_stand_above_every_grid_of_a_run_that_has_them(tmp_path: Path, page: Page) -> None:

@@ -237,36 +237,21 @@ class TestPixels:
         shutil.rmtree(run.output_dir / "scores")
         assert results(run)["reference_saturated"] == found["reference_saturated"], "from the cache"
 
-    def measured(self, images: torch.Tensor, features: torch.Tensor, saturated: float | None) -> list[str]:
+    def measured(self, images: torch.Tensor, features: torch.Tensor) -> list[str]:
         generator = torch.Generator().manual_seed(0)
         real = torch.randn(400, 2, generator=generator)
-        reference = Reference(metrics.statistics_of(real), {}, real, saturated=saturated)
         settings = EvaluationSettings(groups=10, precision_recall=False)
-        found = RowBuilder(reference, settings, torch.device("cpu")).build(batch(features, images), "raw", {})
-        return list(found.row["warnings"])
-
-    def photographs(self, saturated: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randint(1, 255, (100, 1, 10, 10), generator=generator, dtype=torch.uint8)
-        images.view(100, 100)[:, : round(100 * saturated)] = 255
-        return images, torch.randn(100, 2, generator=generator)
-
-    def test_shares_more_than_10_points_apart_are_warned_of_with_both_shares_and_what_it_means(self) -> None:
-        (text,) = self.measured(*self.photographs(0.15), 0.02)
-        assert "15.0%" in text
-        assert "2.0%" in text
-        assert "clip_sample" in text
-        assert "train" in text
-        assert self.measured(*self.photographs(0.11), 0.02) == []
-        (text,) = self.measured(*self.photographs(0.0), 0.4)
-        assert "40.0%" in text
-        assert self.measured(*self.photographs(0.9), None) == [], "a published file does not say"
+        builder = RowBuilder(Reference(metrics.statistics_of(real), {}, real), settings, torch.device("cpu"))
+        return list(builder.build(batch(features, images), "raw", {}).row["warnings"])
 
     def test_samples_that_are_constant_or_all_alike_are_warned_of(self) -> None:
-        images, features = self.photographs()
-        (text,) = self.measured(images // 128 + 100, features, None)
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randint(1, 255, (100, 1, 10, 10), generator=generator, dtype=torch.uint8)
+        features = torch.randn(100, 2, generator=generator)
+        assert self.measured(images, features) == []
+        (text,) = self.measured(images // 128 + 100, features)
         assert "100% of these samples are of one colour" in text
-        (text,) = self.measured(images, features / 50 + 1, None)
+        (text,) = self.measured(images, features / 50 + 1)
         assert "nearly all alike" in text
 
 

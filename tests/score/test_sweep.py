@@ -155,10 +155,10 @@ class TestSweep:
         assert f"lowest std of the sweep: {lowest['std']:g}" in describe(found)
         assert {row["weights"] for row in found["rows"]} == {"raw"}
 
-    def test_saturated_candidates_are_warned_of_on_the_terminal_in_one_sentence(self, run, capsys, monkeypatch):
+    def test_saturated_samples_are_warned_of_on_the_terminal_in_one_sentence(self, run, capsys, monkeypatch):
         monkeypatch.setattr(numbers, "SATURATION_MARGIN", 0.05)
         found = results(again(run, evaluation__sweep={"stds": "0.05:0.15:3"}))
-        shares = [f"{row['saturated']:.0%} of {row['weights']}" for row in found["sweep"]]
+        shares = [f"{row['saturated']:.0%} of {row['weights']}" for row in (*found["rows"], *found["sweep"])]
         text = f"{numbers.listed(shares)}, but {found['reference_saturated']:.0%} of the reference"
         assert f"warning: Channel values at 0 or 255: {text}" in capsys.readouterr().err
 
