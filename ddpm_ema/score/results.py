@@ -111,7 +111,8 @@ def table(results: Mapping[str, Any]) -> str:
     head = ["weights", "images", metric_label(results), "plain", "vs raw", ""]
     head += ["KID", "precision", "recall", "near train", "seconds"]
     hidden, usual = says_nothing(results.get("precision_of_noise")), results["num_images"]
-    body = [_cells(row, usual, hidden) for row in ranked([*results["rows"], *results.get("sweep", ())])]
+    rows = {row["weights"]: row for row in (*results.get("sweep", ()), *results["rows"])}  # a name has one line
+    body = [_cells(row, usual, hidden) for row in ranked(rows.values())]
     shown = [i for i in range(len(head)) if any(cells[i] for cells in body)]
     num_rows = len(body)
     if floor := results.get("floor"):
