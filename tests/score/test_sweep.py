@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import fake_run
 import numpy as np
 import pytest
 import torch
@@ -428,3 +429,10 @@ class TestSweepsInOneFolder:
     def described(found, place):
         rows = [{**row, "num_images": 120 + (i == place)} for i, row in enumerate(found["sweep"])]
         return describe({**found, "sweep": rows})
+
+
+def test_a_width_that_is_kept_and_swept_has_one_line() -> None:
+    found = fake_run.results()
+    found["sweep"] = [row for row in found["rows"] if row["weights"] == "power_0_10"]
+    assert found["sweep"]
+    assert sum(line.startswith("power_0_10 ") for line in table(found).splitlines()) == 1
