@@ -29,7 +29,7 @@ def not_finite(name: str, what: str, images: list[int], count: int) -> UserError
     return UserError(
         f"{name}: the {what} of image {images[0]} are not finite ({len(images)} of {count} images here). The weights of {name} "
         "are broken or overflow in this precision: look at its samples, try --evaluation.mixed-precision no, or leave it out of "
-        "--evaluation.weights"
+        "--evaluation.weights (while training: --evaluation.every 0)"
     )
 
 
