@@ -83,7 +83,7 @@ def test_help_of_a_stage_lists_every_setting_with_its_meaning_its_own_first(
         (["train", "--data.path"], "--data.path: takes one folder"),
         (["train", "--data.path", "my", "cats"], "takes one folder; quote a name with spaces: 'my cats'"),
         (["train", "--data.path", "nowhere"], "nowhere does not exist"),
-        (["score", "runs/digits", "--dry-run"], "no such run directory"),
+        (["score", "runs/none", "--dry-run"], "no such run directory"),
         (["sweep", "--config", "configs/digits.yaml"], "--evaluation.sweep.stds 0.02:0.25:12"),
         (["score", "--evaluation.stepz", "3"], "evaluation.stepz: unknown setting; did you mean 'steps'?"),
         (["report", "nowhere"], "nowhere"),
