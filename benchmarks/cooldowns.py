@@ -168,11 +168,12 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = [a for a in emulated(arguments.steps) if arguments.only is None or name_of(a) in arguments.only]
     run = settings_of(arguments.folder, arguments.steps, arguments.num_images)
+    here = environment("diffusers")
     train.run(run)
     classifier_training.train_features(run)
     rows = scored(run, {average: fork(run, average, arguments.folder) for average in wanted})
     made = {"steps": arguments.steps, "num_images": arguments.num_images, "training_runs": 1}
-    save(arguments.output, {"environment": environment("diffusers"), **made, "rows": rows})
+    save(arguments.output, {"environment": here, **made, "rows": rows})
     report(rows)
 
 

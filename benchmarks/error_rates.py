@@ -232,15 +232,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=root / "benchmarks" / "results" / "error_rates.json")
     parser.add_argument("--figure", type=Path, default=root / "docs" / "images" / "error_rates.png")
     arguments = parser.parse_args()
-    rows = []
+    here, rows = environment("numpy", "scipy"), []
     with ProcessPoolExecutor(arguments.processes) as pool:
         every = list(cells())
         for row in pool.map(simulate, every, [arguments.draws] * len(every)):
             rows.append(row)
             print(json.dumps(row, ensure_ascii=False), flush=True)
-    save(
-        arguments.output, {"environment": environment("numpy", "scipy"), "groups": GROUPS, "rungs": RUNGS, "rows": rows}
-    )
+    save(arguments.output, {"environment": here, "groups": GROUPS, "rungs": RUNGS, "rows": rows})
     draw(rows, arguments.figure)
     over = [row for row in rows if any(limit > 0.065 for limit in row["upper"].values())]
     print(f"{len(over)} of {len(rows)} cells have an error whose upper 95% limit is above 6.5%")

@@ -85,8 +85,9 @@ def main() -> None:
     here = Path(__file__).parent / "results" / "error_rates_seeds.json"
     parser.add_argument("--output", type=Path, default=here)
     given = parser.parse_args()
+    here = environment("numpy", "scipy")
     rows = [simulate(*cell, given.draws) for cell in itertools.product(RUNS, NOISE, SEEDS)]
-    results = {"environment": environment("numpy", "scipy"), "draws": given.draws, "rows": rows}
+    results = {"environment": here, "draws": given.draws, "rows": rows}
     save(given.output, results)
     print(markdown(results))
     print(f"highest upper 95% limit of the error: {max(row['upper'] for row in rows):.1%}")

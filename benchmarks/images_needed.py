@@ -98,7 +98,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def bench(run: config.Config, output: Path) -> None:
-    processes = Processes.start(run.machine.device)
+    here, processes = environment("diffusers"), Processes.start(run.machine.device)
     builder = row_builder(run, processes)
     names = list(run.evaluation.weights or ("raw", *run.averages))
     batches = {name: sample(run, processes, name) for name in names}
@@ -111,7 +111,7 @@ def bench(run: config.Config, output: Path) -> None:
     show(precision)
     settings = config.to_dict(run)["evaluation"]
     found = {"settings": settings, "curve": rows, "bf16": precision[0]}
-    save(output, {"environment": environment("diffusers"), **found})
+    save(output, {"environment": here, **found})
 
 
 def main(arguments: list[str]) -> int:

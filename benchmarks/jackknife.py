@@ -114,7 +114,7 @@ def main() -> None:
         "| dimension, images, groups, spectrum | true | plain | corrected | sd, real / jackknife | covers | "
         "difference: true / plain / corrected | its sd, real / jackknife / unpaired | covers |\n" + "|---" * 9 + "|"
     )
-    rows, start = [], time.perf_counter()
+    here, rows, start = environment(), [], time.perf_counter()
     for case in CASES:
         r = simulate(case, arguments.repeats)
         rows.append({key: value if isinstance(value, (int, str)) else float(value) for key, value in r.items()})  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def main() -> None:
         "rows": rows,
         "seconds": time.perf_counter() - start,
     }
-    save(arguments.output, {"environment": environment(), **result})
+    save(arguments.output, {"environment": here, **result})
 
 
 if __name__ == "__main__":

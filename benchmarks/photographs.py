@@ -19,6 +19,7 @@ from environment import environment, save
 
 from ddpm_ema import classifier_training, config, score, train
 from ddpm_ema.config import Config
+from ddpm_ema.numbers import verdict_of
 
 EMA = {"ema_0_999": ("constant", 0.999), "ema_0_999_debiased": ("bias_corrected", 0.999)}
 EMA |= {"ema_0_9999": ("constant", 0.9999), "ema_0_9999_debiased": ("bias_corrected", 0.9999)}
@@ -166,7 +167,7 @@ def gap(row: Mapping[str, Any]) -> tuple[str, str]:
     if "delta_vs_raw" not in row:
         return "", ""
     low, high = row["interval"]
-    word = "not significant" if not row["significant"] else "better" if row["delta_vs_raw"] < 0 else "worse"
+    word = verdict_of(row["delta_vs_raw"], row["significant"])
     return f"{row['delta_vs_raw']:+.2f} [{low:+.2f}, {high:+.2f}]", word
 
 
@@ -213,8 +214,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     size = (arguments.steps, arguments.num_images, arguments.image_size)
+    here = environment("diffusers")
     results = study(settings_of(arguments.images, folder, *size, arguments.eager), folder, arguments.short)
-    save(arguments.output or folder / "photographs.json", {"environment": environment("diffusers"), **results})
+    save(arguments.output or folder / "photographs.json", {"environment": here, **results})
     if not arguments.short:
         draw(results, arguments.figure or folder / "photographs.png")
     print(markdown(results))

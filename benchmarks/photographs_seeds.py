@@ -25,6 +25,7 @@ from ddpm_ema import classifier_training, score, train
 from ddpm_ema.config import Config
 from ddpm_ema.metrics import Estimate, difference
 from ddpm_ema.metrics.across_runs import across_runs
+from ddpm_ema.numbers import verdict_of
 
 WEIGHTS = ("raw", "ema_0_999", "ema_0_999_debiased", "power_0_05", "power_0_10")
 FIGURES = ("frechet_distance_unbiased", "stderr", "delta_vs_raw", "delta_stderr", "recall", "saturated")
@@ -82,7 +83,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         distance, difference = row["distance"], row["difference"]
         cells = [f"`{row['weights']}`", f"{distance['mean']:.2f} ± {distance['stderr']:.2f}", "", ""]
         if difference is not None:
-            word = "not significant" if not row["holds"] else "better" if difference["mean"] < 0 else "worse"
+            word = verdict_of(difference["mean"], row["holds"])
             cells[2:] = [f"{difference['mean']:+.2f} ± {difference['stderr']:.2f}", f"{word} (p {row['p_value']:.2g})"]
         each = ", ".join(f"{run['frechet_distance_unbiased']:.1f}" for run in row["runs"])
         shared = " / ".join(f"{share:.2f}" for share in row["errors_correlate"].values())
@@ -99,8 +100,9 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000, help="sampled from each set of weights")
     parser.add_argument("--output", type=Path, help="default: photographs_seeds.json in FOLDER")
     given = parser.parse_args()
+    here = environment("diffusers")
     results = study([run_of(given.images, given.folder, s, given.steps, given.num_images) for s in range(given.seeds)])
-    save(given.output or given.folder / "photographs_seeds.json", {"environment": environment("diffusers"), **results})
+    save(given.output or given.folder / "photographs_seeds.json", {"environment": here, **results})
     print(markdown(results))
 
 

@@ -125,12 +125,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=root / "benchmarks" / "results" / "reference.json")
     parser.add_argument("--figure", type=Path, default=root / "docs" / "images" / "reference.png")
     arguments = parser.parse_args()
-    rows = []
+    here, rows = environment("numpy"), []
     with ProcessPoolExecutor(arguments.processes) as pool:
         for row in pool.map(simulate, CELLS, [arguments.draws] * len(CELLS)):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    save(arguments.output, {"environment": environment("numpy"), "dimensions": DIM, "groups": GROUPS, "rows": rows})
+    save(arguments.output, {"environment": here, "dimensions": DIM, "groups": GROUPS, "rows": rows})
     draw(rows, arguments.figure)
 
 

@@ -30,8 +30,9 @@ from ddpm_ema import classifier_training, config, score, train
 from ddpm_ema.config import Config
 from ddpm_ema.export import export
 from ddpm_ema.metrics import Estimate, difference
-from ddpm_ema.metrics.across_runs import across_runs, p_value, spread
+from ddpm_ema.metrics.across_runs import across_runs, spread
 from ddpm_ema.metrics.comparisons import ALPHA, holm
+from ddpm_ema.numbers import verdict_of
 from ddpm_ema.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def claims_of(tables: Sequence[Mapping[str, Estimate]]) -> list[dict[str, Any]]:
         found.append(
             {"weights": better, "than": worse, "claim": text, "differences": values, "mean": sum(values) / len(values)}
         )
-        p_values[str(place)] = math.nan if held is None else p_value(held)
+        p_values[str(place)] = math.nan if held is None else held.p_value
     adjusted = holm(p_values)
     for place, claim in enumerate(found):
         claim["p_value"] = adjusted[str(place)]
@@ -203,8 +204,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         distance, difference = row["distance"], row["difference"]
         gap = "" if difference is None else f"{difference['mean']:+.2f} ± {difference['stderr']:.2f}"
-        word = "not significant" if not row["holds"] else "better" if difference["mean"] < 0 else "worse"
-        told = "" if difference is None else f"{word} (p {row['p_value']:.2g})"
+        told = "" if difference is None else f"{verdict_of(difference['mean'], row['holds'])} (p {row['p_value']:.2g})"
         lines.append(
             f"| `{row['weights']}` | {distance['mean']:.2f} ± {distance['stderr']:.2f} | {gap} | {told} | "
             f"{row['bytes_training'] / 1e6:.1f} | × {row['seconds_over_raw']:.1f} |"
@@ -226,8 +226,9 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1797, help="sampled from each set of weights")
     parser.add_argument("--output", type=Path, help="default: study.json in FOLDER")
     arguments = parser.parse_args()
+    here = environment("diffusers")
     results = study(arguments.folder, arguments.seeds, arguments.steps, arguments.num_images)
-    save(arguments.output or arguments.folder / "study.json", {"environment": environment("diffusers"), **results})
+    save(arguments.output or arguments.folder / "study.json", {"environment": here, **results})
     print(markdown(results))
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from ddpm_ema.capabilities import cpp_compiler
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DONE
 
 MIB = 2**20
@@ -162,7 +163,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 def check_compiler() -> Iterator[Finding]:
     """torch.compile needs a C++ compiler on CPU; on CUDA, Triton needs a C compiler and Python's headers."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or ""  # as torch looks for it
+    compiler = cpp_compiler() or ""
     lacking = [] if compiler else ["C++ compiler"]
     lacking += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
     hint = "keep training.compile and evaluation.compile off, or install g++ and python3-dev"

@@ -38,6 +38,13 @@ class Spread:
     sampling_std: float  # root mean square of the standard errors within a run
     training_std: float  # what the training seed adds; 0 where the runs spread no more than sampling explains
 
+    @property
+    def p_value(self) -> float:
+        """Two-sided: how probable a mean so far from 0 is where the true one is 0."""
+        if self.stderr == 0.0:
+            return 1.0 if self.mean == 0.0 else 0.0
+        return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.freedom))
+
 
 @dataclass(frozen=True)
 class AcrossRuns:
@@ -89,19 +96,12 @@ def across_runs(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, AcrossRuns]
     distances = {name: spread([run[name] for run in runs]) for name in common}
     averages = [name for name in common if name != "raw"]
     differences = {name: spread([difference(run[name], run["raw"]) for run in runs]) for name in averages}
-    p_values = holm({name: p_value(differences[name]) for name in averages})
+    p_values = holm({name: gap.p_value for name, gap in differences.items()})
     found = {name: AcrossRuns(distance) for name, distance in distances.items()}
     for name in averages:
         shared = _shared(distances[name], distances["raw"], differences[name])
         found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= ALPHA, shared)
     return found
-
-
-def p_value(found: Spread) -> float:
-    """Two-sided: how probable a mean so far from 0 is where the true one is 0."""
-    if found.stderr == 0.0:
-        return 1.0 if found.mean == 0.0 else 0.0
-    return float(2 * stats.t.sf(abs(found.mean) / found.stderr, found.freedom))
 
 
 def _shared(average: Spread, raw: Spread, difference: Spread) -> float | None:
