@@ -60,6 +60,7 @@ SETTINGS: dict[str, Any] = {
 }
 OVER_TRAINING = ("raw", "ema_0_999_debiased", "power_0_05", "power_0_10")
 STDS = "0.03:0.24:8"
+DECAYS = "0.99:0.9998:5"  # none of the kept ones: those would be tested twice
 KEPT = (
     "weights", "num_images", "frechet_distance", "frechet_distance_unbiased", "stderr", "interval95", "delta_vs_raw",
     "delta_stderr", "interval", "p_value", "significant", "kid", "kid_stderr", "recall", "recall_stderr", "saturated",
@@ -92,7 +93,7 @@ def tables(run: Config, short: bool) -> Iterator[dict[str, Any]]:
         return
     for step in range(steps // 5, steps, steps // 5):
         yield from score.run(evaluating(run, steps=(step,), weights=OVER_TRAINING))
-    widths = {"stds": STDS, "cooldowns": f"{steps // 25}:{2 * steps // 5}:5"}
+    widths = {"stds": STDS, "decays": DECAYS, "cooldowns": f"{steps // 25}:{2 * steps // 5}:5"}
     sweep = run.evaluation.sweep.model_copy(update=widths)
     yield from score.run(evaluating(run, sweep=sweep))
 
