@@ -3,9 +3,11 @@
 import hashlib
 import importlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from traceback import extract_tb
 
 import torch
 from diffusers import UNet2DModel
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from ddpm_ema import keyed_random, network_call
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError, nearest
+from ddpm_ema.errors import UserError, nearest, one_line
 from ddpm_ema.keyed_random import Purpose
 
 # Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
 NEAR_ZERO = ("conv2", "to_out.0", "conv_out")
 # Of google/ddpm-cifar10-32; diffusers has other defaults.
 PAPER_LAYOUT = {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
+NO_LABEL = "_ddpm_ema_no_label"  # attribute of a factory's network, whose own names are its author's
 
 
 def build(config: Config, num_classes: int | None = None) -> nn.Module:
@@ -64,19 +67,29 @@ def _made(config: Config, num_classes: int | None) -> nn.Module:
     classes = num_classes if config.model.class_conditional else None
     outputs = data.channels * (2 if config.diffusion.variance == "learned" else 1)
     shape = {"image_size": data.image_size, "channels": data.channels, "out_channels": outputs, "num_classes": classes}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(keyed_random.seed_for(config.seed, Purpose.INIT, 0))
-        network = _imported(str(config.model.factory))(**shape)
-        if not isinstance(network, nn.Module):
-            raise UserError(f"{where}: returned {type(network).__name__}, no torch.nn.Module")
-        x_t, zeros = torch.zeros(2, data.channels, data.image_size, data.image_size), torch.zeros(2, dtype=torch.int64)
-        found = network_call.predict(network.eval(), x_t, zeros, None if classes is None else zeros)
+    # The first and the last of what it will be given, in the memory order that it will have.
+    x_t = torch.zeros(2, data.channels, data.image_size, data.image_size).contiguous(memory_format=torch.channels_last)
+    timesteps = torch.tensor([0, config.diffusion.num_train_timesteps - 1])
+    labels = None if classes is None else torch.tensor([0, classes])
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(keyed_random.seed_for(config.seed, Purpose.INIT, 0))
+            network = _imported(str(config.model.factory))(**shape)
+            if not isinstance(network, nn.Module):
+                raise UserError(f"{where}: returned {type(network).__name__}, no torch.nn.Module")
+            found = network_call.predict(network.float().eval(), x_t, timesteps, labels)
+    except UserError:
+        raise
+    except Exception as error:  # its code may do anything
+        at = [at for at in extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in at.filename][-1]
+        told = f"{type(error).__name__}, {one_line(error)} (line {at.lineno} of {at.filename})"
+        raise UserError(f"{where}: {told}; docs/extending.md says how it and its network are called") from error
     wanted = (2, outputs, data.image_size, data.image_size)
     if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(f"{where}: its network returned {got} for x_t {tuple(x_t.shape)}, expected {wanted}")
-    network.no_label = classes  # type: ignore[assignment]
-    return network.float().train()
+    setattr(network, NO_LABEL, classes)
+    return network.train()
 
 
 def _imported(name: str) -> Callable[..., object]:
@@ -160,7 +173,7 @@ def fitting(
 def no_label(network: nn.Module) -> int | None:
     """The class that means "no label" to a class-conditional network; None for an unconditional one."""
     if not isinstance(network, UNet2DModel):
-        return getattr(network, "no_label", None)
+        return getattr(network, NO_LABEL, None)
     num_class_embeds: int | None = dict(network.config)["num_class_embeds"]
     return None if num_class_embeds is None else num_class_embeds - 1
 

@@ -29,7 +29,7 @@ class SamplingNetwork:
         self, unet: Any, settings: EvaluationSettings, device: torch.device, batch_size: int, no_label: int | None
     ) -> None:
         self.device, self.batch_size, self.no_label = device, batch_size, no_label
-        self.unet = unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.unet = network_call.channels_last(unet.eval().requires_grad_(False).to(device))
         self._dtype = AUTOCAST[settings.mixed_precision]
         self._parameters: dict[str, Tensor] = dict(self.unet.state_dict())
         self._members: list[dict[str, Tensor]] = []

@@ -21,6 +21,7 @@ from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from ddpm_ema.export import export
 from ddpm_ema.rundir import RunDir
 from ddpm_ema.sampling import Sampler, to_uint8
+from ddpm_ema.sampling_network import SamplingNetwork
 from examples import dit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,9 +132,54 @@ def wrong_shape(**_: Any) -> nn.Module:
     return Half()
 
 
+class Labelled(nn.Module):
+    """Of half precision, with a parameter that is called as this package might call one, and one of five dimensions."""
+
+    def __init__(self, embeddings: int) -> None:
+        super().__init__()
+        self.label, self.no_label = nn.Embedding(embeddings, 1), nn.Parameter(torch.ones(1))
+        self.kernel = nn.Parameter(torch.ones(1, 1, 1, 3, 3))
+        self.bfloat16()
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (
+            nn.functional.conv2d(x_t, self.kernel[0], padding=1) * self.no_label + self.label(labels)[:, :, None, None]
+        )
+
+
+def labelled(num_classes: int, **_: Any) -> nn.Module:
+    return Labelled(num_classes + 1)
+
+
+def without_a_label_for_none(num_classes: int, **_: Any) -> nn.Module:
+    return Labelled(num_classes)
+
+
+def of_other_arguments(size: int) -> nn.Module:
+    raise AssertionError(size)
+
+
+def test_names_dtype_and_shapes_of_its_parameters_are_its_own_matter(tmp_path: Path) -> None:
+    run = run_of(tmp_path, model__factory=f"{__name__}:labelled", model__class_conditional=True)
+    network = model.build(run, 10)
+    assert model.no_label(network) == 10
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    weights = network.state_dict()
+    assert weights["no_label"].tolist() == [1.0]
+    sampling = SamplingNetwork(network, run.evaluation, torch.device("cpu"), 2, 10)
+    sampling.load([weights], "raw")
+    x_t, timesteps, labels = torch.ones(2, 1, 8, 8), torch.tensor([0, 99]), torch.tensor([3, 10])
+    assert torch.equal(sampling.predict(x_t, timesteps, labels), network(x_t, timesteps, labels))
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
+        (
+            f"{__name__}:of_other_arguments",
+            r"TypeError, .*unexpected keyword.* \(line \d+ of .*docs/extending.md says how",
+        ),
+        (f"{__name__}:without_a_label_for_none", r"IndexError, .* \(line \d+ of [^ ]*test_own_network.py\)"),
         ("examples.dit:smal", "has no such function; did you mean 'small'"),
         ("examples.nowhere:small", "No module named 'examples.nowhere'; it must be installed, or lie below"),
         (f"{__name__}:wrong_shape", r"returned \(2, 1, 4, 8\) for x_t \(2, 1, 8, 8\), expected \(2, 1, 8, 8\)"),
@@ -143,7 +189,7 @@ def wrong_shape(**_: Any) -> nn.Module:
 )
 def test_a_factory_that_makes_no_such_network_is_one_message(factory: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        model.build(run_of(tmp_path, model__factory=factory))
+        model.build(run_of(tmp_path, model__factory=factory, model__class_conditional=True), 10)
 
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nsmall = None\n"
