@@ -68,7 +68,7 @@ def _made(config: Config, num_classes: int | None) -> nn.Module:
     outputs = data.channels * (2 if config.diffusion.variance == "learned" else 1)
     shape = {"image_size": data.image_size, "channels": data.channels, "out_channels": outputs, "num_classes": classes}
     # The first and the last of what it will be given, in the memory order that it will have.
-    x_t = torch.zeros(2, data.channels, data.image_size, data.image_size).contiguous(memory_format=torch.channels_last)
+    x_t = torch.ones(2, data.channels, data.image_size, data.image_size).contiguous(memory_format=torch.channels_last)
     timesteps = torch.tensor([0, config.diffusion.num_train_timesteps - 1])
     labels = None if classes is None else torch.tensor([0, classes])
     try:
@@ -88,6 +88,8 @@ def _made(config: Config, num_classes: int | None) -> nn.Module:
     if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(f"{where}: its network returned {got} for x_t {tuple(x_t.shape)}, expected {wanted}")
+    if not bool((x_t == 1).all()):
+        raise UserError(f"{where}: its network writes to x_t, which the sampler goes on with: let it work on a copy")
     setattr(network, NO_LABEL, classes)
     return network.train()
 

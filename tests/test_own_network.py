@@ -132,6 +132,14 @@ def wrong_shape(**_: Any) -> nn.Module:
     return Half()
 
 
+def writing(**_: Any) -> nn.Module:
+    class Writing(nn.Module):
+        def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            return x_t.mul_(0.5)
+
+    return Writing()
+
+
 class Labelled(nn.Module):
     """Of half precision, with a parameter that is called as this package might call one, and one of five dimensions."""
 
@@ -183,6 +191,7 @@ def test_names_dtype_and_shapes_of_its_parameters_are_its_own_matter(tmp_path: P
         ("examples.dit:smal", "has no such function; did you mean 'small'"),
         ("examples.nowhere:small", "No module named 'examples.nowhere'; it must be installed, or lie below"),
         (f"{__name__}:wrong_shape", r"returned \(2, 1, 4, 8\) for x_t \(2, 1, 8, 8\), expected \(2, 1, 8, 8\)"),
+        (f"{__name__}:writing", "writes to x_t, which the sampler goes on with: let it work on a copy"),
         ("builtins:dict", "returned dict, no torch.nn.Module"),
         ("examples.dit", "model.factory: string should match pattern"),
     ],
