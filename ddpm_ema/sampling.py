@@ -60,12 +60,14 @@ def scheduler_for(noise_scheduler_config: Mapping[str, Any], settings: Evaluatio
     options: dict[str, Any] = {"clip_sample": settings.clip_sample}
     if settings.sampler == "ddpm":
         return DDPMScheduler.from_config(noise_scheduler_config, **options)
+    betas = DDPMScheduler.from_config(noise_scheduler_config).betas
     if noise_scheduler_config.get("beta_schedule") == "sigmoid":  # which DDPMScheduler alone knows
-        options["trained_betas"] = DDPMScheduler.from_config(noise_scheduler_config).betas.tolist()
+        options["trained_betas"] = betas.tolist()
     if settings.sampler == "ddim":
         return DDIMScheduler.from_config(noise_scheduler_config, **options, set_alpha_to_one=True)
     options |= {"thresholding": settings.clip_sample, "sample_max_value": 1.0}
     options |= {"solver_order": 2, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    options["rescale_betas_zero_snr"] = bool(betas[-1] == 1)  # of no signal, which has no logarithm, it makes a little
     return DPMSolverMultistepScheduler.from_config(noise_scheduler_config, **options)
 
 

@@ -15,6 +15,7 @@ from ddpm_ema.diffusion import noise_scheduler
 from ddpm_ema.errors import UserError
 from ddpm_ema.keyed_random import Purpose
 from ddpm_ema.model import build
+from ddpm_ema.named_weights import build_scheduler, schedule_of
 from ddpm_ema.sampling import Sampler, labels_for, sample, to_uint8, trailing
 
 SHAPE = (1, 8, 8)
@@ -237,6 +238,23 @@ class TestTimesteps:
         assert make("dpm_solver++", 10, clip_sample=False).timesteps[0] == 999
         for sampler in ("ddpm", "ddim", "dpm_solver++"):
             assert make(sampler, 10, cosine).timesteps[0] == 999
+
+    @pytest.mark.parametrize(("sampler", "close"), [("ddpm", 2), ("ddim", 1), ("dpm_solver++", 1)])
+    def test_a_schedule_that_ends_without_any_signal_is_sampled_from_its_end(self, sampler, close):
+        """A folder's of zero terminal SNR (Lin et al. 2023), here with a network that knows x_0."""
+        theirs = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+        made = Sampler(
+            build_scheduler(schedule_of(theirs)).config, EvaluationSettings(sampler=sampler, num_inference_steps=10)
+        )
+        x_0, seen = torch.linspace(-0.9, 0.9, 64).reshape(1, 1, 8, 8), []
+
+        def oracle(x_t, timesteps, labels):
+            seen.append(int(timesteps[0]))
+            signal = theirs.alphas_cumprod[timesteps][:, None, None, None].sqrt()
+            return (signal * x_t - x_0) / (1 - signal**2).sqrt()
+
+        assert (images(oracle, made).int() - to_uint8(x_0).int()).abs().max() <= close
+        assert seen[0] == 999
 
     def test_more_steps_than_noise_levels_is_an_error_that_names_both(self):
         with pytest.raises(UserError, match=r"2000 is more than the 1000 noise levels.*at most 1000$"):
