@@ -11,12 +11,11 @@ from ddpm_ema.keyed_random import Purpose, words
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
     """The permutation of an epoch, int64 `[size]`. The last two are kept, since a batch may reach over the end of an epoch."""
-    keys = torch.empty(size, dtype=torch.int64)
-    for start in range(0, size, 1 << 20):
-        positions = torch.arange(start, min(start + (1 << 20), size))
+    keys = []
+    for positions in torch.arange(size).split(1 << 20):  # the words of few at once
         w0, w1 = words(seed, Purpose.ORDER, epoch, positions, 2).unbind(-1)
-        keys[start : start + len(positions)] = (w0 << 32) | w1
-    return torch.argsort(keys, stable=True)
+        keys.append((w0 << 32) | w1)
+    return torch.argsort(torch.cat(keys), stable=True)
 
 
 def batch_indices(seed: int, step: int, positions: Tensor, batch_size: int, dataset_size: int) -> Tensor:

@@ -46,7 +46,6 @@ class Objective:
 
     def __init__(self, settings: DiffusionSettings) -> None:
         self.settings = settings
-        self.num_train_timesteps = settings.num_train_timesteps
         scheduler: Any = noise_scheduler(settings)
         # In float64 from the scheduler's fp32 table, rounded once, so that training and sampling agree on x_t.
         alphas_cumprod = scheduler.alphas_cumprod.double()
@@ -57,15 +56,16 @@ class Objective:
 
     def to(self, device: torch.device | str) -> Objective:
         """Moves the tables to `device`, in place; returns self."""
-        self._signal, self._sigma = self._signal.to(device), self._sigma.to(device)
-        self._weight = self._weight.to(device)
+        self._signal, self._sigma, self._weight = (t.to(device) for t in (self._signal, self._sigma, self._weight))
         if self._posterior is not None:
             self._posterior.to(device)
         return self
 
     def timesteps(self, seed: int, step: int, positions: Tensor) -> Tensor:
         """A timestep in [0, T) per position (int64 `[n]`) in the global batch: int64 `[n]`."""
-        return keyed_random.integers(seed, keyed_random.Purpose.TIMESTEP, step, positions, self.num_train_timesteps)
+        return keyed_random.integers(
+            seed, keyed_random.Purpose.TIMESTEP, step, positions, self.settings.num_train_timesteps
+        )
 
     def drop_labels(self, labels: Tensor, no_label: int, seed: int, step: int, positions: Tensor) -> Tensor:
         """`labels` (int64 `[n]`), each replaced by `no_label` with probability `diffusion.label_dropout`."""
@@ -116,7 +116,7 @@ class Objective:
             if self._posterior is not None:
                 mean_x_0 = self.predicted_x_0(prediction.detach(), x_t, timesteps)
                 bound = self._posterior.bits_per_dimension(x_0, x_t, mean_x_0, variance, timesteps)
-                loss = loss + _VLB_WEIGHT * self.num_train_timesteps * bound
+                loss = loss + _VLB_WEIGHT * self.settings.num_train_timesteps * bound
             return loss
 
     def _target(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

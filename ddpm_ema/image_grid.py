@@ -17,10 +17,7 @@ GAP, TARGET, TOP = 2, 48, 24  # pixels: between images; side that small images a
 
 
 def save_grid(path: Path, rows: Mapping[str, Tensor], step: int, settings: EvaluationSettings, note: str = "") -> None:
-    """Writes the rows under a title that says how they were sampled: at which step of training, by which settings.
-
-    `note`: text behind the sampler.
-    """
+    """Writes the rows under a title that says how they were sampled: step of training, sampler, and a `note` behind it."""
     save_rows(path, rows, f"step {step}, {sampler_label(settings.model_dump())}{note}, the same noise in every row")
 
 
@@ -55,5 +52,4 @@ def save_rows(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
 
 def _picture(image: Tensor) -> Image.Image:
     """uint8 [C, H, W] -> RGB."""
-    array = image.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert("RGB")
+    return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddpm_ema import keyed_random, network_call
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import Config
-from ddpm_ema.errors import UserError, nearest, one_line
+from ddpm_ema.errors import UserError, explained, nearest, one_line
 from ddpm_ema.keyed_random import Purpose
 
 # Where a residual branch or the network ends: Ho et al. start these layers at the variance scale 1e-10.
@@ -84,9 +84,8 @@ def _made(config: Config, num_classes: int | None) -> nn.Module:
         at = [at for at in extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in at.filename][-1]
         told = f"{type(error).__name__}, {one_line(error)} (line {at.lineno} of {at.filename})"
         raise UserError(f"{where}: {told}; docs/extending.md says how it and its network are called") from error
-    wanted = (2, outputs, data.image_size, data.image_size)
-    if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if got != (wanted := (2, outputs, *x_t.shape[2:])):
         raise UserError(f"{where}: its network returned {got} for x_t {tuple(x_t.shape)}, expected {wanted}")
     if not bool((x_t == 1).all()):
         raise UserError(f"{where}: its network writes to x_t, which the sampler goes on with: let it work on a copy")
@@ -99,12 +98,9 @@ def _imported(name: str) -> Callable[..., object]:
     module_name, _, function_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last: it hides no installed module
-    try:
+    advice = "; it must be installed, or lie below the working directory"
+    with explained(f"model.factory {name}: ", ModuleNotFoundError, after=advice):
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"model.factory {name}: {error}; it must be installed, or lie below the working directory"
-        ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(
@@ -124,9 +120,11 @@ def _initialize(network: UNet2DModel, seed: int) -> None:
     for name, module in network.named_modules():
         match module:
             case nn.Conv2d() | nn.Linear():
-                fan_avg = (module.weight.shape[0] + module.weight.shape[1]) * module.weight[0, 0].numel() / 2
+                weight = module.weight
+                fan_avg = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel() / 2
                 limit = math.sqrt(3 * (1e-10 if name.endswith(NEAR_ZERO) else 1.0) / fan_avg)
-                module.weight.copy_(limit * _symmetric_uniform(seed, _key(name), module.weight.shape))
+                words = keyed_random.words(seed, Purpose.INIT, _key(name), torch.arange(len(weight)), weight[0].numel())
+                weight.copy_(limit * ((words.double() + 0.5) * 2.0**-31 - 1).float().view_as(weight))
                 if module.bias is not None:
                     module.bias.zero_()
             case nn.Embedding():
@@ -141,12 +139,6 @@ def _initialize(network: UNet2DModel, seed: int) -> None:
 def _key(name: str) -> int:
     """A layer's name as a 64-bit number."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def _symmetric_uniform(seed: int, key: int, shape: torch.Size) -> Tensor:
-    """Numbers in (-1, 1), fp32 `shape`."""
-    words = keyed_random.words(seed, Purpose.INIT, key, torch.arange(shape[0]), shape[1:].numel())  # int64 [out, rest]
-    return ((words.double() + 0.5) * 2.0**-31 - 1).float().view(shape)
 
 
 def fitting(
@@ -165,10 +157,8 @@ def fitting(
     else:
         classes = None if labels is None else len(labels) - 1
     network = build(config, classes)
-    try:
+    with explained("not of the network that the settings describe: ", ValueError):
         check_tensors(weights, {name: tensor.shape for name, tensor in network.state_dict().items()}, where)
-    except ValueError as error:
-        raise UserError(f"not of the network that the settings describe: {error}") from None
     return network
 
 

@@ -1,7 +1,4 @@
-"""How a network is called: diffusers' U-Net in its way, a network of `model.factory` as (x_t, timesteps, labels) -> prediction.
-
-Before, its tensors may get the memory order that convolutions like.
-"""
+"""How a network is called, diffusers' U-Net or (x_t, timesteps, labels) -> prediction, and how its tensors lie in memory."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -18,13 +15,9 @@ Predict: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def predict(network: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
     """One evaluation, also inside DDP: x_t `[n, C, H, W]`, timesteps and labels int64 `[n]` -> `[n, C or 2C, H, W]`."""
     inner = network.module if isinstance(network, DistributedDataParallel) else network
-    is_unet = isinstance(inner, UNet2DModel)
-    prediction: Tensor = (
-        network(x_t, timesteps, class_labels=labels, return_dict=False)[0]
-        if is_unet
-        else network(x_t, timesteps, labels)
-    )
-    return prediction
+    if isinstance(inner, UNet2DModel):
+        return network(x_t, timesteps, class_labels=labels, return_dict=False)[0]  # type: ignore[no-any-return]
+    return network(x_t, timesteps, labels)  # type: ignore[no-any-return]
 
 
 def channels_last(network: nn.Module) -> nn.Module:

@@ -95,7 +95,15 @@ class Sampler:
         self.eta = settings.eta if settings.sampler == "ddim" else 0.0
         self._scheduler = scheduler_for(noise_scheduler_config, settings)
         usable = usable_levels(noise_scheduler_config, settings)
-        _check_steps(steps, usable, int(noise_scheduler_config["num_train_timesteps"]))
+        if steps > usable:
+            levels, way_out = int(noise_scheduler_config["num_train_timesteps"]), ""
+            known = f"{levels} noise levels of the model"
+            if usable < levels:
+                known = f"{usable} of {levels} noise levels that dpm_solver++ can start from without clipping"
+                way_out = ", or evaluation.clip_sample to true"
+            raise UserError(
+                f"evaluation.num_inference_steps: {steps} is more than the {known}; set it to at most {usable}{way_out}"
+            )
         self.timesteps = trailing(usable, steps)
         self._clip = settings.clip_sample
         self._learned = str(noise_scheduler_config["variance_type"]).startswith("learned")
@@ -131,8 +139,7 @@ class Sampler:
             eta = self.eta if noise is not None else 0.0  # into x_0 there is no noise to add
             # The noise is derived anew from the clipped x_0: both halves of the step agree (Nichol & Dhariwal 2021).
             options = {"eta": eta, "variance_noise": noise, "use_clipped_model_output": self._clip}
-        moved: Tensor = self._scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
-        return moved
+        return self._scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def _ancestral(self, index: int, prediction: Tensor, x_t: Tensor, noise: Tensor | None) -> Tensor:
         """The last step returns x_0: diffusers adds noise to it where the last timestep is not 0."""
@@ -141,8 +148,7 @@ class Sampler:
         with _HandOver(torch.zeros_like(x_t) if noise is None else noise) as handed:
             x_next, x_0 = self._scheduler.step(prediction, self.timesteps[index], x_t, return_dict=False)
         assert last or handed.calls == 1, "DDPMScheduler.step no longer draws its noise with one torch.randn"
-        chosen: Tensor = x_0 if last else x_next
-        return chosen
+        return x_0 if last else x_next  # type: ignore[no-any-return]
 
 
 def _respaced(scheduler: Any, timesteps: Sequence[int]) -> Any:
@@ -154,17 +160,6 @@ def _respaced(scheduler: Any, timesteps: Sequence[int]) -> Any:
     chain.set_timesteps(len(timesteps))
     chain.alphas_cumprod = scheduler.alphas_cumprod[timesteps[::-1]]  # [n]
     return chain
-
-
-def _check_steps(steps: int, usable: int, levels: int) -> None:
-    if steps > usable:
-        known, way_out = f"{levels} noise levels of the model", ""
-        if usable < levels:
-            known = f"{usable} of {levels} noise levels that dpm_solver++ can start from without clipping"
-            way_out = ", or evaluation.clip_sample to true"
-        raise UserError(
-            f"evaluation.num_inference_steps: {steps} is more than the {known}; set it to at most {usable}{way_out}"
-        )
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_ema import network_call
 from ddpm_ema.averaging.naming import check_tensors
 from ddpm_ema.config import EvaluationSettings
-from ddpm_ema.errors import UserError
+from ddpm_ema.errors import UserError, explained
 from ddpm_ema.network_call import Predict
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,10 +56,8 @@ class SamplingNetwork:
         """
         shapes = {key: tensor.shape for key, tensor in self._parameters.items()}
         for weights in members:
-            try:
+            with explained("", ValueError, after="; check the model settings"):
                 check_tensors(weights, shapes, f"weights {name}: not of this model")
-            except ValueError as error:
-                raise UserError(f"{error}; check the model settings") from None
         self._members = []
         if len(members) > 1:
             self._members = [{k: w[k].to(self.device, torch.float32) for k in self._parameters} for w in members]
