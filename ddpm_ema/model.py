@@ -152,10 +152,9 @@ def fitting(
         UserError: the settings' network lacks a tensor, or has another; each is named, and `where` they are from.
     """
     labels = weights.get("class_embedding.weight")
+    classes = None if labels is None else len(labels) - 1
     if config.model.factory is not None:
         classes = num_classes() if config.model.class_conditional else None
-    else:
-        classes = None if labels is None else len(labels) - 1
     network = build(config, classes)
     with explained("not of the network that the settings describe: ", ValueError):
         check_tensors(weights, {name: tensor.shape for name, tensor in network.state_dict().items()}, where)

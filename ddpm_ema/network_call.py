@@ -14,8 +14,7 @@ Predict: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def predict(network: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
     """One evaluation, also inside DDP: x_t `[n, C, H, W]`, timesteps and labels int64 `[n]` -> `[n, C or 2C, H, W]`."""
-    inner = network.module if isinstance(network, DistributedDataParallel) else network
-    if isinstance(inner, UNet2DModel):
+    if isinstance(network.module if isinstance(network, DistributedDataParallel) else network, UNet2DModel):
         return network(x_t, timesteps, class_labels=labels, return_dict=False)[0]  # type: ignore[no-any-return]
     return network(x_t, timesteps, labels)  # type: ignore[no-any-return]
 

@@ -136,7 +136,9 @@ class Sampler:
             prediction = prediction[:, : x_t.shape[1]]
         timestep, options = self._scheduler.timesteps[index], {}
         if self.kind == "ddim":
-            eta = self.eta if noise is not None else 0.0  # into x_0 there is no noise to add
+            # With next to no signal left, the share that eta leaves is rounded to below zero, and its root would be NaN.
+            little = 2**-22 if self._scheduler.alphas_cumprod[timestep] < 2**-20 else 0.0
+            eta = self.eta * (1 - little) if noise is not None else 0.0  # into x_0 there is no noise to add
             # The noise is derived anew from the clipped x_0: both halves of the step agree (Nichol & Dhariwal 2021).
             options = {"eta": eta, "variance_noise": noise, "use_clipped_model_output": self._clip}
         return self._scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]  # type: ignore[no-any-return]

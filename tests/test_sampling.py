@@ -239,6 +239,12 @@ class TestTimesteps:
         for sampler in ("ddpm", "ddim", "dpm_solver++"):
             assert make(sampler, 10, cosine).timesteps[0] == 999
 
+    @pytest.mark.parametrize(("levels", "steps"), [(1000, 5), (2000, 8), (4000, 2), (4000, 18)])
+    def test_ddim_with_all_of_its_noise_is_finite_at_the_end_of_a_cosine_schedule(self, levels, steps):
+        """The share of the predicted noise, 1 - abar - sigma^2 of Song et al. 2021, eq. 12, is below fp32's rounding there."""
+        made = make("ddim", steps, DiffusionSettings(schedule="cosine", num_train_timesteps=levels), eta=1.0)
+        assert images(smooth, made).shape == (6, *SHAPE)  # which are not finite in diffusers
+
     @pytest.mark.parametrize(("sampler", "close"), [("ddpm", 2), ("ddim", 1), ("dpm_solver++", 1)])
     def test_a_schedule_that_ends_without_any_signal_is_sampled_from_its_end(self, sampler, close):
         """A folder's of zero terminal SNR (Lin et al. 2023), here with a network that knows x_0."""
