@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.config import DataSettings
-from ddpm_ema.data.cache import Cached, Fingerprint, open_cached, readable
+from ddpm_ema.data.cache import Cached, Fingerprint, kept, open_cached
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding
 from ddpm_ema.data.folder_source import open_folder
@@ -51,7 +51,7 @@ class ImageDataset:
         """One line, with the reason, per file that was skipped: broken links, loops, unreadable images."""
         self.num_classes = source.num_classes
         self._source, self._images, self._movable, self._held_out = source, cached.images, movable, held_out
-        self._kept, self.labels = readable(source, cached.bad)
+        self._kept, self.labels = kept(source, cached.bad)
         """int64 `[N]` on the CPU, or None where the images have none."""
         self._rows = torch.arange(len(self._images))
         if share:
@@ -182,4 +182,4 @@ def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:
         images[count : count + len(pixels)] = torch.from_numpy(pixels)
         fingerprint.update(pixels)
         count += len(pixels)
-    return Cached(images[:count], decoding.bad, fingerprint.hexdigest(readable(source, decoding.bad)[1]))
+    return Cached(images[:count], decoding.bad, fingerprint.hexdigest(kept(source, decoding.bad)[1]))
