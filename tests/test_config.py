@@ -376,6 +376,7 @@ def test_cached_data_go_to_one_folder_that_the_environment_can_move(monkeypatch:
 @pytest.mark.parametrize("name", ["2024", "007", "a #1", "a: b", "[x]", "true", "*x", "x\ny"])
 def test_a_text_or_a_path_on_the_command_line_is_taken_as_it_stands(name: str) -> None:
     overrides = {"data.path": [name], "data.split": [name], "output_dir": [name], "evaluation.extractors": [name]}
+    overrides["data.source"] = ["folder"]
     found = config.load(None, overrides)
     assert (found.data.path, found.data.split, found.output_dir) == (Path(name), name, Path(name))
     assert found.evaluation.extractors == (name,)
@@ -406,3 +407,9 @@ def test_a_message_leads_nowhere_else(text: str, expected: str, tmp_path: Path) 
 
 def test_a_number_with_leading_zeros_is_decimal() -> None:
     assert config.load(None, {"seed": ["010"]}).seed == 10
+
+
+@pytest.mark.parametrize("source", ["digits", "hub"])
+def test_a_folder_of_images_beside_a_source_that_reads_none_is_an_error(source: str) -> None:
+    with pytest.raises(UserError, match=rf"command line: .*\n  data\.path: the source {source} reads no folder; for a"):
+        config.load({"data": {"source": source, "name": "x"}}, {"data.path": ["photos"]})

@@ -125,5 +125,5 @@ def test_a_run_of_a_folder_keeps_its_settings_and_goes_on_with_them(
     assert "is a run of" not in said
     (folder / "other").mkdir()
     (folder / "shapes").rename(folder / "other" / "shapes")
-    assert cli.main(["train", "--data.path", "other/shapes"]) == EXIT_DONE
+    assert cli.main(["train", "--data.source", "folder", "--data.path", "other/shapes"]) == EXIT_DONE
     assert "warning: runs/shapes is a run of shapes, not of other/shapes; for a new run" in capsys.readouterr().err

@@ -35,13 +35,7 @@ class ImageDataset:
     """
 
     def __init__(
-        self,
-        source: Source,
-        cached: Cached,
-        storage: Storage,
-        movable: bool,
-        share: float = 0.0,
-        held_out: bool = False,
+        self, source: Source, cached: Cached, storage: Storage, movable: bool, share: float = 0, held_out: bool = False
     ) -> None:
         self.name = source.name
         self.storage: Storage = storage
@@ -90,11 +84,8 @@ class ImageDataset:
         classes = f", {self.num_classes} classes" if self.labels is not None else ""
         ignored = f", {self.num_ignored} other files ignored" if self.num_ignored else ""
         skipped = f", {len(self.skipped)} passed over" if self.skipped else ""
-        apart = (
-            f", {len(self._images) - len(self):,} held out"
-            if not self._held_out and len(self) < len(self._images)
-            else ""
-        )
+        others = len(self._images) - len(self)
+        apart = f", {others:,} held out" if others and not self._held_out else ""
         where = {"device": "on the device", "memory": "in memory", "mmap": "memory-mapped"}[self.storage]
         return (
             f"{self.name}: {len(self):,} images {channels}×{height}×{width}{classes}, {where}{apart}{ignored}{skipped}"
