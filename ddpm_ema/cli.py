@@ -170,7 +170,7 @@ def _settings(name: str, arguments: list[str]) -> Config:
     run, path, overrides = config.split(arguments)
     if name not in ("train", "features") or run is not None or path is not None:
         return config.resolve(run, path, overrides)
-    if "data.path" in overrides and "data.source" not in overrides:
+    if "data.path" in overrides and overrides.get("data.source", ["folder"]) == ["folder"]:
         from ddpm_ema import own_folder
 
         return own_folder.settings(overrides)

@@ -66,7 +66,7 @@ def nearest(name: object, known: Iterable[str], or_all: bool = True) -> str:
     known = list(known)
     near = [k for k in known if k.rpartition(".")[2] == name]
     lower = {k.lower(): k for k in known}
-    near += [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)]
+    near += [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower, n=1)]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known here: {', '.join(known)}" if known and or_all else ""

@@ -62,10 +62,8 @@ def bar(title: str, total: int, unit: str, hidden: bool = False, initial: int = 
     """
     from tqdm import tqdm
 
-    look: dict[str, Any] = {"leave": False, "delay": 0.5, "dynamic_ncols": True}
-    look["bar_format"] = (
-        f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
-    )
+    form = f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit} [{{elapsed}}<{{remaining}}, {{rate_fmt}}{{postfix}}]"
+    look: dict[str, Any] = {"leave": False, "delay": 0.5, "dynamic_ncols": True, "bar_format": form}
     if not on_terminal():
         look = {"file": _LineFile(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS}
         look["bar_format"] = f"{{desc}}: {{n:.0f}} of {{total}} {unit}, {{rate_fmt}}, {{remaining}} left"

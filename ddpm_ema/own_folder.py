@@ -1,7 +1,7 @@
 """Settings for a folder of images that were given without any: `ddpm-ema train --data.path FOLDER`."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,13 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
     output = " ".join(overrides.get("output_dir", [f"runs/{folder.resolve().name}"]))
     if Path(output, "config.yaml").is_file():
         logger.info(f"the settings are those of {output}/config.yaml")
+        was = config.load(Path(output, "config.yaml")).data.path
+        if was is None or was.resolve() != folder.resolve():
+            logger.warning(f"{output} is a run of {was}, not of {folder}; for a new run add --output_dir runs/OTHER")
         return config.resolve(output, None, overrides)
     on_gpu = overrides.get("machine.device") != ["cpu"] and torch.cuda.is_available()
     source = open_folder(folder, " ".join(overrides.get("data.split", ["train"])))
-    some = [image for _, image in readable(source.read, range(0, len(source), -(-len(source) // LOOKED_AT)))]
+    some = (image for _, image in readable(source.read, range(0, len(source), -(-len(source) // LOOKED_AT))))
     tree, seen = choose(some, len(source), source.classes, on_gpu, overrides)
     tree["data"]["path"], tree["output_dir"] = str(folder), output
     chosen = config.load(tree, overrides)
@@ -56,11 +59,11 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
 
 
 def choose(
-    images: Sequence[Image.Image], count: int, classes: str, on_gpu: bool, given: Mapping[str, list[str]]
+    images: Iterable[Image.Image], count: int, classes: str, on_gpu: bool, given: Mapping[str, list[str]]
 ) -> tuple[dict[str, Any], str]:
     """Settings for a folder of `count` such images, and what they are in words. The network fits an image size that is `given`."""
-    short = [min(image.size) for image in images] or [32]
-    grey = all(_is_grey(image) for image in images)
+    looked = [(min(image.size), _is_grey(image)) for image in images]  # one at a time, because they may be large
+    short, grey = [side for side, _ in looked] or [32], all(is_grey for _, is_grey in looked)
     size = _size(short, LARGEST[on_gpu])
     if (asked := "".join(given.get("data.image_size", []))).isdecimal():
         size = int(asked)

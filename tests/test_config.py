@@ -371,3 +371,45 @@ def test_cached_data_go_to_one_folder_that_the_environment_can_move(monkeypatch:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert config.DataSettings().cache_folder == Path.home() / ".cache" / "ddpm_ema"
     assert config.DataSettings(cache_dir=Path("mine")).cache_folder == Path("mine")
+
+
+@pytest.mark.parametrize("name", ["2024", "007", "a #1", "a: b", "[x]", "true", "*x", "x\ny"])
+def test_a_text_or_a_path_on_the_command_line_is_taken_as_it_stands(name: str) -> None:
+    overrides = {"data.path": [name], "data.split": [name], "output_dir": [name], "evaluation.extractors": [name]}
+    overrides["data.source"] = ["folder"]
+    found = config.load(None, overrides)
+    assert (found.data.path, found.data.split, found.output_dir) == (Path(name), name, Path(name))
+    assert found.evaluation.extractors == (name,)
+
+
+@pytest.mark.parametrize("nothing", ["", "null"])
+def test_an_empty_path_on_the_command_line_is_none_and_not_the_working_directory(nothing: str) -> None:
+    with pytest.raises(UserError, match=r"data\.path: a folder source needs the folder"):
+        config.load(None, {"data.source": ["folder"], "data.path": [nothing]})
+
+
+def test_a_list_on_the_command_line_may_be_written_as_in_a_file() -> None:
+    found = config.load(None, {"model.block_out_channels": ["[32, 64]"], "model.attention": ["[false, true]"]})
+    assert (found.model.block_out_channels, found.model.attention) == ((32, 64), (False, True))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.steps: 5\n", r"training\.steps: in a file write steps below its section, training$"),
+        ("training: {mixed_precision: fp32}\n", r"should be 'no', 'bf16' or 'fp16' \(got 'fp32'\)"),
+        ("evaluation: {steps: first}\n", r"\n  evaluation\.steps: "),
+    ],
+)
+def test_a_message_leads_nowhere_else(text: str, expected: str, tmp_path: Path) -> None:
+    assert re.search(expected, problems(text, tmp_path))
+
+
+def test_a_number_with_leading_zeros_is_decimal() -> None:
+    assert config.load(None, {"seed": ["010"]}).seed == 10
+
+
+@pytest.mark.parametrize("source", ["digits", "hub"])
+def test_a_folder_of_images_beside_a_source_that_reads_none_is_an_error(source: str) -> None:
+    with pytest.raises(UserError, match=rf"command line: .*\n  data\.path: the source {source} reads no folder; for a"):
+        config.load({"data": {"source": source, "name": "x"}}, {"data.path": ["photos"]})

@@ -1,5 +1,7 @@
 """`ddpm-ema train --data.path FOLDER` alone: settings that fit the images and the machine, and what they would take."""
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,19 @@ def test_grey_images_have_one_channel_whatever_their_files_say_and_are_not_mirro
     settings, _ = chosen([photo(28, 28, grey=True, mode=mode)])
     assert (settings.data.image_size, settings.data.channels, settings.data.horizontal_flip) == (28, 1, False)
     assert settings.model.attention == (False, False, True)  # 28, 14 and 7 pixels
+
+
+def test_no_two_large_images_are_held_beside_the_one_that_is_looked_at() -> None:
+    def images() -> Iterator[Image.Image]:
+        seen: list[weakref.ref[Image.Image]] = []
+        for _ in range(4):
+            assert sum(image() is not None for image in seen) <= 1
+            image = photo(40, 30)
+            seen.append(weakref.ref(image))
+            yield image
+            del image
+
+    assert own_folder.choose(images(), 4, "no classes", False, {})[1].startswith("4 colour images, shorter side 30")
 
 
 def test_a_gpu_gets_the_papers_network_and_the_images_whole() -> None:
@@ -122,3 +137,8 @@ def test_a_run_of_a_folder_keeps_its_settings_and_goes_on_with_them(
     said = capsys.readouterr().err
     assert "the settings are those of runs/shapes/config.yaml" in said
     assert "already complete at step 4" in said
+    assert "is a run of" not in said
+    (folder / "other").mkdir()
+    (folder / "shapes").rename(folder / "other" / "shapes")
+    assert cli.main(["train", "--data.source", "folder", "--data.path", "other/shapes"]) == EXIT_DONE
+    assert "warning: runs/shapes is a run of shapes, not of other/shapes; for a new run" in capsys.readouterr().err

@@ -32,9 +32,7 @@ def resolve(run: str | None, path: str | None, overrides: Mapping[str, list[str]
     kept = Path(run, "config.yaml")
     if not kept.is_file():
         if Path(run).exists():
-            why = (
-                "it holds no config.yaml; name the settings with --config FILE, or a folder of images with --data.path"
-            )
+            why = "it holds no config.yaml; name settings with --config FILE, or a folder of images with --data.path"
             raise UserError(f"{run}: no run directory: {why}")
         runs = sorted(path.parent.name for path in Path(run).parent.glob("*/config.yaml"))
         hint = nearest(Path(run).name, runs)
@@ -58,9 +56,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
         else:
             current.append(argument)
     if len(words) > 1:
-        raise UserError(
-            f"{words[1]!r}: not a setting; write RUN, --config FILE or --section.setting value (see --help)"
-        )
+        raise UserError(f"{words[1]!r}: not a setting; write RUN, --config FILE or --section.setting value; see --help")
     paths = overrides.pop("config", None)
     if paths is not None and len(paths) != 1:
         raise UserError(f"--config: takes one file, not {' '.join(paths) or 'none'}")

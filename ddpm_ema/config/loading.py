@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -78,7 +78,7 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$", re.IGNORECASE), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
-    re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"),
     list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
@@ -125,8 +125,8 @@ def load(
 
     Args:
         path: the YAML file, or what it would hold, which is changed in place; None means the defaults.
-        overrides: tokens by key path, such as {"training.steps": ["500"]}. Several tokens make a list. A token is read as YAML
-            reads it, so `1e-3` is a number and `null` is none.
+        overrides: tokens by key path, such as {"training.steps": ["500"]}. Several tokens make a list. Texts and paths stand as they
+            are, other tokens are read as YAML: `1e-3` is a number. `null` is none.
         output_dir: takes the place of the file's `output_dir`.
 
     Raises:
@@ -150,8 +150,19 @@ def load(
     if output_dir is not None:
         tree["output_dir"] = str(output_dir)
     for key, tokens in (overrides or {}).items():
-        _set(tree, key, [_parse(token, f"--{key}") for token in tokens])
+        _set(tree, key, [_value(key, token) for token in tokens])
     return validate(tree, str(path) if isinstance(path, Path | str) else "settings", overrides or ())
+
+
+def _value(key: str, token: str) -> Any:
+    if key in SETTINGS and _is_text(SETTINGS[key].annotation):
+        return None if token in ("", "null") else token
+    return _parse(token, f"--{key}")
+
+
+def _is_text(of: Any) -> bool:
+    """Whether a type is that of texts or paths, or of several, as YAML would read `2024`, `a: b` and `a #1` otherwise."""
+    return of in (str, Path) or (get_origin(of) is not dict and any(map(_is_text, get_args(of))))
 
 
 def _set(tree: dict[str, Any], key: str, values: list[Any]) -> None:
@@ -163,7 +174,7 @@ def _set(tree: dict[str, Any], key: str, values: list[Any]) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {name} is a value, not a section")
     is_list = key in SETTINGS and "tuple" in str(SETTINGS[key].annotation)
-    single = len(values) == 1 and not (is_list and values[0] not in ("last", "all"))
+    single = len(values) == 1 and not (is_list and not isinstance(values[0], list) and values[0] not in ("last", "all"))
     node[leaf] = (values[0] if single else values) if values else True
 
 
@@ -197,9 +208,12 @@ def _listed(source: str, lines: list[str]) -> str:
 
 def _explain(problem: Any) -> Iterator[tuple[str, str]]:
     """One pydantic error -> (key path, what was expected and what was given)."""
-    path = [str(part)[:80] for part in problem["loc"] if part != "[key]"]
+    path = [str(part)[:80] for part in problem["loc"] if not str(part).endswith("]")]  # not "[key]", "tuple[...]"
     key, message, got = ".".join(path), problem["msg"].removeprefix("Value error, "), problem["input"]
-    if problem["type"] == "extra_forbidden":
+    section, _, name = key.rpartition(".")
+    if path == [key] and key in SETTINGS and section:
+        yield key, f"in a file write {name} below its section, {section}"
+    elif problem["type"] == "extra_forbidden":
         yield key, f"unknown setting{nearest(path[-1], _siblings(path))}"
     elif problem["type"] == "value_error":
         for line in message.split("\n"):

@@ -419,6 +419,8 @@ def _disagreements(config: Config) -> Iterable[str]:
         yield f"data.name: a {data.source} source needs the name of a data set"
     if data.source == "folder" and data.path is None:
         yield "data.path: a folder source needs the folder"
+    if data.source in ("digits", "hub") and data.path is not None:
+        yield f"data.path: the source {data.source} reads no folder; for a folder of images set data.source to folder"
     if config.evaluation.reference == "held_out" and not data.held_out:
         yield "evaluation.reference: held_out needs data.held_out, such as 0.1, from the start of training"
     if training.micro_batch_size is not None and training.micro_batch_size > training.batch_size:

@@ -65,7 +65,7 @@ class Fingerprint:
         return self._hash.hexdigest()
 
 
-def readable(source: Source, bad: list[tuple[int, str]]) -> tuple[Tensor, Tensor | None]:
+def kept(source: Source, bad: list[tuple[int, str]]) -> tuple[Tensor, Tensor | None]:
     """Of the images that are not `bad`: indices in the source, and labels if there are any, int64 `[n]` each."""
     keep = torch.ones(len(source), dtype=torch.bool)
     keep[[index for index, _ in bad]] = False
@@ -125,7 +125,7 @@ def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None
     content = Fingerprint(conversion)
     for pixels in images.split(_HASHED_AT_ONCE):
         content.update(pixels.numpy())
-    whole = content.hexdigest(readable(source, bad)[1]) == fingerprint
+    whole = content.hexdigest(kept(source, bad)[1]) == fingerprint
     return Cached(images, bad, fingerprint) if whole else None
 
 
@@ -147,7 +147,7 @@ def _write(folder: Path, source: Source, conversion: Conversion, max_bad: int) -
             "count": count,
             **_digest_settings(conversion),
             "bad": decoding.bad,
-            "fingerprint": fingerprint.hexdigest(readable(source, decoding.bad)[1]),
+            "fingerprint": fingerprint.hexdigest(kept(source, decoding.bad)[1]),
         }
         atomic_write(temporary / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # one that was not whole

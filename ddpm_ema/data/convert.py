@@ -6,7 +6,7 @@ In this order:
 2. 16-bit grey (`I;16`, `I` within 0..65535) is scaled by 255/65535 and rounded to nearest. 16-bit colour, which Pillow
    reads as 8-bit, has lost its low byte there. Floating-point pixels have no defined range and are refused.
 3. Anything transparent (alpha channel, or a transparent colour or palette entry) is laid over `background`.
-4. Palette, bilevel, CMYK, YCbCr and HSV become RGB by Pillow's formulas (LAB, which it cannot convert, is refused); for
+4. Palette, bilevel, CMYK, YCbCr and HSV become RGB by Pillow's formulas, and LAB where it can (else it is refused); for
    one channel colours become grey by ITU-R 601-2 luma; for three channels grey is repeated.
 5. The largest centred square is cut out (rounded towards the upper left) and resized with antialiasing (Pillow's
    bicubic, whose support grows with the reduction). A square of the right size keeps its pixels.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.config import DataSettings
-from ddpm_ema.data.cache import Cached, Fingerprint, open_cached, readable
+from ddpm_ema.data.cache import Cached, Fingerprint, kept, open_cached
 from ddpm_ema.data.convert import Conversion
 from ddpm_ema.data.decode import Decoding
 from ddpm_ema.data.folder_source import open_folder
@@ -35,13 +35,7 @@ class ImageDataset:
     """
 
     def __init__(
-        self,
-        source: Source,
-        cached: Cached,
-        storage: Storage,
-        movable: bool,
-        share: float = 0.0,
-        held_out: bool = False,
+        self, source: Source, cached: Cached, storage: Storage, movable: bool, share: float = 0, held_out: bool = False
     ) -> None:
         self.name = source.name
         self.storage: Storage = storage
@@ -51,7 +45,7 @@ class ImageDataset:
         """One line, with the reason, per file that was skipped: broken links, loops, unreadable images."""
         self.num_classes = source.num_classes
         self._source, self._images, self._movable, self._held_out = source, cached.images, movable, held_out
-        self._kept, self.labels = readable(source, cached.bad)
+        self._kept, self.labels = kept(source, cached.bad)
         """int64 `[N]` on the CPU, or None where the images have none."""
         self._rows = torch.arange(len(self._images))
         if share:
@@ -90,11 +84,8 @@ class ImageDataset:
         classes = f", {self.num_classes} classes" if self.labels is not None else ""
         ignored = f", {self.num_ignored} other files ignored" if self.num_ignored else ""
         skipped = f", {len(self.skipped)} passed over" if self.skipped else ""
-        apart = (
-            f", {len(self._images) - len(self):,} held out"
-            if not self._held_out and len(self) < len(self._images)
-            else ""
-        )
+        others = len(self._images) - len(self)
+        apart = f", {others:,} held out" if others and not self._held_out else ""
         where = {"device": "on the device", "memory": "in memory", "mmap": "memory-mapped"}[self.storage]
         return (
             f"{self.name}: {len(self):,} images {channels}×{height}×{width}{classes}, {where}{apart}{ignored}{skipped}"
@@ -182,4 +173,4 @@ def _in_memory(source: Source, conversion: Conversion, max_bad: int) -> Cached:
         images[count : count + len(pixels)] = torch.from_numpy(pixels)
         fingerprint.update(pixels)
         count += len(pixels)
-    return Cached(images[:count], decoding.bad, fingerprint.hexdigest(readable(source, decoding.bad)[1]))
+    return Cached(images[:count], decoding.bad, fingerprint.hexdigest(kept(source, decoding.bad)[1]))

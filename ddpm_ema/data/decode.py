@@ -101,7 +101,5 @@ def check_bad(source: Source, bad: list[tuple[int, str]], max_bad: int) -> None:
     if len(bad) > max_bad:
         lines = [f"  {source.where(index)}: {why}" for index, why in bad[:10]]
         allowed = "none is allowed" if max_bad == 0 else f"{max_bad} are allowed"
-        raise UserError(
-            "\n".join([f"unreadable images in {source.name} ({allowed} by data.max_bad_images):", *lines])
-            + "\nreplace or remove them, or raise data.max_bad_images"
-        )
+        lines.insert(0, f"unreadable images in {source.name} ({allowed} by data.max_bad_images):")
+        raise UserError("\n".join([*lines, "replace or remove them, or raise data.max_bad_images"]))

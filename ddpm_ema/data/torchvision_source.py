@@ -65,11 +65,7 @@ def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
             found = {**own, **found}
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
                 break
-    return {
-        key: parameter
-        for key, parameter in found.items()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
+    return {key: one for key, one in found.items() if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
 
 
 def _split_argument(
@@ -89,12 +85,8 @@ def _split_argument(
 
 
 def _construct(kind: Any, parameters: dict[str, inspect.Parameter], root: Path, arguments: dict[str, Any]) -> Any:
-    missing = [
-        key
-        for key, parameter in parameters.items()
-        if parameter.default is parameter.empty and key not in ("root", *arguments)
-    ]
-    if missing:
+    given = ("root", *arguments)
+    if missing := [key for key, one in parameters.items() if one.default is one.empty and key not in given]:
         raise UserError(f"data.name: {kind.__name__} also needs {missing[0]}: {kind.__name__}({missing[0]}=...)")
     if "root" in parameters:
         arguments = {"root": str(root), **arguments}

@@ -67,6 +67,8 @@ def _write_snapshots(run: RunDir, found: Sequence[Found]) -> list[Snapshot]:
                 f"{one.path}: step {one.step} has weights {one.name!r} already; give each its own --profile"
             )
         tensors = one.read()
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(f"{one.path}: {bad[0]!r} has values that are not finite; leave this file out")
         shapes = shapes or {name: tensor.shape for name, tensor in tensors.items()}
         dtypes = {tensor.dtype for tensor in tensors.values()}
         dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32

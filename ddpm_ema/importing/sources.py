@@ -27,7 +27,8 @@ _SHOWN = 5  # files or tensors named in a message
 
 CURE = (
     'if you trust where it is from, convert it: python -c "import sys, torch; from safetensors.torch import save_file; '
-    "state = torch.load(sys.argv[1], map_location='cpu', weights_only=False); state = state.get('state_dict', state); "
+    "state = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
+    "state = state.state_dict() if hasattr(state, 'state_dict') else state.get('state_dict', state); "
     'save_file({k: v.clone() for k, v in state.items() if torch.is_tensor(v)}, sys.argv[2])" {path} {path}.safetensors'
 )
 
@@ -114,11 +115,11 @@ def series(source: Path, pattern: str, profile: Profile, prefix: str = "", key: 
 
 
 def _step_inside(path: Path) -> int:
-    """What a torch file says of its step (Lightning's global_step), else the one number in the file's name."""
+    """What a torch file says of its step (global_step or step), else the one number in the file's name."""
     content = None if path.suffix == ".safetensors" else _content(path)
-    step = content.get("global_step") if isinstance(content, Mapping) else None
-    if isinstance(step, int):
-        return step
+    for said in (content.get("global_step"), content.get("step")) if isinstance(content, Mapping) else ():
+        if isinstance(said, int):
+            return said
     numbers = re.findall(r"\d+", path.stem)
     if len(numbers) != 1:
         raise UserError(f"{path}: its step is unknown; write {{step}} where the step stands in --pattern")
@@ -144,6 +145,7 @@ def _read(path: Path, prefix: str, key: str | None) -> Tensors:
     if key is None and isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     for part in key.split(".") if key else ():
+        state = {str(i): one for i, one in enumerate(state)} if isinstance(state, list) else state
         if not isinstance(state, Mapping) or part not in state:
             raise UserError(f"{path}: --key {key}: nothing is called {part!r}{_names(state)}")
         state = state[part]

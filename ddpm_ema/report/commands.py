@@ -13,8 +13,6 @@ from ddpm_ema.weight_names import WeightName, parse
 
 SWEEP = "0.02:0.25:12"
 KEY = re.compile(r"[a-z_0-9]+")
-# What YAML reads as the text that it is: words (but for yes, no ...), paths, ranges such as 0.02:0.25:12.
-WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null)$)[a-z/][\w./+@-]*|0\.\d+:0\.\d+:\d+", re.ASCII | re.IGNORECASE)
 
 
 def train(record: Record) -> str:
@@ -91,5 +89,6 @@ def _overrides(wanted: Mapping[str, Any], own: Any, prefix: str = "evaluation") 
 
 
 def _token(value: Any) -> str:
-    """A value as the command line reads it, which is as YAML: text that means something else there is quoted."""
-    return value if isinstance(value, str) and WORD.fullmatch(value) else json.dumps(value, default=str)
+    """A value as the command line reads it: text as it stands, if it is no option and shows what it is; else JSON."""
+    plain = isinstance(value, str) and value.isprintable() and not value.startswith("-")
+    return value if plain else json.dumps(value, default=str)

@@ -200,6 +200,21 @@ class TestSeries:
         averaged = read_tensors(run.snapshot_path(10, "constant_0_90"))
         assert torch.equal(averaged["w"], average(ConstantDecay(0.9), 10)["w"])
 
+    def test_a_numbered_file_whose_content_says_its_step_is_of_that_step(self, tmp_path: Path) -> None:
+        for milestone in (1, 2):  # denoising-diffusion-pytorch: step, model, opt, ema, scaler
+            content = {"step": 1000 * milestone, "model": walk(milestone), "opt": {}, "scaler": None}
+            torch.save(content, tmp_path / f"model-{milestone}.pt")
+        options = ["--pattern", "model-*.pt", "--key", "model"]
+        run = RunDir(importing.main([str(tmp_path), "--output-dir", str(tmp_path / "run"), *options]))
+        assert torch.equal(read_tensors(run.snapshot_path(2000, "raw"))["w"], walk(2)["w"])
+
+    def test_one_of_a_list_of_averages_is_named_by_its_place(self, tmp_path: Path) -> None:
+        content = {"net": walk(8), "ema": {"stds": [0.05, 0.1], "emas": [walk(6), walk(5)]}}  # EDM2's training state
+        torch.save(content, tmp_path / "training-state-0000008.pt")
+        options = ["--pattern", "training-state-{step}.pt", "--key", "ema.emas.1", "--profile", "power_0_10"]
+        run = RunDir(importing.main([str(tmp_path), "--output-dir", str(tmp_path / "run"), *options]))
+        assert torch.equal(read_tensors(run.snapshot_path(8, "power_0_10"))["w"], walk(5)["w"])
+
     def test_the_state_of_an_averaged_model_is_read_without_its_counter(self, tmp_path: Path) -> None:
         averaged = AveragedModel(torch.nn.Linear(2, 2))
         averaged.update_parameters(torch.nn.Linear(2, 2))
@@ -240,6 +255,7 @@ def test_a_file_that_needs_code_is_refused_with_the_cure_and_not_run(tmp_path: P
         (["--pattern", "a_{step}.pt", "--pattern", "a_{step}.pt"], "step 1 has weights 'raw' already"),
         (["--pattern", "?_{step}.pt"], "not of the same network"),
         (["--pattern", "d*.pt"], "d.pt: step, every: expected at least 0 completed steps"),
+        (["--pattern", "e_*.pt"], "e_4.pt: 'w' has values that are not finite; leave this file out"),
         (["--pattern", "a_*.pt", *["--profile", "raw"] * 2], "--profile: given 2 times; give it once"),
     ],
 )
@@ -249,6 +265,7 @@ def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, options: list
     for name in ("a_1", "a_2", "b_1_2", "c_3"):
         torch.save({"w": torch.zeros(3 if name == "c_3" else 2)}, source / f"{name}.pt")
     torch.save({"w": torch.zeros(2), "global_step": -5}, source / "d.pt")
+    torch.save({"w": torch.tensor([0.0, torch.nan])}, source / "e_4.pt")
     with pytest.raises(UserError, match=message):
         importing.main([str(source), "--output-dir", str(tmp_path / "run"), *options])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

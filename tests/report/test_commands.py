@@ -29,7 +29,7 @@ def copied(tmp_path: Path) -> Path:
     odd = fake_run.evaluation(mixed_precision="bf16", guidance_scale=1e-5, reference="test", steps=[3000], seed=2)
     odd |= {
         "extractors": ["no", "timm:vit=a b.safetensors"],
-        "weights": ["raw", "runs/a b", "raw+ema_0_999"],
+        "weights": ["raw", "runs/ä b #1: [x]", "raw+ema_0_999"],
         "clip_sample": False,
     }
     odd["sweep"] = {**odd["sweep"], "decays": "0.9:0.99:3", "num_images": 100}
@@ -52,6 +52,16 @@ def test_a_printed_command_repeats_the_settings_of_the_scoring_in_the_folder_as_
             assert config.to_dict(found)["evaluation"] == {**wanted, **changes}
             assert found.output_dir == copied
     assert parsed(commands.train(record), "train").output_dir == copied
+
+
+@pytest.mark.parametrize("text", ["--model.factory=x:y", "\u202ex"])
+def test_a_text_of_a_scoring_becomes_no_option_of_a_command(text: str, copied: Path) -> None:
+    results = fake_run.results(evaluation=fake_run.evaluation(weights=["raw", text]), finished="2026-01-02T00:00:00Z")
+    fake_run.write_results(copied, results, digest="worse")
+    record = read(copied)
+    words = shlex.split(commands.score(record, named(record.scorings, "worse")))
+    assert text not in words
+    assert f'"{text}"'.encode("unicode_escape").decode() in words
 
 
 def test_a_printed_command_says_no_more_than_it_must(copied: Path) -> None:
