@@ -15,7 +15,6 @@ class _Calls(nn.Module):
     def __init__(self, model: nn.Module, call: Callable[[Any], object]) -> None:
         super().__init__()
         self.model, self.call = model, call
-        self.training = model.training
 
     def forward(self, batch: Any) -> object:
         return self.call(batch)
@@ -31,18 +30,23 @@ def update_batch_norm(
 
     Averaged weights produce other activations than the weights that they average, so stored statistics are wrong for them. One
     pass over the data with every module in training mode, frozen batch norms too, and the same weight for every batch; momenta
-    are restored, and all modules get the model's own mode. A model without batch norm reads no data.
+    are restored, and all modules get the model's own mode, also after an error, which leaves the statistics of the batches before
+    it. A model without batch norm reads no data.
 
     Args:
         model: with the averaged weights in it.
         loader: batches: tensors, or tuples whose first element is the model's input.
-        device: where to put the batches.
-        call: passes one batch, as the loader gives it, to the model; by default `model(batch)`.
+        device: where to put the model's input.
+        call: passes one batch, as the loader gives it, to the model; by default `model(batch)`. It moves the batch itself.
 
     Raises:
-        ValueError: the loader is empty (the statistics would be lost).
+        ValueError: the loader is empty (the statistics would be lost), or `device` and `call` are both given.
     """
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if device is not None and call is not None:
+        raise ValueError("device: leave it out and move the batch in `call`")
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta, training = [norm.momentum for norm in norms], model.training
+    if not norms:
         return
     batches = iter(loader)
     try:
@@ -50,6 +54,12 @@ def update_batch_norm(
     except StopIteration:
         raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
     whole: Iterable[Any] = itertools.chain([first], batches)
+    called = model
     if call is not None:
-        model, whole = _Calls(model, call), ([batch] for batch in whole)  # update_bn takes a tuple's first element
-    update_bn(whole, model, device=None if device is None else torch.device(device))
+        called, whole = _Calls(model, call), ([batch] for batch in whole)  # update_bn takes a tuple's first element
+    try:
+        update_bn(whole, called, device=None if device is None else torch.device(device))
+    finally:  # update_bn itself restores nothing after an error
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(training)

@@ -281,3 +281,19 @@ def test_batch_norm_keeps_its_statistics_when_there_is_no_data_and_nothing_is_re
         yield
 
     update_batch_norm(nn.Linear(1, 1), unread())
+
+
+def test_after_an_error_in_the_data_momentum_and_mode_are_what_they_were() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, momentum=0.3)).eval()
+
+    def breaks():
+        yield torch.randn(4, 2)
+        raise OSError("disk")
+
+    for call in (None, model):
+        with pytest.raises(OSError, match="disk"):
+            update_batch_norm(model, breaks(), call=call)
+        assert model[1].momentum == 0.3
+        assert not any(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="device: leave it out"):
+        update_batch_norm(model, [], device="cpu", call=model)
