@@ -454,10 +454,10 @@ class AverageBank:
         if start_step is None and self._step is None and self._loaded:
             raise ValueError("attach: weights were loaded: pass start_step, the number of steps that they have seen")
         every = check_count("every", every)
-        start_step = (self._step or 0) if start_step is None else start_step
+        start_step = check_count("start_step", (self._step or 0) if start_step is None else start_step, 0)
         last = start_step - start_step % every
-        if start_step < 0 or (self._step is None and last not in (0, start_step)):
-            raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
+        if self._step is None and last not in (0, start_step):
+            raise ValueError(f"start_step: expected a multiple of every={every}, got {start_step}")
         if self._step not in (None, last):
             raise ValueError(f"start_step: the last update was at step {self._step}, got {start_step!r}, every={every}")
         self._handle = UpdateHandle(inner, self.update, start_step, every)
