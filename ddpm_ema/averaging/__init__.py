@@ -49,16 +49,8 @@ _NEEDS_TORCH = {
 
 __all__ = ["AverageBank", "merge_states", "update_batch_norm"]
 __all__ += ["PROFILES", "Profile", "profile_from_dict", "profile_to_dict", "resolve_lengths", "summarize"]
-__all__ += [
-    "BiasCorrected",
-    "ConstantDecay",
-    "Delayed",
-    "DiffusersDecay",
-    "HardCopy",
-    "StochasticWeightAverage",
-    "Warmup",
-]
-__all__ += ["HalfLife", "HalfLifeShare", "PowerFunction", "Uniform", "exponent_to_std", "std_to_exponent"]
+__all__ += ["BiasCorrected", "ConstantDecay", "Delayed", "DiffusersDecay", "HalfLife", "HalfLifeShare", "HardCopy"]
+__all__ += ["PowerFunction", "StochasticWeightAverage", "Uniform", "Warmup", "exponent_to_std", "std_to_exponent"]
 __all__ += ["CosineCooldown", "SqrtCooldown", "Window"]
 __all__ += ["RAW", "Coefficients", "Reconstruction", "posthoc_coefficients", "reconstruct"]
 __all__ += ["Snapshot", "find_snapshots", "write_snapshot"]

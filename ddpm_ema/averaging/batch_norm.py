@@ -6,18 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
-
-
-class _Calls(nn.Module):
-    """A model as `update_bn` wants it: called with one batch."""
-
-    def __init__(self, model: nn.Module, call: Callable[[Any], object]) -> None:
-        super().__init__()
-        self.model, self.call = model, call
-
-    def forward(self, batch: Any) -> object:
-        return self.call(batch)
 
 
 def update_batch_norm(
@@ -36,16 +24,13 @@ def update_batch_norm(
     Args:
         model: with the averaged weights in it.
         loader: batches: tensors, or tuples whose first element is the model's input.
-        device: where to put the model's input.
-        call: passes one batch, as the loader gives it, to the model; by default `model(batch)`. It moves the batch itself.
+        device: where to put the model's input; `call` moves its own.
+        call: passes one batch, as the loader gives it, to the model; by default `model(batch)`.
 
     Raises:
-        ValueError: the loader is empty (the statistics would be lost), or `device` and `call` are both given.
+        ValueError: the loader is empty (the statistics would be lost).
     """
-    if device is not None and call is not None:
-        raise ValueError("device: leave it out and move the batch in `call`")
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta, training = [norm.momentum for norm in norms], model.training
     if not norms:
         return
     batches = iter(loader)
@@ -53,13 +38,20 @@ def update_batch_norm(
         first = next(batches)
     except StopIteration:
         raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
-    whole: Iterable[Any] = itertools.chain([first], batches)
-    called = model
-    if call is not None:
-        called, whole = _Calls(model, call), ([batch] for batch in whole)  # update_bn takes a tuple's first element
+    momenta, training = [norm.momentum for norm in norms], model.training
     try:
-        update_bn(whole, called, device=None if device is None else torch.device(device))
-    finally:  # update_bn itself restores nothing after an error
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        model.train()
+        with torch.no_grad():
+            for batch in itertools.chain([first], batches):
+                if call is not None:
+                    call(batch)
+                    continue
+                inputs = batch[0] if isinstance(batch, list | tuple) else batch
+                model(inputs if device is None else inputs.to(device))
+    finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         model.train(training)
