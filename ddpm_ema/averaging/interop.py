@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
-from ddpm_ema.averaging.files import open_safetensors, save_tensors
+from ddpm_ema.averaging.files import WEIGHTS, open_safetensors, read_json, save_tensors, weight_files
 from ddpm_ema.averaging.naming import check_tensors, clean_name, clean_named
 from ddpm_ema.averaging.profiles import ConstantDecay, Delayed, Profile, Uniform, Warmup
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = _WEIGHTS + ".index.json"
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,15 @@ def read_diffusers_ema(folder: str | Path) -> ForeignAverage:
         OSError: it cannot be read.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if "optimization_step" not in config or "decay" not in config:
         raise ValueError(
             f"{folder / 'config.json'}: no EMA state in it ('decay', 'optimization_step'): is this a plain model?"
         )
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; a pickle (.bin) is refused: save it with safe_serialization=True")
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118
                 weights[name] = file.get_tensor(name).float().clone()
@@ -108,18 +107,6 @@ def _diffusers_note(profile: DiffusersDecay, step: int) -> str:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        return [folder / name for name in sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))]
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
-    if pickles := sorted(path.name for path in folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder}: its weights are a pickle ({pickles[0]}), refused. Save it with safe_serialization=True"
-        )
-    raise ValueError(f"{folder}: no {_WEIGHTS} in it")
-
-
 def write_diffusers_ema(
     folder: str | Path,
     weights: Mapping[str, Tensor],
@@ -144,7 +131,7 @@ def write_diffusers_ema(
     state = {**_diffusers_settings(profile), "optimization_step": int(step)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / _WEIGHTS, _fp32(weights), {"format": "pt"})
+    save_tensors(folder / WEIGHTS, _fp32(weights), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**model_config, **state}, indent=2, sort_keys=True) + "\n")
 
 

@@ -182,11 +182,16 @@ def test_a_plain_model_and_a_pickle_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "pickle"
     write_diffusers_ema(folder, {}, profile=ConstantDecay(0.9), step=1, model_config={})
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"its weights are a pickle .* refused"):
+    with pytest.raises(ValueError, match=r"safetensors: is missing; a pickle .* is refused"):
         read_diffusers_ema(folder)
-    (folder / "diffusion_pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match=r"no diffusion_pytorch_model\.safetensors in it"):
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "../plain/diffusion_pytorch_model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index\.json: its weight_map must name .safetensors files beside it"):
         read_diffusers_ema(folder)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json: cannot be read \("):
+        read_diffusers_ema(folder)
+    index.unlink()
     torch.save({"w": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="this is a pickle"):
         read_diffusers_ema(folder)
