@@ -94,7 +94,8 @@ class AverageBank:
     @torch.no_grad()
     def _allocate(self, buffers: str, device: torch.device | None) -> None:
         """Choose the tensors that this process follows, and make its averages of them."""
-        self._stored_as = _first_names(self._parameters)
+        first: dict[int, str] = {}  # the further names of a tied parameter are stored as its first
+        self._stored_as = {name: first.setdefault(id(p), name) for name, p in self._parameters.items()}
         distinct = {name: p.numel() for name, p in self._parameters.items() if self._stored_as[name] == name}
         owners = assign_owners(distinct, self._world_size)
         self._owners = {name: owners[stored_as] for name, stored_as in self._stored_as.items()}
@@ -505,12 +506,6 @@ def _checked_parameters(named: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
             raise ValueError(f"parameter {name!r}: only floating-point parameters can be averaged, not {tensor.dtype}")
         sharded.check_parameter(name, tensor)
     return parameters
-
-
-def _first_names(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each name -> the first name of the same tensor: itself, except for the further names of a tied parameter."""
-    seen: dict[int, str] = {}
-    return {name: seen.setdefault(id(tensor), name) for name, tensor in parameters.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -34,10 +34,8 @@ def update_batch_norm(
     if not norms:
         return
     batches = iter(loader)
-    try:
-        first = next(batches)
-    except StopIteration:
-        raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
+    if (first := next(batches, None)) is None:
+        raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from")
     momenta, training = [norm.momentum for norm in norms], model.training
     try:
         for norm in norms:

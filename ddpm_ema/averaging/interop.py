@@ -25,7 +25,6 @@ class ForeignAverage:
         weights: clean parameter name -> fp32 CPU tensor, for `AverageBank.load_weights`.
         step: number of its updates.
         profile: its true profile.
-        claimed: the decay in its settings.
         notes: in plain sentences, how the two differ.
         buffers: clean buffer name -> tensor.
     """
@@ -33,7 +32,6 @@ class ForeignAverage:
     weights: dict[str, Tensor]
     step: int
     profile: Profile
-    claimed: float | None
     notes: list[str]
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -86,7 +84,7 @@ def _from_diffusers(weights: dict[str, Tensor], state: Mapping[str, Any]) -> For
     known = {f.name for f in fields(DiffusersDecay)}
     profile = DiffusersDecay(max_decay=state["decay"], **{name: state[name] for name in known & state.keys()})
     step = int(state["optimization_step"])
-    return ForeignAverage(weights, step, profile, float(state["decay"]), [_diffusers_note(profile, step)])
+    return ForeignAverage(weights, step, profile, [_diffusers_note(profile, step)])
 
 
 def _diffusers_note(profile: DiffusersDecay, step: int) -> str:
@@ -137,21 +135,19 @@ def write_diffusers_ema(
 
 def _diffusers_settings(profile: Profile) -> dict[str, Any]:
     """EMAModel's state for a profile."""
-    if isinstance(profile, DiffusersDecay):
-        settings = profile.settings()
-        return {"decay": settings.pop("max_decay"), **settings}
     rule, start = (profile.profile, profile.start) if isinstance(profile, Delayed) else (profile, 0)
-    state = {"update_after_step": start - 1}  # EMAModel's s is one step behind ours: it would copy one step longer
+    after = start - 1  # EMAModel's s is one step behind ours: it would copy one step longer
     if isinstance(rule, ConstantDecay):  # a floor as high as the ceiling leaves no room for the warm-up
-        floor = {"min_decay": rule.decay_per_step, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2.0 / 3.0}
-        return {"decay": rule.decay_per_step, **floor, **state}
-    if isinstance(rule, Warmup):
-        warmup = {"min_decay": 0.0, "use_ema_warmup": True, "inv_gamma": rule.inv_gamma, "power": rule.power}
-        return {"decay": rule.decay_per_step, **warmup, **state}
-    raise ValueError(
-        f"profile: diffusers' EMAModel cannot go on with {profile!r}, only with a constant or a warmed-up decay; "
-        "to ship the weights alone, load them into the model and use its save_pretrained"
-    )
+        profile = DiffusersDecay(rule.decay_per_step, rule.decay_per_step, after)
+    elif isinstance(rule, Warmup):
+        profile = DiffusersDecay(rule.decay_per_step, 0.0, after, True, rule.inv_gamma, rule.power)
+    elif not isinstance(profile, DiffusersDecay):
+        raise ValueError(
+            f"profile: diffusers' EMAModel cannot go on with {profile!r}, only with a constant or a warmed-up decay; "
+            "to ship the weights alone, load them into the model and use its save_pretrained"
+        )
+    settings = profile.settings()
+    return {"decay": settings.pop("max_decay"), **settings}
 
 
 def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay: float | None = None) -> ForeignAverage:
@@ -180,7 +176,6 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
         weights=_fp32({n: tensors[n] for n in parameters}),
         step=step,
         profile=profile,
-        claimed=decay,
         notes=notes,
         buffers={n: tensors[n].detach().cpu().clone() for n in buffers},
     )

@@ -19,8 +19,6 @@ from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_d
 ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """safetensors dtype -> largest relative error of rounding to it."""
 
-_DTYPES = {torch.float32, torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -115,7 +113,7 @@ def write_snapshot(
         ValueError: another dtype, a step or steps between updates that are no such number, or a profile that could not be read back.
         OSError: it cannot be written.
     """
-    if dtype not in _DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: snapshots are stored as torch.float32 or torch.bfloat16, got {dtype}")
     step, every = check_count("step", step, 0), check_count("every", every)
     path = Path(path)
