@@ -258,7 +258,7 @@ class AverageBank:
             KeyError: no average has this name.
             ValueError: the model's tensors differ in name or shape or are sharded, or the bank is split over processes.
         """
-        return with_tensors(model, self._values(name))
+        return with_tensors(model, self._values(name), self)  # the model may hold its bank
 
     def _values(self, name: str) -> dict[str, Tensor]:
         if self._world_size > 1:
