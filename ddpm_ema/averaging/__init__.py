@@ -36,35 +36,17 @@ if TYPE_CHECKING:
     from ddpm_ema.averaging.posthoc import Reconstruction, reconstruct
     from ddpm_ema.averaging.snapshots import Snapshot, find_snapshots, write_snapshot
 
-_NEEDS_TORCH = {
-    "AverageBank": "bank",
-    "merge_states": "bank",
-    "update_batch_norm": "batch_norm",
-    "Reconstruction": "posthoc",
-    "reconstruct": "posthoc",
-    "Snapshot": "snapshots",
-    "find_snapshots": "snapshots",
-    "write_snapshot": "snapshots",
-}
-
 __all__ = ["AverageBank", "merge_states", "update_batch_norm"]
 __all__ += ["PROFILES", "Profile", "profile_from_dict", "profile_to_dict", "resolve_lengths", "summarize"]
-__all__ += [
-    "BiasCorrected",
-    "ConstantDecay",
-    "Delayed",
-    "DiffusersDecay",
-    "HardCopy",
-    "StochasticWeightAverage",
-    "Warmup",
-]
-__all__ += ["HalfLife", "HalfLifeShare", "PowerFunction", "Uniform", "exponent_to_std", "std_to_exponent"]
+__all__ += ["BiasCorrected", "ConstantDecay", "Delayed", "DiffusersDecay", "HalfLife", "HalfLifeShare", "HardCopy"]
+__all__ += ["PowerFunction", "StochasticWeightAverage", "Uniform", "Warmup", "exponent_to_std", "std_to_exponent"]
 __all__ += ["CosineCooldown", "SqrtCooldown", "Window"]
 __all__ += ["RAW", "Coefficients", "Reconstruction", "posthoc_coefficients", "reconstruct"]
 __all__ += ["Snapshot", "find_snapshots", "write_snapshot"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_TORCH:
-        return getattr(import_module(f"{__name__}.{_NEEDS_TORCH[name]}"), name)
+    for module in ("bank", "batch_norm", "posthoc", "snapshots") if name in __all__ else ():
+        if name in vars(found := import_module(f"{__name__}.{module}")):
+            return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from ddpm_ema.averaging.checks import check_count
 from ddpm_ema.averaging.gather import collect, require_group
 from ddpm_ema.averaging.hooks import UpdateHandle, unwrapped
 from ddpm_ema.averaging.module import with_tensors
-from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_named
+from ddpm_ema.averaging.naming import assign_owners, check_tensors, clean_name, clean_named
 from ddpm_ema.averaging.offload import HostMirror
 from ddpm_ema.averaging.profiles import Profile, profile_to_dict
 
@@ -67,10 +67,10 @@ class AverageBank:
             ValueError: a bad name, profile, rank or setting, two parameters of one name, or one that cannot be averaged.
         """
         _check_settings(profiles, buffers, rank, world_size)
-        module = model if isinstance(model, nn.Module) else nn.Module()  # without buffers, and without places to check
-        sharded.reshard(module)
-        self._places = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items()]
-        self._buffers = clean_named(module.named_buffers(remove_duplicate=False), "buffers")
+        self._module = model if isinstance(model, nn.Module) else nn.Module()  # without buffers and places to check
+        sharded.reshard(self._module)
+        self._find_places()
+        self._buffers = clean_named(self._module.named_buffers(remove_duplicate=False), "buffers")
         named = model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
         self._parameters = _checked_parameters(list(named))
         if world_size > 1 and any(map(sharded.is_sharded, self._parameters.values())):
@@ -82,10 +82,20 @@ class AverageBank:
         self._handle: UpdateHandle | None = None
         self._allocate(buffers, None if device is None else torch.device(device))
 
+    def _find_places(self) -> None:
+        """Note where the module holds its parameters, submodules and buffers, since each may be replaced."""
+        modules = list(self._module.named_modules(remove_duplicate=False))
+        self._places = [(m._parameters, name, p) for _, m in modules for name, p in m._parameters.items()]
+        self._children = [(m._modules, name, child) for _, m in modules for name, child in m._modules.items()]
+        self._buffer_places = {
+            clean_name(f"{at}.{n}".strip(".")): (m._buffers, n) for at, m in modules for n in m._buffers
+        }
+
     @torch.no_grad()
     def _allocate(self, buffers: str, device: torch.device | None) -> None:
         """Choose the tensors that this process follows, and make its averages of them."""
-        self._stored_as = _first_names(self._parameters)
+        first: dict[int, str] = {}  # the further names of a tied parameter are stored as its first
+        self._stored_as = {name: first.setdefault(id(p), name) for name, p in self._parameters.items()}
         distinct = {name: p.numel() for name, p in self._parameters.items() if self._stored_as[name] == name}
         owners = assign_owners(distinct, self._world_size)
         self._owners = {name: owners[stored_as] for name, stored_as in self._stored_as.items()}
@@ -116,11 +126,16 @@ class AverageBank:
 
         Raises:
             ValueError: not whole numbers with 1 <= num_steps <= step, steps are left out or counted twice since the last
-                update, or a parameter of the model was replaced. The step does not count then.
+                update, a parameter of the model was replaced, or a rule gave no decay in [0, 1]. The step does not count then.
         """
         step, num_steps = check_count("step", step), check_count("num_steps", num_steps)
         self._check_update(step, num_steps)
         weights = {name: 1.0 - profile.decay(step, num_steps) for name, profile in self._profiles.items()}
+        for name, weight in weights.items():
+            if not -1e-9 <= weight <= 1.0 + 1e-9:
+                raise ValueError(
+                    f"{name}: {self._profiles[name]!r} gives no decay in [0, 1] at step {step}: {1.0 - weight}"
+                )
         if self._mirror is None:
             self._move(weights, self._current())
         elif any(weights.values()):
@@ -130,7 +145,15 @@ class AverageBank:
 
     @torch.no_grad()
     def _current(self) -> list[Tensor]:
-        """This process's part of the followed tensors, as they are now. FSDP may replace the storage of a shard."""
+        """This process's part of the followed tensors, as they are now. FSDP may replace the storage of a shard.
+
+        `model.to` replaces every buffer, and so does a `self.count = self.count + 1`. Raises ValueError for one of another shape.
+        """
+        for name, held in self._buffers.items():
+            store, key = self._buffer_places.get(name, (self._buffers, name))
+            if (found := store.get(key)) is not held:
+                check_tensors({} if found is None else {name: found}, {name: held.shape}, "buffers of the model")
+                self._buffers[name] = self._followed[name] = found
         return [sharded.local(tensor) for tensor in self._followed.values()]
 
     def _move(self, weights: Mapping[str, float], current: list[Tensor]) -> None:
@@ -150,14 +173,28 @@ class AverageBank:
                 f"update(step={step}, num_steps={num_steps}) does not follow the update at step {last}: "
                 f"expected num_steps={step - last}"
             )
-        for parameters, name, parameter in self._places:
-            found = parameters.get(name)
-            # After a forward pass FSDP shows whole copies of its shards; that is no replacement.
-            if found is not parameter and (sharded.is_sharded(found) or not sharded.is_sharded(parameter)):
-                raise ValueError(
-                    f"parameter {name!r} of the model was replaced (load_state_dict(assign=True), fully_shard, ...), so this "
-                    "bank no longer follows it: make a new bank and call its load_state_dict(bank.state_dict())"
-                )
+        self._check_places()
+
+    def _check_places(self) -> None:
+        # After a forward pass FSDP shows whole copies of its shards; that is no replacement.
+        replaced = [
+            name
+            for store, name, held in self._places
+            if (found := store.get(name)) is not held and (sharded.is_sharded(found) or not sharded.is_sharded(held))
+        ]
+        if wrapped := any(store.get(name) is not held for store, name, held in self._children):
+            # torch.compile and PEFT wrap layers: the parameters are the same, perhaps by other names.
+            sharded.reshard(self._module)
+            now = clean_named(self._module.named_parameters(remove_duplicate=False), "parameters")
+            there = set(map(id, now.values()))
+            replaced += [n for n, p in self._parameters.items() if now.get(n, p) is not p or id(p) not in there]
+        if replaced:
+            raise ValueError(
+                f"parameter {replaced[0]!r} of the model was replaced (load_state_dict(assign=True), fully_shard, a new layer), so "
+                "this bank no longer follows it: make a new bank and call its load_state_dict(bank.state_dict())"
+            )
+        if wrapped:
+            self._find_places()
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The parameters of one average: those that this process owns, so all of them when `world_size` is 1.
@@ -221,7 +258,7 @@ class AverageBank:
             KeyError: no average has this name.
             ValueError: the model's tensors differ in name or shape or are sharded, or the bank is split over processes.
         """
-        return with_tensors(model, self._values(name))
+        return with_tensors(model, self._values(name), self)  # the model may hold its bank
 
     def _values(self, name: str) -> dict[str, Tensor]:
         if self._world_size > 1:
@@ -418,10 +455,10 @@ class AverageBank:
         if start_step is None and self._step is None and self._loaded:
             raise ValueError("attach: weights were loaded: pass start_step, the number of steps that they have seen")
         every = check_count("every", every)
-        start_step = (self._step or 0) if start_step is None else start_step
+        start_step = check_count("start_step", (self._step or 0) if start_step is None else start_step, 0)
         last = start_step - start_step % every
-        if start_step < 0 or (self._step is None and last not in (0, start_step)):
-            raise ValueError(f"start_step: expected a multiple of every={every} of at least 0, got {start_step!r}")
+        if self._step is None and last not in (0, start_step):
+            raise ValueError(f"start_step: expected a multiple of every={every}, got {start_step}")
         if self._step not in (None, last):
             raise ValueError(f"start_step: the last update was at step {self._step}, got {start_step!r}, every={every}")
         self._handle = UpdateHandle(inner, self.update, start_step, every)
@@ -469,12 +506,6 @@ def _checked_parameters(named: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
             raise ValueError(f"parameter {name!r}: only floating-point parameters can be averaged, not {tensor.dtype}")
         sharded.check_parameter(name, tensor)
     return parameters
-
-
-def _first_names(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each name -> the first name of the same tensor: itself, except for the further names of a tied parameter."""
-    seen: dict[int, str] = {}
-    return {name: seen.setdefault(id(tensor), name) for name, tensor in parameters.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

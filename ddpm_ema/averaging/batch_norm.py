@@ -6,19 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
-
-
-class _Calls(nn.Module):
-    """A model as `update_bn` wants it: called with one batch."""
-
-    def __init__(self, model: nn.Module, call: Callable[[Any], object]) -> None:
-        super().__init__()
-        self.model, self.call = model, call
-        self.training = model.training
-
-    def forward(self, batch: Any) -> object:
-        return self.call(batch)
 
 
 def update_batch_norm(
@@ -31,25 +18,38 @@ def update_batch_norm(
 
     Averaged weights produce other activations than the weights that they average, so stored statistics are wrong for them. One
     pass over the data with every module in training mode, frozen batch norms too, and the same weight for every batch; momenta
-    are restored, and all modules get the model's own mode. A model without batch norm reads no data.
+    are restored, and all modules get the model's own mode, also after an error, which leaves the statistics of the batches before
+    it. A model without batch norm reads no data.
 
     Args:
         model: with the averaged weights in it.
         loader: batches: tensors, or tuples whose first element is the model's input.
-        device: where to put the batches.
+        device: where to put the model's input; `call` moves its own.
         call: passes one batch, as the loader gives it, to the model; by default `model(batch)`.
 
     Raises:
         ValueError: the loader is empty (the statistics would be lost).
     """
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
         return
     batches = iter(loader)
+    if (first := next(batches, None)) is None:
+        raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from")
+    momenta, training = [norm.momentum for norm in norms], model.training
     try:
-        first = next(batches)
-    except StopIteration:
-        raise ValueError("loader: expected at least one batch to estimate batch-norm statistics from") from None
-    whole: Iterable[Any] = itertools.chain([first], batches)
-    if call is not None:
-        model, whole = _Calls(model, call), ([batch] for batch in whole)  # update_bn takes a tuple's first element
-    update_bn(whole, model, device=None if device is None else torch.device(device))
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        model.train()
+        with torch.no_grad():
+            for batch in itertools.chain([first], batches):
+                if call is not None:
+                    call(batch)
+                    continue
+                inputs = batch[0] if isinstance(batch, list | tuple) else batch
+                model(inputs if device is None else inputs.to(device))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(training)

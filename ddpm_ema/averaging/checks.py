@@ -23,11 +23,11 @@ def check_positive(field: str, value: object) -> float:
     return check_real(field, value, math.ulp(0.0), float(np.finfo(np.float64).max), "a finite number above 0")
 
 
-def check_count(field: str, value: object) -> int:
-    """`value` as an int, if it is a whole number of at least 1; raises as `check_real`."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_)) and int(value) >= 1:
+def check_count(field: str, value: object, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number of at least `least`; raises as `check_real`."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_)) and int(value) >= least:
         return int(value)
-    raise ValueError(f"{field}: expected a whole number of steps of at least 1, got {value!r}")
+    raise ValueError(f"{field}: expected a whole number of steps of at least {least}, got {value!r}")
 
 
 def check_steps(step: int, num_steps: int) -> None:

@@ -283,8 +283,8 @@ def _variances(step_variance: StepVariance | None, t: FloatArray) -> FloatArray:
         found = np.asarray([step_variance(x) for x in t.tolist()], dtype=np.float64)
     else:
         ends, values = (np.asarray(part, dtype=np.float64) for part in step_variance)
-        if ends.shape != values.shape or ends.ndim != 1 or not np.all(np.diff(ends) > 0):
-            raise ValueError("step_variance: expected (ends, values), equally many, with ends that grow")
+        if ends.shape != values.shape or ends.ndim != 1 or not ends.size or not np.all(np.diff(ends) > 0):
+            raise ValueError("step_variance: expected (ends, values), equally many, at least one, with ends that grow")
         found = values[np.minimum(np.searchsorted(ends - 0.5, t, side="right"), len(values) - 1)]
     if not np.all((found >= 0.0) & (found < np.inf)):
         raise ValueError("step_variance: expected finite variances of at least 0")

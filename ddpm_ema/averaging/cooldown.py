@@ -1,13 +1,7 @@
-"""The mean of the last steps, and emulated learning-rate decay, for runs at a constant rate.
+"""The mean of the last steps, and emulated learning-rate decay, for runs at a constant rate (WSM: Tian et al. 2025, arXiv 2507.17634).
 
-With m_t = theta_{t+1} - theta_t the movement of a step at the full rate and a rate factor r(u), u = (t - (T - D)) / D, that falls from
-r(0) = 1 to r(1) = 0 over the last D of T steps, decayed training would reach, to first order (movements in proportion to their rate,
-gradients as in the run)
-
-    theta_{T-D} + sum over t = T-D..T-1 of r(u_t) m_t.
-
-An average with cumulative weighting P and P(t) = 0 before T - D is, summed by parts, theta_{T-D} + sum of (1 - P(t)) m_t. So
-P(t) = 1 - r(u_t) emulates the decay (WSM: Tian et al. 2025, arXiv 2507.17634). A linear decay is the plain mean of the last D steps.
+A rate factor r(u), u = (t - (T - D)) / D, that falls from r(0) = 1 to r(1) = 0 over the last D of T steps is emulated, to first
+order, by the average with cumulative weighting P(t) = 1 - r(u_t). docs/averaging.md derives it.
 """
 
 from abc import abstractmethod

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
 import os
 import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 HEAD_BYTES = 9
 """Number of first bytes that `is_pickle` needs."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""Where diffusers saves a network; that of a large one lies in several files, beside an index."""
 
 
 @contextlib.contextmanager
@@ -119,3 +122,25 @@ def is_pickle(head: bytes) -> bool:
     safetensors begins with its header's length in eight bytes, which may look like a pickle, and then an opening brace.
     """
     return head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError for anything else, and OSError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files that diffusers loads from a network's folder, there or not; they lie in it. Raises as `read_json`."""
+    index, names = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) and shards else [""]
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise ValueError(f"{index}: its weight_map must name .safetensors files beside it")
+    return [folder / name for name in names]

@@ -25,7 +25,6 @@ class UpdateHandle:
     def __init__(
         self, optimizer: torch.optim.Optimizer, update: Callable[[int, int], None], start_step: int, every: int
     ) -> None:
-        """Attach to an unwrapped optimizer."""
         self.step, self.active = start_step, True
         self._update, self._every = update, every
         self._hook = optimizer.register_step_post_hook(self._after_step)

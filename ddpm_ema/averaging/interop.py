@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ema.averaging.diffusers_decay import DiffusersDecay
-from ddpm_ema.averaging.files import open_safetensors, save_tensors
+from ddpm_ema.averaging.files import WEIGHTS, open_safetensors, read_json, save_tensors, weight_files
 from ddpm_ema.averaging.naming import check_tensors, clean_name, clean_named
 from ddpm_ema.averaging.profiles import ConstantDecay, Delayed, Profile, Uniform, Warmup
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = _WEIGHTS + ".index.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,6 @@ class ForeignAverage:
         weights: clean parameter name -> fp32 CPU tensor, for `AverageBank.load_weights`.
         step: number of its updates.
         profile: its true profile.
-        claimed: the decay in its settings.
         notes: in plain sentences, how the two differ.
         buffers: clean buffer name -> tensor.
     """
@@ -36,7 +32,6 @@ class ForeignAverage:
     weights: dict[str, Tensor]
     step: int
     profile: Profile
-    claimed: float | None
     notes: list[str]
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -49,13 +44,15 @@ def read_diffusers_ema(folder: str | Path) -> ForeignAverage:
         OSError: it cannot be read.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if "optimization_step" not in config or "decay" not in config:
         raise ValueError(
             f"{folder / 'config.json'}: no EMA state in it ('decay', 'optimization_step'): is this a plain model?"
         )
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; a pickle (.bin) is refused: save it with safe_serialization=True")
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118
                 weights[name] = file.get_tensor(name).float().clone()
@@ -87,7 +84,7 @@ def _from_diffusers(weights: dict[str, Tensor], state: Mapping[str, Any]) -> For
     known = {f.name for f in fields(DiffusersDecay)}
     profile = DiffusersDecay(max_decay=state["decay"], **{name: state[name] for name in known & state.keys()})
     step = int(state["optimization_step"])
-    return ForeignAverage(weights, step, profile, float(state["decay"]), [_diffusers_note(profile, step)])
+    return ForeignAverage(weights, step, profile, [_diffusers_note(profile, step)])
 
 
 def _diffusers_note(profile: DiffusersDecay, step: int) -> str:
@@ -106,18 +103,6 @@ def _diffusers_note(profile: DiffusersDecay, step: int) -> str:
         f"about {profile.effective_window(step):.0f} steps, centred at {profile.centre(step):.1%} of training, where a "
         f"constant {claimed:g} would average about {constant.effective_window(step):.0f}{rest}."
     )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        return [folder / name for name in sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))]
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
-    if pickles := sorted(path.name for path in folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder}: its weights are a pickle ({pickles[0]}), refused. Save it with safe_serialization=True"
-        )
-    raise ValueError(f"{folder}: no {_WEIGHTS} in it")
 
 
 def write_diffusers_ema(
@@ -144,27 +129,25 @@ def write_diffusers_ema(
     state = {**_diffusers_settings(profile), "optimization_step": int(step)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / _WEIGHTS, _fp32(weights), {"format": "pt"})
+    save_tensors(folder / WEIGHTS, _fp32(weights), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**model_config, **state}, indent=2, sort_keys=True) + "\n")
 
 
 def _diffusers_settings(profile: Profile) -> dict[str, Any]:
     """EMAModel's state for a profile."""
-    if isinstance(profile, DiffusersDecay):
-        settings = profile.settings()
-        return {"decay": settings.pop("max_decay"), **settings}
     rule, start = (profile.profile, profile.start) if isinstance(profile, Delayed) else (profile, 0)
-    state = {"update_after_step": start - 1}  # EMAModel's s is one step behind ours: it would copy one step longer
+    after = start - 1  # EMAModel's s is one step behind ours: it would copy one step longer
     if isinstance(rule, ConstantDecay):  # a floor as high as the ceiling leaves no room for the warm-up
-        floor = {"min_decay": rule.decay_per_step, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2.0 / 3.0}
-        return {"decay": rule.decay_per_step, **floor, **state}
-    if isinstance(rule, Warmup):
-        warmup = {"min_decay": 0.0, "use_ema_warmup": True, "inv_gamma": rule.inv_gamma, "power": rule.power}
-        return {"decay": rule.decay_per_step, **warmup, **state}
-    raise ValueError(
-        f"profile: diffusers' EMAModel cannot go on with {profile!r}, only with a constant or a warmed-up decay; "
-        "to ship the weights alone, load them into the model and use its save_pretrained"
-    )
+        profile = DiffusersDecay(rule.decay_per_step, rule.decay_per_step, after)
+    elif isinstance(rule, Warmup):
+        profile = DiffusersDecay(rule.decay_per_step, 0.0, after, True, rule.inv_gamma, rule.power)
+    elif not isinstance(profile, DiffusersDecay):
+        raise ValueError(
+            f"profile: diffusers' EMAModel cannot go on with {profile!r}, only with a constant or a warmed-up decay; "
+            "to ship the weights alone, load them into the model and use its save_pretrained"
+        )
+    settings = profile.settings()
+    return {"decay": settings.pop("max_decay"), **settings}
 
 
 def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay: float | None = None) -> ForeignAverage:
@@ -193,7 +176,6 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
         weights=_fp32({n: tensors[n] for n in parameters}),
         step=step,
         profile=profile,
-        claimed=decay,
         notes=notes,
         buffers={n: tensors[n].detach().cpu().clone() for n in buffers},
     )

@@ -23,7 +23,7 @@ def lerp_(averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], weigh
     moving = [(average, weight) for average, weight in zip(averages, weights, strict=True) if 0.0 < weight < 1.0]
     with torch.no_grad():
         for average, weight in zip(averages, weights, strict=True):
-            if weight == 1.0 and sources:
+            if weight >= 1.0 and sources:  # a rule's rounding may be above
                 torch._foreach_copy_(list(average), list(sources))
         if not moving:
             return

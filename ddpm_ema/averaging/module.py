@@ -10,8 +10,8 @@ from ddpm_ema.averaging.naming import check_tensors, clean_name
 from ddpm_ema.averaging.sharded import is_sharded
 
 
-def with_tensors(model: Any, values: Mapping[str, Tensor]) -> nn.Module:
-    """A module like `model` in eval mode whose parameters and buffers are these tensors, else the model's own; no tensor is copied.
+def with_tensors(model: Any, values: Mapping[str, Tensor], *shared: object) -> nn.Module:
+    """A module like `model` in eval mode with these parameters and buffers, else the model's own; they and `shared` are not copied.
 
     `values` are by clean name; neither the model's tensors nor its mode are touched. Raises ValueError for a name or shape that it
     does not have, or a sharded model, whose hooks set its parameters themselves.
@@ -24,7 +24,7 @@ def with_tensors(model: Any, values: Mapping[str, Tensor]) -> nn.Module:
     shapes = {clean_name(name): tensor.shape for name, tensor in tensors}
     check_tensors(values, {name: shape for name, shape in shapes.items() if name in values}, "module")
     # deepcopy takes what it finds here instead of copying it.
-    taken = {id(tensor): tensor for _, tensor in tensors}
+    taken: dict[int, object] = {id(one): one for one in (*shared, *(tensor for _, tensor in tensors))}
     for name, tensor in tensors:
         if (value := values.get(clean_name(name))) is not None:
             taken[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value

@@ -225,10 +225,11 @@ class BiasCorrected(Profile):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Warmup(ScheduledDecay):
-    """A constant decay that is warmed up: min(decay, 1 - (1 + t / inv_gamma)^-power) at step t (ema-pytorch's rule).
+    """A constant decay that is warmed up: min(decay, 1 - (1 + t / inv_gamma)^-power) at step t.
 
-    With inv_gamma = 1, power 2/3 reaches 0.9999 after 1e6 steps, power 3/4 reaches 0.999 after 1e4. diffusers' (1 + s) / (10 + s)
-    with s = t - 1 is inv_gamma = 9, power = 1 from the second step on.
+    With inv_gamma = 1, power 2/3 reaches 0.9999 after 1e6 steps, power 3/4 reaches 0.999 after 1e4. ema-pytorch and timm apply it one
+    step later: `DiffusersDecay(use_ema_warmup=True)`. diffusers' (1 + s) / (10 + s) with s = t - 1 is inv_gamma = 9, power = 1 from
+    the second step on.
 
     Args:
         decay: upper limit of the decay, in [0, 1].

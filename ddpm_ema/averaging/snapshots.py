@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.averaging import sharded
+from ddpm_ema.averaging.checks import check_count
 from ddpm_ema.averaging.files import open_safetensors, save_tensors
 from ddpm_ema.averaging.profiles import Profile, profile_from_dict, profile_to_dict
 
 ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """safetensors dtype -> largest relative error of rounding to it."""
-
-_DTYPES = {torch.float32, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,8 @@ class Snapshot:
             metadata = file.metadata() or {}
         try:
             described = json.loads(metadata["snapshot"])
-            step, every, settings = int(described["step"]), int(described["every"]), described["profile"]
-            if step < 0 or every < 1:
-                raise ValueError
+            step, every = check_count("step", described["step"], 0), check_count("every", described["every"])
+            settings = described["profile"]
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{path}: not a snapshot: its metadata has no valid 'snapshot' with step, every and profile"
@@ -112,15 +110,12 @@ def write_snapshot(
         every: steps between updates of the average, `num_steps` of `AverageBank.update`.
 
     Raises:
-        ValueError: another dtype, a negative step, no steps between updates, or a profile that could not be read back.
+        ValueError: another dtype, a step or steps between updates that are no such number, or a profile that could not be read back.
         OSError: it cannot be written.
     """
-    if dtype not in _DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: snapshots are stored as torch.float32 or torch.bfloat16, got {dtype}")
-    if step < 0 or every < 1:
-        raise ValueError(
-            f"step, every: expected at least 0 completed steps and 1 between updates, got {step!r} and {every!r}"
-        )
+    step, every = check_count("step", step, 0), check_count("every", every)
     path = Path(path)
     writes = all(map(sharded.is_first, tensors.values()))
     stored = {}

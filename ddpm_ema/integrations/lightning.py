@@ -64,7 +64,8 @@ class WeightAverages(Callback):
             self._raw = {name: tensor.detach().clone() for name, tensor in _tensors(pl_module)}
             self._make_bank(pl_module).copy_to(self._validate, pl_module)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not at the epoch's end, where callbacks come before the module's own hook, which may sample.
         reshard(pl_module)
         with torch.no_grad():
             for name, tensor in _tensors(pl_module) if self._raw else ():
@@ -72,7 +73,7 @@ class WeightAverages(Callback):
         self._raw = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_validation_epoch_end(trainer, pl_module)
+        self.on_validation_end(trainer, pl_module)
         self.on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -17,15 +17,13 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ddpm_ema.averaging.files import open_safetensors
+from ddpm_ema.averaging.files import open_safetensors, read_json, weight_files
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError, explained, one_line
 from ddpm_ema.rundir import file_sha256
 
 UNET2D: Any = diffusers.UNet2DModel  # diffusers is not typed
 DDPM_SCHEDULER: Any = diffusers.DDPMScheduler
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 SCHEDULER = "scheduler_config.json"
 MOST_TIMESTEPS = 100_000
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -90,19 +88,15 @@ class PipelineFolder:
     def files(self) -> list[Path]:
         """The .safetensors files that diffusers loads: one, or the shards of an index. Raises UserError for anything else."""
         unet = self.unet_path
-        names = [WEIGHTS]
-        if (unet / INDEX).is_file():
-            shards = _json(unet / INDEX).get("weight_map")
-            names = sorted(map(str, set(shards.values()))) if isinstance(shards, dict) and shards else [""]
-            if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-                raise UserError(f"{unet / INDEX}: its weight_map must name .safetensors files beside it")
-        missing = [name for name in names if not (unet / name).is_file()]
+        with explained("", ValueError, OSError):
+            files = weight_files(unet)
+        missing = [file.name for file in files if not file.is_file()]
         if missing or not (unet / "config.json").is_file():
             raise UserError(
-                f"weights {str(self.path)!r}: no diffusers folder with config.json and {(missing or names)[0]} "
+                f"weights {str(self.path)!r}: no diffusers folder with config.json and {(missing or [files[0].name])[0]} "
                 "(a pickle, .bin, is never opened: convert it to safetensors first)"
             )
-        return [unet / name for name in names]
+        return files
 
     @cached_property
     def config(self) -> PipelineConfig:
@@ -228,13 +222,8 @@ def _arguments(kind: Any) -> list[str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value
+    with explained("", ValueError, OSError):
+        return read_json(file)
 
 
 def _shapes(file: Path) -> list[torch.Size]:

@@ -242,6 +242,8 @@ def test_a_module_is_taken_with_its_buffers_and_all_names_of_its_tied_parameters
         lambda model: model.load_state_dict(model.state_dict(), assign=True),
         lambda model: setattr(model[0], "bias", nn.Parameter(torch.zeros(8))),
         lambda model: nn.utils.parametrizations.weight_norm(model[0]),
+        lambda model: setattr(model, "0", nn.Linear(4, 8)),
+        lambda model: delattr(model, "2"),
     ],
 )
 def test_a_parameter_of_the_model_that_was_replaced_is_noticed(replace) -> None:
@@ -250,10 +252,53 @@ def test_a_parameter_of_the_model_that_was_replaced_is_noticed(replace) -> None:
     bank.update(1)
     replace(model)
     with pytest.raises(
-        ValueError, match=r"parameter '(weight|bias)' of the model was replaced .*: make a new bank and"
+        ValueError, match=r"parameter '([02]\.)?(weight|bias)' of the model was replaced .*: make a new bank and"
     ):
         bank.update(2)
     assert bank.step == 1
+    with pytest.raises(ValueError, match="was replaced"):
+        bank.update(2)
+
+
+def test_a_layer_that_is_wrapped_or_added_after_the_bank_was_made_changes_nothing_for_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    bank = AverageBank(model, {"last": ConstantDecay(0.0)})
+    model[0], model[1] = torch.compile(model[0]), nn.Sequential(model[1])  # the second wrapper gives other names
+    model.append(nn.Linear(2, 2))
+    for step in (1, 2):
+        model[0].weight.data.fill_(float(step))
+        model[1][0].running_mean.fill_(float(step))
+        bank.update(step)
+    assert bank.weights("last")["0.weight"].unique().item() == bank.buffers("last")["1.running_mean"][0].item() == 2.0
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_a_buffer_that_the_model_replaces_is_followed_and_one_of_another_shape_refused(buffers: str) -> None:
+    norm = nn.BatchNorm1d(3)
+    bank = AverageBank(norm, {"last": ConstantDecay(0.0)}, buffers=buffers)
+    norm.double()  # makes new buffers
+    norm.running_mean = norm.running_mean + 4.0
+    norm.num_batches_tracked = norm.num_batches_tracked + 7
+    bank.update(1)
+    held = bank.buffers("last")
+    assert held["running_mean"].tolist() == [4.0] * 3
+    assert held["num_batches_tracked"].item() == 7
+    norm.running_mean = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"buffers of the model: 'running_mean' has shape \(5,\), expected \(3,\)"):
+        bank.update(2)
+    norm.running_mean = None
+    with pytest.raises(ValueError, match=r"buffers of the model: 'running_mean' is missing"):
+        bank.update(2)
+    assert bank.step == 1
+
+
+@pytest.mark.parametrize("decay", [float("nan"), -0.1, 1.5])
+def test_a_rule_that_gives_no_decay_is_refused(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = AverageBank([("w", torch.zeros(1))], {"soft": ConstantDecay(0.5), "mine": Uniform()})
+    monkeypatch.setattr(Uniform, "decay", lambda *args: decay)
+    with pytest.raises(ValueError, match=r"^mine: Uniform\(\) gives no decay in \[0, 1\] at step 1: "):
+        bank.update(1)
+    assert bank.step is None
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])

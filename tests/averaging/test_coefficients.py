@@ -298,6 +298,7 @@ def test_more_averages_than_steps_are_solved() -> None:
         ([100], [0.05], 150, 0.1, {"step_variance": lambda t: -t}, "step_variance: expected finite variances"),
         ([100], [0.05], 150, 0.1, {"step_variance": lambda t: 0.0}, "step_variance: expected some variance"),
         ([100], [0.05], 150, 0.1, {"step_variance": ([9, 3], [1, 1])}, "step_variance: expected .* ends that grow"),
+        ([100], [0.05], 150, 0.1, {"step_variance": ([], [])}, "step_variance: expected .* at least one"),
     ],
 )
 def test_bad_input_is_refused(steps, profiles, step_out, target, more, message: str) -> None:

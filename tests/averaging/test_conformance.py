@@ -7,8 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from ddpm_ema.averaging import ConstantDecay, PowerFunction
+from ddpm_ema.averaging import AverageBank, ConstantDecay, Delayed, DiffusersDecay, PowerFunction
 
 for peer in ("ema_pytorch", "timm", "diffusers", "matplotlib"):
     pytest.importorskip(peer)
@@ -50,6 +51,30 @@ def test_a_hidden_warm_up_is_found(conformance: ModuleType) -> None:
     found = conformance.judge(diffusers_average(0.9999), 2000)
     assert not found["as_documented"]
     assert found["centre_measured"] == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_rules_that_the_page_names_for_ema_pytorch_and_timm_give_their_averages_from_the_first_step() -> None:
+    from ema_pytorch import EMA
+    from timm.utils import ModelEmaV3
+
+    model, warm = torch.nn.Linear(3, 1), {"max_decay": 0.9, "use_ema_warmup": True}
+    rules = {"ema_pytorch": DiffusersDecay(**warm), "warm": DiffusersDecay(**warm, update_after_step=4)}
+    bank = AverageBank(model, {**rules, "late": Delayed(ConstantDecay(0.9), 5)})
+    ema = EMA(model, beta=0.9, update_every=1, update_after_step=0)
+    v3 = {
+        "warm": ModelEmaV3(model, 0.9, use_warmup=True, update_after_step=4),
+        "late": ModelEmaV3(model, 0.9, update_after_step=4),
+    }
+    for step in range(1, 41):
+        with torch.no_grad():
+            model.weight += torch.randn(1, 3)
+        bank.update(step)
+        ema.update()
+        for theirs in v3.values():
+            theirs.update(model, step)
+        found = {"ema_pytorch": ema.ema_model, **{name: theirs.module for name, theirs in v3.items()}}
+        for name, theirs in found.items():
+            torch.testing.assert_close(bank.weights(name)["weight"], theirs.weight.detach(), rtol=0, atol=1e-5)
 
 
 def test_an_averager_of_ones_own_is_judged_by_its_name(

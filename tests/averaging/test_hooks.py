@@ -45,6 +45,9 @@ def test_it_can_move_every_n_steps_and_go_on_from_a_step() -> None:
     _, optimizer, bank = make()
     with pytest.raises(ValueError, match="start_step: expected a multiple of every=10"):
         bank.attach(optimizer, start_step=45, every=10)
+    for wrong in (-1, 40.0, "40"):
+        with pytest.raises(ValueError, match="start_step: expected a whole number of steps of at least 0"):
+            bank.attach(optimizer, start_step=wrong)
 
 
 def test_it_goes_on_from_the_banks_last_step_and_loaded_weights_need_theirs() -> None:

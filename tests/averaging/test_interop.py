@@ -100,7 +100,6 @@ def test_a_diffusers_folder_is_read_by_name_with_what_it_really_is(tmp_path: Pat
     read = read_diffusers_ema(tmp_path)
 
     assert read.step == 30
-    assert read.claimed == 0.9999
     assert read.profile == DiffusersDecay(max_decay=0.9999, power=2 / 3)
     assert "claims a decay of 0.9999, but EMAModel's warm-up has only reached 0.769231 at step 30" in read.notes[0]
     for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
@@ -182,11 +181,16 @@ def test_a_plain_model_and_a_pickle_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "pickle"
     write_diffusers_ema(folder, {}, profile=ConstantDecay(0.9), step=1, model_config={})
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"its weights are a pickle .* refused"):
+    with pytest.raises(ValueError, match=r"safetensors: is missing; a pickle .* is refused"):
         read_diffusers_ema(folder)
-    (folder / "diffusion_pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match=r"no diffusion_pytorch_model\.safetensors in it"):
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "../plain/diffusion_pytorch_model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index\.json: its weight_map must name .safetensors files beside it"):
         read_diffusers_ema(folder)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json: cannot be read \("):
+        read_diffusers_ema(folder)
+    index.unlink()
     torch.save({"w": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="this is a pickle"):
         read_diffusers_ema(folder)
@@ -281,3 +285,18 @@ def test_batch_norm_keeps_its_statistics_when_there_is_no_data_and_nothing_is_re
         yield
 
     update_batch_norm(nn.Linear(1, 1), unread())
+
+
+def test_after_an_error_in_the_data_momentum_and_mode_are_what_they_were() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, momentum=0.3)).eval()
+
+    def breaks():
+        yield torch.randn(4, 2)
+        raise OSError("disk")
+
+    for call in (None, model):
+        with pytest.raises(OSError, match="disk"):
+            update_batch_norm(model, breaks(), call=call)
+        assert model[1].momentum == 0.3
+        assert not any(module.training for module in model.modules())
+    update_batch_norm(model, [(torch.randn(4, 2), "label")], device="cpu", call=lambda batch: model(batch[0]))

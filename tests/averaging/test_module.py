@@ -67,3 +67,11 @@ def test_another_architecture_and_a_share_of_the_average_are_refused() -> None:
         bank.module("ema", nn.Sequential(nn.Linear(3, 8), *model[1:]))
     with pytest.raises(ValueError, match="module: this process has only its share"):
         AverageBank(model, {"ema": ConstantDecay(0.5)}, rank=0, world_size=2).module("ema", model)
+
+
+def test_a_model_may_hold_its_own_bank() -> None:
+    model = nn.Linear(2, 1)
+    model.bank = AverageBank(model, {"ema": ConstantDecay(0.5)})
+    averaged = model.bank.module("ema", model)
+    assert averaged.bank is model.bank
+    assert averaged.weight.data_ptr() == model.bank.weights("ema")["weight"].data_ptr()

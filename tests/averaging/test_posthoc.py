@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from onehot import unit
@@ -241,11 +242,14 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("step", "dtype", "message"), [(-1, torch.float32, "step, every: "), (5, torch.float16, "dtype: ")]
+    ("step", "dtype", "message"),
+    [(-1, torch.float32, "step: expected a whole"), (1.5, torch.float32, "step: "), (5, torch.float16, "dtype: ")],
 )
 def test_a_snapshot_of_no_step_or_another_dtype_is_refused(tmp_path: Path, step, dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_snapshot(tmp_path / "x.safetensors", {"w": torch.ones(1)}, step, Uniform(), dtype)
+    write_snapshot(tmp_path / "x.safetensors", {"w": torch.ones(1)}, np.int64(2**40), Uniform())
+    assert Snapshot.open(tmp_path / "x.safetensors").step == 2**40
 
 
 @pytest.mark.parametrize("pickle_as", ["zip", "legacy"])

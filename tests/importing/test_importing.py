@@ -254,7 +254,7 @@ def test_a_file_that_needs_code_is_refused_with_the_cure_and_not_run(tmp_path: P
         (["--pattern", "a_{step}.pt", "--profile", "constant:decay=2"], "--profile constant:decay=2: decay"),
         (["--pattern", "a_{step}.pt", "--pattern", "a_{step}.pt"], "step 1 has weights 'raw' already"),
         (["--pattern", "?_{step}.pt"], "not of the same network"),
-        (["--pattern", "d*.pt"], "d.pt: step, every: expected at least 0 completed steps"),
+        (["--pattern", "d*.pt"], "d.pt: step: expected a whole number of steps of at least 0"),
         (["--pattern", "e_*.pt"], "e_4.pt: 'w' has values that are not finite; leave this file out"),
         (["--pattern", "a_*.pt", *["--profile", "raw"] * 2], "--profile: given 2 times; give it once"),
     ],

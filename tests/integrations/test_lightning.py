@@ -36,6 +36,9 @@ class Module(lightning.LightningModule):
         if self.fail_at == self.global_step:
             raise RuntimeError("validation broke")
 
+    def on_validation_epoch_end(self) -> None:
+        self.seen.append(self.layer[0].weight.detach().clone())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
@@ -92,7 +95,9 @@ def test_it_validates_with_the_average_asked_for_and_trains_on_from_the_raw_weig
     assert torch.equal(
         module.layer[0].weight, raw
     )  # validation changed nothing, and training ends with the raw weights
-    assert torch.equal(module.seen[-1], raw if average is None else average)
+    step, epoch_end = module.seen[-2:]
+    assert torch.equal(step, raw if average is None else average)
+    assert torch.equal(epoch_end, step)  # where a module samples, or scores what it sampled
     assert torch.equal(module.seen[0], Module().layer[0].weight)  # the sanity check sees the initial weights
 
 

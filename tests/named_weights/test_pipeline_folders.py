@@ -310,7 +310,7 @@ class TestFiles:
             named(folder)
         assert not mark.exists()
 
-    @pytest.mark.parametrize("names", [["../w.safetensors"], ["w.bin"], [7], [], None, "x"])
+    @pytest.mark.parametrize("names", [["../w.safetensors"], ["w.bin"], [7], [[]], [], None, "x"])
     def test_an_index_that_leads_elsewhere_is_refused(self, folder, names):
         weight_map = {str(i): name for i, name in enumerate(names)} if isinstance(names, list) else names
         index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
