@@ -116,9 +116,7 @@ class RunDir:
                 path = partial / file
                 save_tensors(path, tensors)
                 entries[file] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-            if (
-                self.metrics_path.exists()
-            ):  # a run that goes on from here must have the rows before it, after a power cut, too
+            if self.metrics_path.exists():  # whoever goes on from here has the rows before, also after a power cut
                 sync(self.metrics_path)
             whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
             atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))

@@ -54,9 +54,7 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
 def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> None:
     """Steps until `training.steps`, or until any rank is asked to stop."""
     config, processes, metrics_log = trainer.config, trainer.processes, trainer.metrics_log
-    evaluator = None
-    if evaluate is not None and config.evaluation.every:
-        evaluator = evaluate(config, processes, trainer.dataset)
+    evaluator = evaluate(config, processes, trainer.dataset) if evaluate and config.evaluation.every else None
     preview = Preview(trainer) if config.training.sample_every else None
     batches = batches_of(trainer)
     if config.training.compile:

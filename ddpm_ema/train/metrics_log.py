@@ -134,8 +134,7 @@ class MetricsLog:
             self._track(lambda: self.processes.accelerator.log(numbers, step=step))
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         for tracker in self.processes.accelerator.trackers:
             self._track(tracker.finish)
 

@@ -62,16 +62,10 @@ class Preview:
         indices = torch.arange(mine.start, mine.stop)
         labels = None if self.network.no_label is None else indices % self.network.no_label
         own = None
+        what: dict[str, Any] = {"seed": config.evaluation.seed, "image_shape": trainer.dataset.image_shape}
+        what |= {"indices": indices, "labels": labels, "device": processes.device}
         with contextlib.suppress(sampling.NonFiniteImages):
-            own = sampling.sample(
-                self.network.predict,
-                self.sampler,
-                seed=config.evaluation.seed,
-                indices=indices,
-                image_shape=trainer.dataset.image_shape,
-                device=processes.device,
-                labels=labels,
-            ).cpu()
+            own = sampling.sample(self.network.predict, self.sampler, **what).cpu()
         shares = [share for share in processes.gather(own) if share is not None]
         return torch.cat(shares) if len(shares) == processes.world_size else None
 

@@ -116,11 +116,9 @@ def restore(trainer: Trainer, manifest: dict[str, Any] | None) -> None:
     if processes.is_main:
         if starts_afresh(config, trainer.rundir) and (aside := trainer.rundir.move_aside()):
             logger.info(f"starting afresh; what was in {trainer.rundir.path} is now in {aside}")
-        again = config.training.model_copy(
-            update={"resume": "auto"}
-        )  # for a later `train RUN`, which must not start over
-        text = to_yaml(config.model_copy(update={"training": again}))
-        atomic_write(trainer.rundir.config_path, _mark(config) + text)
+        again = config.training.model_copy(update={"resume": "auto"})  # a later `train RUN` must not start over
+        kept = to_yaml(config.model_copy(update={"training": again}))
+        atomic_write(trainer.rundir.config_path, _mark(config) + kept)
         trainer.rundir.checkpoints_path.mkdir(exist_ok=True)
         if manifest is not None:
             logger.info(f"going on from {trainer.rundir.checkpoints_path / step_folder(trainer.step)}")
