@@ -261,9 +261,9 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            saving = "nothing to save yet" if self.nothing_to_save else "saving, then ending; it is enough to ask once"
+            now = "nothing to save: ending" if self.nothing_to_save else "saving, then ending; it is enough to ask once"
             try:
-                os.write(2, f"\n{self.reason}: {saving}\n".encode())
+                os.write(2, f"\n{self.reason}: {now}\n".encode())
             except OSError:  # the terminal, or the reader of a pipe, is gone: no later line may fail, either
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if self.nothing_to_save:

@@ -136,7 +136,7 @@ def test_a_stop_before_there_is_anything_to_save_is_not_kept_waiting_by_the_imag
     wait_until(lambda: "reading" in launch.output())
     launch.signal(signal.SIGINT)
     assert launch.wait() == [75] * world_size
-    assert "SIGINT: nothing to save yet, ending" in launch.output()
+    assert "SIGINT: nothing to save: ending" in launch.output()
 
 
 @pytest.mark.slow
