@@ -58,7 +58,7 @@ ENV HOME=/cache \
     XDG_CACHE_HOME=/cache \
     HF_HUB_DISABLE_TELEMETRY=1
 
-# OFFLINE=1 at build time, or these three variables at run time, for a machine without a network: nothing is looked up or sent.
+# OFFLINE=1 at build time, or the first two variables at run time, for a machine without a network: nothing is looked up or sent.
 ARG OFFLINE=0
 ENV HF_HUB_OFFLINE=${OFFLINE} \
     HF_DATASETS_OFFLINE=${OFFLINE} \

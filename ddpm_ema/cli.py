@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,9 @@ def guard(function: Callable[..., Any], *args: Any, quiet: bool = False) -> int:
         if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
             write_line(f"{error.prefix}{error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        write_line("stopped by SIGINT")
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

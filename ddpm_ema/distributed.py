@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpm_ema import lost_ranks
-from ddpm_ema.errors import LostRankError, PeerFailedError, StoppedError, UserError
+from ddpm_ema.errors import EXIT_STOPPED, LostRankError, PeerFailedError, StoppedError, UserError
 from ddpm_ema.messages import logger
 
 T = TypeVar("T")
@@ -222,9 +222,7 @@ class Processes:
             raise
 
     def close(self) -> None:
-        """Ends the trackers; the group ends with the interpreter, so that another stage may follow. Call it on every rank."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        """The group ends with the interpreter, so that another stage may follow. Call it on every rank."""
         atexit.register(_leave_group)
 
 
@@ -235,12 +233,14 @@ def _leave_group() -> None:
 
 
 class StopFlag:
-    """Whether this run should save and end: on SIGTERM, SIGINT, or when its launcher is gone. A context manager.
+    """Whether this run should save and end: on SIGTERM, SIGINT, SIGHUP, or when its launcher is gone. A context manager.
 
-    A signal only sets a flag, so it cannot interrupt a save, and a second one changes nothing.
+    A signal only sets a flag, so it cannot interrupt a save, and a second one changes nothing. While there is `nothing_to_save`
+    it ends the process at once, because images may be read for hours.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nothing_to_save: bool = False) -> None:
+        self.nothing_to_save = nothing_to_save
         self.reason: str | None = None
         # A run ends with the launcher that started it. It does not end with a shell.
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
@@ -249,8 +249,9 @@ class StopFlag:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -260,8 +261,13 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            with contextlib.suppress(OSError):  # Ctrl-C also ended the reader of a pipe
-                os.write(2, f"\n{self.reason}: saving, then ending; it is enough to ask once\n".encode())
+            now = "nothing to save: ending" if self.nothing_to_save else "saving, then ending; it is enough to ask once"
+            try:
+                os.write(2, f"\n{self.reason}: {now}\n".encode())
+            except OSError:  # the terminal, or the reader of a pipe, is gone: no later line may fail, either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if self.nothing_to_save:
+            os._exit(EXIT_STOPPED)
 
     @property
     def requested(self) -> bool:

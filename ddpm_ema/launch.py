@@ -74,16 +74,11 @@ def exit_code(codes: Iterable[int], stopped: bool) -> int:
     """
     codes = list(codes)
     own = [code for code in codes if code > 0]
-    for final in (EXIT_BAD_INPUT, EXIT_DIVERGED):
-        if final in own:
-            return final
-    crashes = [code for code in own if code != EXIT_STOPPED]
-    killed = [128 - code for code in codes if code < 0]
-    if crashes:
-        return crashes[0]
-    if own or stopped:
-        return EXIT_STOPPED
-    return killed[0] if killed else EXIT_DONE
+    causes = [code for code in (EXIT_BAD_INPUT, EXIT_DIVERGED) if code in own]
+    causes += [code for code in own if code != EXIT_STOPPED]
+    causes += [EXIT_STOPPED] if own or stopped else []
+    causes += [128 - code for code in codes if code < 0]
+    return causes[0] if causes else EXIT_DONE
 
 
 def _stay_on_this_host(options: argparse.Namespace) -> None:
@@ -97,13 +92,9 @@ def _stay_on_this_host(options: argparse.Namespace) -> None:
     if options.standalone or (options.rdzv_backend == "static" and not options.rdzv_endpoint):
         options.standalone = False
         options.master_addr = "127.0.0.1"
-        options.master_port = options.master_port or _free_port()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            options.master_port = options.master_port or probe.getsockname()[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

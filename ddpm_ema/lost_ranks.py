@@ -59,9 +59,8 @@ def roll_call(rank: int, world_size: int) -> str:
         return "rank 0, which keeps the rendezvous, does not answer"
     if not gone:
         return "the connection between ranks broke, though all still answer"
-    return (
-        f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} no longer answer{'' if len(gone) > 1 else 's'}"
-    )
+    ranks, answer = ("ranks", "answer") if len(gone) > 1 else ("rank", "answers")
+    return f"{ranks} {', '.join(map(str, gone))} no longer {answer}"
 
 
 def never_met(launched: int, timeout: float, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,8 +138,9 @@ def test_guard_prints_one_message_and_returns_the_exit_code(capsys: pytest.Captu
         raise UserError("what, where, what to do")
 
     assert cli.guard(fail) == 2
+    assert cli.guard(signal.raise_signal, signal.SIGINT) == 130
     assert cli.guard(lambda: 75) == 75
     assert cli.guard(lambda: [1, 2]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "error: what, where, what to do\n"
+    assert captured.err == "error: what, where, what to do\nstopped by SIGINT\n"
     assert captured.out == ""

@@ -304,7 +304,8 @@ class FakeSlurm:
             **variables,
         }
         command = [str(SLURM / "run.sh"), "scripts/train.py", *arguments]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipe, out = subprocess.PIPE, subprocess.STDOUT
+        return subprocess.Popen(command, env=environment, cwd=self.folder, stdout=pipe, stderr=out, text=True)
 
     def lines(self) -> list[str]:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
@@ -341,22 +342,26 @@ def test_a_job_that_was_requeued_often_enough_is_not_again(slurm: FakeSlurm):
     assert "scontrol requeue 4242" not in slurm.lines()
 
 
-@pytest.mark.parametrize("named", ["output_dir", "run", "config"])
+@pytest.mark.parametrize("named", ["output_dir", "run", "config", "quoted", "output", "images"])
 def test_a_job_that_stops_four_times_with_nothing_new_saved_stays_out_of_the_queue(slurm: FakeSlurm, named: str):
-    run = slurm.folder / "a run"
+    run = slurm.folder / ("runs/images" if named == "images" else "a run")
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (slurm.folder / "a.yaml").write_text(f"seed: 1\noutput_dir: {run}\n")
+    (slurm.folder / "b.yaml").write_text(f'output_dir: "{run}"  # mine\n')
     arguments = {
         "output_dir": ["--output-dir", str(run)],
         "run": [str(run)],
         "config": ["--config", str(slurm.folder / "a.yaml")],
+        "quoted": ["--config", str(slurm.folder / "b.yaml")],
+        "output": ["elsewhere", f"--evaluation.output={run}"],
+        "images": ["--data.path", f"{slurm.folder}/images/"],
     }
 
     def requeued() -> bool:
         before = slurm.lines().count("scontrol requeue 4242")
         output, _ = slurm.start(*arguments[named], "exit=75").communicate(timeout=30)
         again = slurm.lines().count("scontrol requeue 4242") > before
-        assert again or f"with nothing new in '{run}'" in output
+        assert again or f"with nothing new in '{'runs/images' if named == 'images' else run}'" in output
         return again
 
     assert [requeued() for _ in range(3)] == [True] * 3

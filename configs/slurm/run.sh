@@ -39,23 +39,31 @@ while kill -0 "$step" 2>/dev/null; do # the wait was interrupted by the trap, an
     wait "$step" || code=$?
 done
 
-run_directory() { # of the program and its arguments: --output-dir, a run as first argument, or what the settings file names
-    local previous="" config="" argument
+# Where the program with its arguments writes: --output-dir, where scores of a read-only run go, a run as first argument, what the
+# settings file names, or the default for a folder of images.
+run_directory() {
+    local previous="" config="" data="" found="" argument
     for argument; do
         case $previous in
-            --output-dir | --output_dir) echo "$argument" && return ;;
+            --output-dir | --output_dir | --evaluation.output) echo "$argument" && return ;;
             --config) config=$argument ;;
+            --data.path) data=$argument ;;
         esac
         case $argument in
-            --output-dir=* | --output_dir=*) echo "${argument#*=}" && return ;;
+            --output-dir=* | --output_dir=* | --evaluation.output=*) echo "${argument#*=}" && return ;;
             --config=*) config=${argument#*=} ;;
+            --data.path=*) data=${argument#*=} ;;
         esac
         previous=$argument
     done
     if [[ -d ${2:-} ]]; then
         echo "$2"
     elif [[ -f $config ]]; then
-        sed -n 's/^output_dir: *//p' "$config"
+        # YAML may quote the name, and a comment may follow it.
+        found=$(sed -nE "s/^output_dir: *//p" "$config" | sed -E "s/ +#.*//; s/ *\$//; s/^(['\"])(.*)\\1\$/\\2/")
+        echo "${found:-runs/ddpm}"
+    elif [[ -n $data ]]; then
+        echo "runs/$(basename "$(realpath -m "$data")")"
     fi
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_ema.averaging.files import no_follow, remove, replacing, save_tensors
+from ddpm_ema.averaging.files import no_follow, remove, replacing, save_tensors, sync
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
 from ddpm_ema.rundir.checkpoint import SCHEMA, Checkpoint
@@ -116,6 +116,8 @@ class RunDir:
                 path = partial / file
                 save_tensors(path, tensors)
                 entries[file] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            if self.metrics_path.exists():  # whoever goes on from here has the rows before, also after a power cut
+                sync(self.metrics_path)
             whole = {"schema": SCHEMA, "step": step, **manifest, "files": entries}
             atomic_write(partial / "manifest.json", json.dumps(whole, indent=1))
             remove(target)  # which was of no use
@@ -187,6 +189,8 @@ class RunDir:
                 self._clear_leftovers()
                 yield
         except OSError as error:
+            if error.errno == errno.ENOENT and not self.path.is_dir():
+                raise UserError(f"output_dir {self.path}: is no longer there; move it back and start again") from None
             where = Path(error.filename or self.path)  # a write to a full disk names no file
             if error.errno not in UNWRITABLE or not (where.is_relative_to(self.path) or where in self.path.parents):
                 raise

@@ -29,7 +29,7 @@ def save(trainer: Trainer) -> None:
     """Copies the whole state to rank 0's memory and hands it to the writer. A collective; waits for an earlier write."""
     read_checks(trainer, lag=0)
     with trainer.metrics_log.timed("save_seconds"):
-        _wait_for_writer(trainer)
+        finish_saving(trainer)
         names = ("raw", *trainer.bank.profiles)
         files = {weights_file(name): gathered(trainer, name) for name in names}
         sums = trainer.processes.gather(trainer.means.sums.tolist())  # one vector per rank
@@ -58,13 +58,8 @@ def _manifest(trainer: Trainer, sums: list[list[float]]) -> dict[str, Any]:
         "dataset": {"name": dataset.name, "size": len(dataset), "fingerprint": dataset.fingerprint},
         "world_size": trainer.processes.world_size,
         "profiles": {name: profile_to_dict(profile) for name, profile in profiles.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "diffusers": diffusers.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {library.__name__: library.__version__ for library in (torch, np, diffusers, accelerate)},
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "window": sums,
         "skipped_steps": trainer.skipped_steps,
@@ -85,7 +80,7 @@ def save_snapshots(trainer: Trainer) -> None:
     config, step = trainer.config, trainer.step
     dtype = getattr(torch, config.checkpoints.snapshot_dtype)
     with trainer.metrics_log.timed("save_seconds"):
-        _wait_for_writer(trainer)
+        finish_saving(trainer)
         for name in config.snapshot_names if step else ("raw",):
             tensors = gathered(trainer, name)
             if trainer.processes.is_main:
@@ -104,13 +99,7 @@ def _write_snapshot(
 
 
 def finish_saving(trainer: Trainer) -> None:
-    """Waits until everything is on disk. A collective."""
-    with trainer.metrics_log.timed("save_seconds"):
-        _wait_for_writer(trainer)
-
-
-def _wait_for_writer(trainer: Trainer) -> None:
-    """Raises on every rank the error of an earlier write of rank 0."""
+    """Waits until everything is on disk. Raises on every rank the error of an earlier write of rank 0. A collective."""
     with trainer.processes.sharing_errors():
         trainer.writer.wait()
 

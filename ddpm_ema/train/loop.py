@@ -39,7 +39,7 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
         project_dir=config.output_dir,
     )
     rundir = RunDir(config.output_dir)
-    with StopFlag() as stop, processes.telling_peers(), _locked(rundir, processes):
+    with StopFlag(nothing_to_save=True) as stop, processes.telling_peers(), _locked(rundir, processes):
         manifest = manifest_to_resume(config, rundir, processes)
         if manifest is not None and manifest["step"] >= training.steps:
             _say(processes, f"{rundir.path}: already complete at step {manifest['step']}; nothing to do")
@@ -54,14 +54,13 @@ def run(config: Config, evaluate: MakeEvaluator | None = None) -> None:
 def loop(trainer: Trainer, stop: StopFlag, evaluate: MakeEvaluator | None) -> None:
     """Steps until `training.steps`, or until any rank is asked to stop."""
     config, processes, metrics_log = trainer.config, trainer.processes, trainer.metrics_log
-    evaluator = None
-    if evaluate is not None and config.evaluation.every:
-        evaluator = evaluate(config, processes, trainer.dataset)
+    evaluator = evaluate(config, processes, trainer.dataset) if evaluate and config.evaluation.every else None
     preview = Preview(trainer) if config.training.sample_every else None
     batches = batches_of(trainer)
     if config.training.compile:
         compiling.prepare("training.compile", lambda line: _say(processes, line))
     metrics_log.start(trainer.step)
+    stop.nothing_to_save = False
     try:
         while trainer.step < config.training.steps:
             _end_if_asked(trainer, stop)
@@ -95,7 +94,12 @@ def _at_intervals(trainer: Trainer, preview: Preview | None, evaluator: Evaluato
     if evaluator is not None and _due(step, config.evaluation.every):
         read_checks(trainer, lag=0)
         with trainer.metrics_log.paused():
-            trainer.metrics_log.write_scores(step, evaluator(step, lambda name: full_weights(trainer, name)))
+            try:
+                trainer.metrics_log.write_scores(step, evaluator(step, lambda name: full_weights(trainer, name)))
+            except UserError as error:  # on every rank, such as samples that are not finite: no reason to end training
+                if type(error) is not UserError:
+                    raise
+                logger.warning(f"step {step} has no quick scores: {error}")
     if _due(step, config.checkpoints.every) or last:
         save(trainer)
 

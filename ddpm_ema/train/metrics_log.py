@@ -134,8 +134,9 @@ class MetricsLog:
             self._track(lambda: self.processes.accelerator.log(numbers, step=step))
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
+        for tracker in self.processes.accelerator.trackers:
+            self._track(tracker.finish)
 
     def _track(self, call: Any) -> None:
         """Calls a tracker; one that fails, for a disk or server that is gone, is switched off and training goes on."""

@@ -10,12 +10,10 @@ from ddpm_ema.config import TrainingSettings
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
     """Fused Adam or AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
-    betas, epsilon = settings.adam_betas, settings.adam_epsilon
+    common = (parameters, settings.learning_rate, settings.adam_betas, settings.adam_epsilon)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, settings.learning_rate, betas, epsilon, weight_decay=settings.weight_decay, fused=True
-        )
-    return torch.optim.Adam(parameters, settings.learning_rate, betas, epsilon, fused=True)
+        return torch.optim.AdamW(*common, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.Adam(*common, fused=True)
 
 
 def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

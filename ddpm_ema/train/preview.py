@@ -1,5 +1,6 @@
 """Sample grids while training, from a sampling model of its own: the training model's weights are never swapped."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ddpm_ema import batch_order, diffusion, model, sampling
 from ddpm_ema.config import Config, EvaluationSettings
 from ddpm_ema.image_grid import REAL, save_grid
+from ddpm_ema.messages import logger
 from ddpm_ema.numbers import sampler_label
 from ddpm_ema.sampling_network import SamplingNetwork
 from ddpm_ema.train.checkpointing import full_weights
@@ -52,30 +54,30 @@ class Preview:
             self.note = f" (scoring: {sampler_label(config.evaluation.model_dump())})"
 
     @torch.inference_mode()
-    def images(self, trainer: Trainer, weights: dict[str, Tensor]) -> Tensor:
-        """uint8 [n, C, H, W] on the CPU: every process samples its share."""
+    def images(self, trainer: Trainer, weights: dict[str, Tensor]) -> Tensor | None:
+        """uint8 [n, C, H, W] on the CPU, of which every process samples its share; None where any are not finite."""
         config, processes = trainer.config, trainer.processes
         self.network.load([weights], "of the preview")
         mine = batch_order.partition(config.training.sample_images, processes.rank, processes.world_size)
         indices = torch.arange(mine.start, mine.stop)
         labels = None if self.network.no_label is None else indices % self.network.no_label
-        images = sampling.sample(
-            self.network.predict,
-            self.sampler,
-            seed=config.evaluation.seed,
-            indices=indices,
-            image_shape=trainer.dataset.image_shape,
-            device=processes.device,
-            labels=labels,
-        )
-        return torch.cat(processes.gather(images.cpu()))
+        own = None
+        what: dict[str, Any] = {"seed": config.evaluation.seed, "image_shape": trainer.dataset.image_shape}
+        what |= {"indices": indices, "labels": labels, "device": processes.device}
+        with contextlib.suppress(sampling.NonFiniteImages):
+            own = sampling.sample(self.network.predict, self.sampler, **what).cpu()
+        shares = [share for share in processes.gather(own) if share is not None]
+        return torch.cat(shares) if len(shares) == processes.world_size else None
 
     def save(self, trainer: Trainer) -> None:
         """Writes the grid: raw and every average, the same noise, one labelled row each. A collective."""
         read_checks(trainer, lag=0)
         names = ["raw", *trainer.bank.profiles]
-        rows = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
+        sampled = {name: self.images(trainer, full_weights(trainer, name)) for name in names}
+        rows = {name: images for name, images in sampled.items() if images is not None}
         if trainer.processes.is_main:
+            if missing := ", ".join(name for name in names if name not in rows):
+                logger.warning(f"the sample grid of step {trainer.step} lacks {missing}: its images are not finite")
             places = spread(trainer.config.training.sample_images, len(trainer.dataset))
             rows = {REAL: trainer.dataset.batch(places).cpu(), **rows}
             save_grid(trainer.rundir.sample_grid(trainer.step), rows, trainer.step, self.settings, self.note)

@@ -35,7 +35,7 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
     Raises:
         UserError: the settings differ in what may not change, or every checkpoint is bad: only the user decides to start over.
     """
-    if starts_afresh(config):
+    if starts_afresh(config, rundir):
         return None  # what an earlier run left moves aside in `restore`, when the new settings were seen to hold
     checkpoints = rundir.checkpoints()
     stored = checkpoints[-1].step if checkpoints else rundir.last_stored_step()
@@ -58,9 +58,17 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
     return checkpoint
 
 
-def starts_afresh(config: Config) -> bool:
-    """Whether to start over. A requeued Slurm job goes on with what its first start began."""
-    return config.training.resume == "fresh" and not int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+def starts_afresh(config: Config, rundir: RunDir) -> bool:
+    """Whether to start over. A requeued Slurm job goes on with what an earlier start of it began, if one came so far."""
+    path, requeued = rundir.config_path, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    began = requeued and path.is_file() and path.read_text().startswith(_mark(config))
+    return config.training.resume == "fresh" and not began
+
+
+def _mark(config: Config) -> str:
+    """First line of the config.yaml of a run that a Slurm job starts afresh."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"# started afresh by Slurm job {job}\n" if job and config.training.resume == "fresh" else ""
 
 
 def check_resume(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
@@ -106,9 +114,11 @@ def restore(trainer: Trainer, manifest: dict[str, Any] | None) -> None:
         check_dataset(manifest, trainer.dataset)
         _load(trainer, manifest)
     if processes.is_main:
-        if starts_afresh(config) and (aside := trainer.rundir.move_aside()):
+        if starts_afresh(config, trainer.rundir) and (aside := trainer.rundir.move_aside()):
             logger.info(f"starting afresh; what was in {trainer.rundir.path} is now in {aside}")
-        atomic_write(trainer.rundir.config_path, to_yaml(config))
+        again = config.training.model_copy(update={"resume": "auto"})  # a later `train RUN` must not start over
+        kept = to_yaml(config.model_copy(update={"training": again}))
+        atomic_write(trainer.rundir.config_path, _mark(config) + kept)
         trainer.rundir.checkpoints_path.mkdir(exist_ok=True)
         if manifest is not None:
             logger.info(f"going on from {trainer.rundir.checkpoints_path / step_folder(trainer.step)}")

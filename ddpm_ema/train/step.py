@@ -36,7 +36,8 @@ def train_step(trainer: Trainer, micro_batches: list[MicroBatch]) -> bool:
     for micro_batch in micro_batches:
         with _gradient_sync(trainer.ddp_network, last=micro_batch is micro_batches[-1]):
             loss, drawn = image_losses(trainer, micro_batch)
-            trainer.scaler.scale(loss.sum() * scale).backward()
+            whole = torch.where(loss.isfinite(), 1.0, torch.nan)  # every rank's gradient tells of an infinite loss
+            trainer.scaler.scale((loss * whole).sum() * scale).backward()
         losses.append(loss.detach())
         timesteps.append(drawn)
     trainer.scaler.unscale_(optimizer)

@@ -100,12 +100,8 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
         network.compile()  # in place: parameter names stay what they are
     world = processes.world_size
     split = world > 1 and training.split_averages is not False
-    bank = AverageBank(
-        network,
-        config.averages,
-        rank=processes.rank if split else 0,
-        world_size=world if split else 1,
-    )
+    rank, parts = (processes.rank, world) if split else (0, 1)
+    bank = AverageBank(network, config.averages, rank=rank, world_size=parts)
     trainer = Trainer(
         config=config,
         processes=processes,
@@ -133,8 +129,7 @@ def describe(trainer: Trainer) -> str:
     """What a person should see before the first step."""
     config, processes, bank = trainer.config, trainer.processes, trainer.bank
     count = sum(p.numel() for p in trainer.network.parameters())
-    world, batch = processes.world_size, config.training.batch_size
-    dataset = trainer.dataset
+    world, batch, dataset = processes.world_size, config.training.batch_size, trainer.dataset
     shares = [len(batch_order.partition(batch, rank, world)) for rank in range(world)]
     precision = {"no": "fp32"}.get(config.training.mixed_precision, config.training.mixed_precision)
     split = f", each process keeps 1/{world}" if trainer.split else ""
@@ -161,10 +156,7 @@ def warnings_before(config: Config, dataset: Any) -> Iterator[str]:
     void = {
         "training.sample_every": (training.sample_every, "there will be no sample grid"),
         "checkpoints.every": (checkpoints.every, "the only checkpoint will be that of the last step"),
-        "checkpoints.snapshots_every": (
-            checkpoints.snapshots_every,
-            "the only snapshots will be the last, from which no other average can be reconstructed",
-        ),
+        "checkpoints.snapshots_every": (checkpoints.snapshots_every, "no other average can be reconstructed"),
         "evaluation.every": (config.evaluation.every, "nothing will be scored while training"),
         "training.warmup_steps": (training.warmup_steps, "the learning rate will not reach its peak"),
     }
@@ -202,6 +194,5 @@ def _require_same_data(dataset: Any, processes: Processes) -> None:
             f"  rank {rank} on {host}: {size:,} images, fingerprint {fingerprint[:12]}"
             for rank, (size, fingerprint, host) in enumerate(found)
         ]
-        raise UserError(
-            "\n".join(["data: the ranks do not read the same images; copy one folder to every node", *lines])
-        )
+        told = "data: the ranks do not read the same images; copy one folder to every node"
+        raise UserError("\n".join([told, *lines]))

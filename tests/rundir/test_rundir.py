@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ddpm_ema.averaging import Uniform, write_snapshot
 from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.errors import UserError
-from ddpm_ema.rundir import RunDir, atomic_write, new_folder
+from ddpm_ema.rundir import RunDir, atomic_write, directory, new_folder
 
 
 def files(value: float = 1.0, size: int = 4) -> dict[str, dict[str, torch.Tensor]]:
@@ -190,6 +190,18 @@ def test_a_folder_that_is_exported_onto_a_full_disk_leaves_nothing_and_is_one_me
     ):
         save_file({"w": torch.zeros(1_000_000)}, partial / "w.safetensors")  # as diffusers writes
     assert list(small_disk.iterdir()) == []
+
+
+def test_rows_are_on_disk_before_a_checkpoint_that_a_run_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, synced = RunDir(tmp_path), []
+    monkeypatch.setattr(
+        directory, "sync", lambda path: synced.append((path, (path.parent / "checkpoints" / "step-00000001").exists()))
+    )
+    run.append_metrics({"step": 1})
+    run.write_checkpoint(1, files(), {})
+    assert synced == [(run.metrics_path, False)]
 
 
 def test_temporaries_lie_beside_their_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

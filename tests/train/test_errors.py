@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from live_runs import finish, rows, settings, start, state
+from PIL import Image
 
-from ddpm_ema import train
+from ddpm_ema import config, train
 from ddpm_ema.batch_order import batch_indices
 from ddpm_ema.errors import DivergedError, UserError
-from ddpm_ema.train import checkpointing, step
+from ddpm_ema.rundir import RunDir
+from ddpm_ema.train import checkpointing, preview, step
 
 
 @pytest.mark.parametrize(
@@ -40,22 +43,28 @@ def test_fewer_images_than_a_batch_is_an_error(tmp_path: Path) -> None:
         train.run(settings(tmp_path / "run", training__batch_size=2000))
 
 
-def poisoned_at_step_6() -> None:
+def infinite_at_step_6() -> None:
+    """One image's loss is infinite, on rank 1, in the sixth step, though its gradient is finite: its square overflowed."""
+    poisoned_at_step_6(lambda loss, here: loss + torch.where(here, torch.inf, 0.0))
+
+
+def poisoned_at_step_6(poison=lambda loss, here: loss * torch.where(here, torch.nan, 1.0)) -> None:
     """One image's loss is not a number, on rank 1, in the sixth step."""
     losses = step.image_losses
 
     def poisoned(trainer, micro_batch):
         loss, timesteps = losses(trainer, micro_batch)
         if trainer.step == 5 and trainer.processes.rank == 1:
-            loss = loss * torch.where(torch.arange(len(loss)) == 2, torch.nan, 1.0)
+            loss = poison(loss, torch.arange(len(loss)) == 2)
         return loss, timesteps
 
     step.image_losses = poisoned
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_anything_moves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("poisoned", [poisoned_at_step_6, infinite_at_step_6])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_anything_moves(tmp_path: Path, poisoned) -> None:
     run = settings(tmp_path / "run")
-    launch = start(run, 2, before=poisoned_at_step_6)
+    launch = start(run, 2, before=poisoned)
     assert launch.wait() == [3, 3]
     message = launch.output()
     image = int(batch_indices(0, 5, torch.tensor([8 + 2]), 16, 1797))
@@ -80,6 +89,48 @@ def test_out_of_memory_says_what_to_lower_and_which_checkpoint_there_is(
     monkeypatch.setattr(step, "image_losses", hungry)
     with pytest.raises(UserError, match=r"lower training\.micro_batch_size .*last checkpoint: step 4"):
         train.run(settings(tmp_path / "run"))
+
+
+def one_average_is_not_finite_where_it_is_shown() -> None:
+    weights = preview.full_weights
+
+    def broken(trainer, name):
+        bad = name == "ema_0_9" and trainer.processes.rank == 1
+        return {n: t * torch.nan if bad else t for n, t in weights(trainer, name).items()}
+
+    preview.full_weights = broken
+
+
+def scores_that_fail(run: config.Config) -> None:
+    def evaluate(step, weights):
+        raise UserError("ema_0_9: the pixels of image 0 are not finite")
+
+    train.run(run, lambda *_: evaluate)
+
+
+def test_samples_of_an_average_that_are_not_finite_cost_a_warning_and_training_goes_on(tmp_path: Path) -> None:
+    """Shown or scored, on one rank or all: whoever left for the weekend wants the run."""
+    run = settings(tmp_path / "run", training__sample_every=8, training__sample_images=4, evaluation__every=8)
+    output = finish(run, 2, before=one_average_is_not_finite_where_it_is_shown, command=scores_that_fail).output()
+    assert "warning: the sample grid of step 8 lacks ema_0_9: its images are not finite" in output
+    assert "warning: step 8 has no quick scores: ema_0_9: the pixels of image 0 are not finite" in output
+    with Image.open(RunDir(run.output_dir).sample_grid(8)) as picture:
+        assert picture.height > 3 * 8, "the other rows are there"
+
+
+def test_a_run_directory_that_is_moved_while_it_is_used_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, run = step.image_losses, settings(tmp_path / "run", checkpoints__every=100)
+
+    def moving(trainer, micro_batch):
+        if trainer.step == 5:
+            run.output_dir.rename(tmp_path / "elsewhere")
+        return losses(trainer, micro_batch)
+
+    monkeypatch.setattr(step, "image_losses", moving)
+    with pytest.raises(UserError, match=r"run: is no longer there; move it back and start again"):
+        train.run(run)
 
 
 def full_disk_at_second_save() -> None:
@@ -125,11 +176,14 @@ def test_a_write_that_failed_is_said_however_the_run_ends_and_the_last_whole_che
     assert capsys.readouterr().err.count("warning: a write failed meanwhile: the disk is full") == 1
 
 
-def test_a_tracker_that_is_down_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize(("kind", "call"), [(Accelerator, "log"), (TensorBoardTracker, "finish")])
+def test_a_tracker_that_is_down_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, kind: type, call: str
+) -> None:
     def fail(*_, **__):
         raise ConnectionError("server is down")
 
-    monkeypatch.setattr(Accelerator, "log", fail)
+    monkeypatch.setattr(kind, call, fail)
     run = settings(tmp_path / "run", training__trackers=["tensorboard"])
     train.run(run)
     assert capsys.readouterr().err.count("warning: a tracker failed") == 1

@@ -23,7 +23,7 @@ from live_runs import (
     wait_until,
 )
 
-from ddpm_ema import config
+from ddpm_ema import config, data
 from ddpm_ema.rundir import RunDir, directory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +113,30 @@ def test_sigterm_to_one_rank_saves_the_same_step_everywhere_and_ends_with_75(
     if world_size == 1:
         assert_bit_equal(state(run), state(uninterrupted))
         assert exact(run) == exact(uninterrupted)
+
+
+def test_a_hangup_saves_because_a_lost_terminal_must_not_cost_the_work(tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", training__steps=4000, checkpoints__every=4000)
+    launch = start(run)
+    wait_for_row(run, 5)
+    launch.signal(signal.SIGHUP)
+    assert launch.wait() == [75]
+    assert RunDir(run.output_dir).checkpoints()[-1].step >= 5
+
+
+def images_that_take_an_hour() -> None:
+    data.load = lambda _: (os.write(1, b"reading\n"), time.sleep(3600))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stop_before_there_is_anything_to_save_is_not_kept_waiting_by_the_images(
+    tmp_path: Path, world_size: int
+) -> None:
+    launch = start(settings(tmp_path / "run"), world_size, before=images_that_take_an_hour)
+    wait_until(lambda: "reading" in launch.output())
+    launch.signal(signal.SIGINT)
+    assert launch.wait() == [75] * world_size
+    assert "SIGINT: nothing to save: ending" in launch.output()
 
 
 @pytest.mark.slow

@@ -159,13 +159,19 @@ def test_fresh_moves_nothing_until_the_new_settings_hold_and_only_once_in_a_requ
     bad = {"data": {"source": "folder", "path": str(unlabelled), "image_size": 8, "channels": 1}}
     assert refusal(settings(tmp_path / "run", **bad, model__class_conditional=True, training__resume="fresh"))
     assert not list((tmp_path / "run").glob("previous-*"))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    train.run(settings(tmp_path / "run", training__steps=8, training__resume="fresh"))  # goes on
-    assert not list((tmp_path / "run").glob("previous-*"))
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    train.run(settings(tmp_path / "run", training__steps=4, training__resume="fresh"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # its node failed before it began: the old run is not the job's
+    train.run(settings(tmp_path / "run", training__steps=3, training__resume="fresh"))
     assert (tmp_path / "run" / "previous-1" / "metrics.jsonl").is_file()
+    for count in "23":
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        train.run(settings(tmp_path / "run", training__steps=3 * int(count), training__resume="fresh"))  # goes on
+    assert not (tmp_path / "run" / "previous-2").exists()
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    train.run(settings(tmp_path / "run", training__steps=4, training__resume="fresh"))
+    assert (tmp_path / "run" / "previous-2" / "metrics.jsonl").is_file()
+    assert config.load(tmp_path / "run" / "config.yaml").training.resume == "auto", "fresh was said once, not for ever"
 
 
 def test_a_second_run_in_the_same_folder_is_refused_on_every_rank(tmp_path: Path) -> None:
