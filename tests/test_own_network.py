@@ -178,6 +178,8 @@ def test_names_dtype_and_shapes_of_its_parameters_are_its_own_matter(tmp_path: P
     sampling.load([weights], "raw")
     x_t, timesteps, labels = torch.ones(2, 1, 8, 8), torch.tensor([0, 99]), torch.tensor([3, 10])
     assert torch.equal(sampling.predict(x_t, timesteps, labels), network(x_t, timesteps, labels))
+    train.run(run)
+    assert RunDir(run.output_dir).checkpoint(2)
 
 
 @pytest.mark.parametrize(

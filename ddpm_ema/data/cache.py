@@ -16,11 +16,13 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,8 +122,9 @@ def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None
         return None
     if count == 0:
         return Cached(torch.empty(0, *conversion.shape, dtype=torch.uint8), bad, fingerprint)
-    images = torch.from_file(str(folder / "images.u8"), shared=False, size=size, dtype=torch.uint8)
-    images = images.view(count, channels, height, width)
+    mapped = np.memmap(folder / "images.u8", np.uint8, "r", shape=(count, channels, height, width))
+    with warnings.catch_warnings(action="ignore"):  # of what cannot be written to: what could would have to fit into memory
+        images = torch.from_numpy(mapped)
     content = Fingerprint(conversion)
     for pixels in images.split(_HASHED_AT_ONCE):
         content.update(pixels.numpy())

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import LoggerType
 from torch import Tensor, nn
 
-from ddpm_ema import batch_order, capabilities, data, diffusion, model
+from ddpm_ema import batch_order, capabilities, data, diffusion, model, network_call
 from ddpm_ema.averaging.bank import AverageBank
 from ddpm_ema.averaging.summary import summarize
 from ddpm_ema.config import Config
@@ -95,7 +95,7 @@ def build(config: Config, processes: Processes, rundir: RunDir) -> Trainer:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.tf32
     network = model.build(config, dataset.num_classes).to(device)
     if training.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+        network_call.channels_last(network)
     if training.compile:
         network.compile()  # in place: parameter names stay what they are
     world = processes.world_size

@@ -50,6 +50,17 @@ def test_a_mapped_file_that_is_not_whole_is_made_again(folder: Path, harm: str) 
     assert torch.equal(everything(load(folder, "mmap")), content)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells how files are mapped: Linux")
+def test_a_mapped_file_may_be_larger_than_memory(folder: Path) -> None:
+    dataset = load(folder, "mmap")
+    ways = [line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder.parent) in line]
+    assert dataset.storage == "mmap"
+    assert ways
+    assert not any(
+        "w" in way for way in ways
+    )  # the kernel refuses a private, writable mapping for which it lacks memory
+
+
 def test_changing_a_batch_changes_neither_the_cache_nor_its_file(folder: Path) -> None:
     for storage in ("memory", "mmap"):
         dataset = load(folder, storage)
