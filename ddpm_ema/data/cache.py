@@ -123,7 +123,9 @@ def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None
     if count == 0:
         return Cached(torch.empty(0, *conversion.shape, dtype=torch.uint8), bad, fingerprint)
     mapped = np.memmap(folder / "images.u8", np.uint8, "r", shape=(count, channels, height, width))
-    with warnings.catch_warnings(action="ignore"):  # of what cannot be written to: what could would have to fit into memory
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of what cannot be written to: what could would have to fit into memory
         images = torch.from_numpy(mapped)
     content = Fingerprint(conversion)
     for pixels in images.split(_HASHED_AT_ONCE):
