@@ -1,4 +1,4 @@
-"""Runs that differ in their training seed alone: which differences from raw hold, and how much of the spread averages share.
+"""Runs that differ in their training seed alone: which differences from raw hold, and how much the seed adds.
 
 The measured distance of weights w in run r is d = D_w + T_rw + e_rw: its mean over training seeds, what this seed adds, and an
 error of sampling. The runs are scored from the same noise and with the same reference, and networks of different seeds make much
@@ -9,9 +9,7 @@ weights). So the mean of the runs has the variance
 
     Var(T) / R + se² / R + c (R - 1) / R = S² / R + c
 
-The same holds for a paired difference from raw, d_w - d_raw. What w and raw share of a seed cancels in that difference:
-
-    covariance(T_w, T_raw) = (Var(T_w) + Var(T_raw) - Var(T_w - T_raw)) / 2
+The same holds for a paired difference from raw, d_w - d_raw, in which what w and raw share of a seed cancels.
 
 A difference holds across runs where its mean over this standard error says so, by Student's t with Holm's correction over the
 averages. Its degrees of freedom are Satterthwaite's (1946), at least R - 1: S² has R - 1, and the variance of what the groups
@@ -48,16 +46,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class AcrossRuns:
-    """One set of weights over R runs; raw has a distance alone.
-
-    `shared` is the correlation of what the seed adds to these weights and to raw; None where one has no training variance.
-    """
+    """One set of weights over R runs; raw has a distance alone."""
 
     distance: Spread  # bias-corrected
     difference: Spread | None = None  # paired, from raw
     p_value: float | None = None  # of that difference, two-sided, Holm-adjusted over the averages
     holds: bool | None = None  # p_value <= 0.05
-    shared: float | None = None
 
 
 def spread(estimates: Sequence[Estimate]) -> Spread:
@@ -99,14 +93,5 @@ def across_runs(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, AcrossRuns]
     p_values = holm({name: gap.p_value for name, gap in differences.items()})
     found = {name: AcrossRuns(distance) for name, distance in distances.items()}
     for name in averages:
-        shared = _shared(distances[name], distances["raw"], differences[name])
-        found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= ALPHA, shared)
+        found[name] = AcrossRuns(distances[name], differences[name], p_values[name], p_values[name] <= ALPHA)
     return found
-
-
-def _shared(average: Spread, raw: Spread, difference: Spread) -> float | None:
-    product = average.training_std * raw.training_std
-    if product == 0.0:
-        return None
-    covariance = (average.training_std**2 + raw.training_std**2 - difference.training_std**2) / 2
-    return float(np.clip(covariance / product, -1.0, 1.0))

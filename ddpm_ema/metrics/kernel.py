@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
-
-PAIRS = 2**26  # kernel values held at once: 256 MiB
+from ddpm_ema.metrics.nearest import in_parts
 
 
 class KernelReference:
@@ -52,8 +51,7 @@ def _sums(a: Tensor, groups_a: Tensor, b: Tensor, groups_b: Tensor) -> Tensor:
     others = b.to(a.device)
     for group in range(len(found)):
         columns = torch.zeros(len(b), dtype=torch.float64)
-        for rows in (groups_a == group).nonzero().squeeze(1).split(max(1, PAIRS // len(b))):
-            part = a[rows.to(a.device)]
+        for part in in_parts(a[(groups_a == group).to(a.device)], b):
             columns += ((part @ others.T / a.shape[1] + 1) ** 3).sum(dim=0, dtype=torch.float64).cpu()
         found[group].index_add_(0, groups_b, columns)
     if a is b:

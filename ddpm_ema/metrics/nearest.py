@@ -8,7 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-ROWS = 4096  # of a distance matrix held at once
+PAIRS = 2**26  # numbers of a matrix held at once: 256 MiB
+
+
+def in_parts(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+    """The rows `[n, d]` in parts, such that a matrix of one part by all `columns` `[m, d]` is small enough to be held."""
+    return rows.split(max(1, min(1024, PAIRS // len(columns))))
 
 
 def nearest(features: Tensor, reference: Tensor) -> Tensor:
@@ -17,7 +22,7 @@ def nearest(features: Tensor, reference: Tensor) -> Tensor:
     Works on the features' device.
     """
     reference = reference.to(features.device)
-    return torch.cat([torch.cdist(rows, reference).amin(dim=1).cpu() for rows in features.split(ROWS)])
+    return torch.cat([torch.cdist(rows, reference).amin(dim=1).cpu() for rows in in_parts(features, reference)])
 
 
 def nearest_of(points: Tensor, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,32 +4,32 @@ Precision: the share of samples within the balls of reference images, which reac
 share of reference images within the balls of samples. Both are torch-fidelity's.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
+from ddpm_ema.metrics.nearest import in_parts
 
 NEIGHBOURS = 3
-ROWS = 1024  # of a distance matrix held at once
-BATCH = 10_000  # its columns computed at once; torch-fidelity's own default
 
 
-def distances(rows: Tensor, features: Tensor) -> Tensor:
-    """Euclidean, [r, n], on the CPU."""
-    from torch_fidelity.metric_prc import calc_cdist_part
-
-    return calc_cdist_part(rows, features, BATCH)
+def distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Euclidean, from part after part of the rows [n, d] to all columns [m, d]: fp32 [r, m], on the CPU."""
+    for part in in_parts(rows, columns):
+        yield torch.cdist(part, columns).cpu()
 
 
 def neighbour_radii(features: Tensor) -> Tensor:
     """Distance [n] from each feature [n, d], of more than three, to its third nearest neighbour: fp32, on the CPU."""
     # The nearest is the feature itself.
-    return torch.cat([distances(rows, features).kthvalue(NEIGHBOURS + 1).values for rows in features.split(ROWS)])
+    return torch.cat([apart.kthvalue(NEIGHBOURS + 1).values for apart in distances(features, features)])
 
 
 def inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
     """Whether each point [n, d] lies within the radius [m] of any centre [m, d]: bool [n]."""
-    return torch.cat([(distances(rows, centres) <= radii).any(dim=1) for rows in points.split(ROWS)])
+    return torch.cat([(apart <= radii).any(dim=1) for apart in distances(points, centres)])
 
 
 def precision(features: Tensor, membership: Tensor, reference: Tensor, radii: Tensor) -> Estimate:
@@ -48,8 +48,7 @@ def recall(features: Tensor, membership: Tensor, reference: Tensor) -> Estimate:
     """
     radii = _radii_without(features, membership)
     covered = dict.fromkeys(radii, 0)
-    for rows in reference.to(features.device).split(ROWS):
-        apart = distances(rows, features)
+    for apart in distances(reference.to(features.device), features):
         for group, reach in radii.items():
             covered[group] += int((apart <= reach).any(dim=1).sum())
     plain, side = jackknife(lambda g: covered[g] / len(reference), group_counts(membership), corrected=False)
@@ -60,8 +59,7 @@ def _radii_without(features: Tensor, membership: Tensor) -> dict[int | None, Ten
     """Group, or None for none -> radii [n] where it is left out; the balls of the group itself hold nothing."""
     members = {g: (membership == g).nonzero().squeeze(1) for g in membership.unique().tolist()}
     parts: dict[int | None, list[Tensor]] = {None: [], **{g: [] for g in members}}
-    for rows in features.split(ROWS):
-        apart = distances(rows, features)
+    for apart in distances(features, features):
         nearest = {  # of each group: enough for whatever the others lack
             g: apart[:, columns].topk(min(NEIGHBOURS + 1, len(columns)), largest=False).values
             for g, columns in members.items()

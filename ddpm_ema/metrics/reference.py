@@ -41,13 +41,15 @@ def content_key(*, fingerprint: str, split: str, resize: str, extractor: Mapping
 
     `fingerprint`: of the data set, content and preprocessing; `resize`: how images were brought to size; `extractor`: its `identity`.
     """
+    packages = ["torch", "torch-fidelity", "torchvision", "numpy"]
+    packages += ["timm"] if extractor.get("extractor", "").startswith("timm:") else []  # how it prepares images
     return {
         "schema": SCHEMA,
         "data": fingerprint,
         "split": split,
         "resize": resize,
         **extractor,
-        "versions": {name: installed_version(name) for name in ("torch", "torch-fidelity", "torchvision", "numpy")},
+        "versions": {name: installed_version(name) for name in packages},
     }
 
 

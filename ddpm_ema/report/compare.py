@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import yaml
 
-from ddpm_ema.numbers import figure, listed, verdict_of, with_error
+from ddpm_ema.numbers import decimals, figure, listed, verdict_of, with_error
 from ddpm_ema.report import commands, facts, figures
 from ddpm_ema.report.answer import LABELS, Answer, answer, judge, newest, rivals
 from ddpm_ema.report.gallery import Gallery, galleries
@@ -28,19 +30,20 @@ class Table(NamedTuple):
     commands: bool = False
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """One of the runs that are compared, under a name of its own, and the scoring that speaks for it."""
 
     name: str
     record: Record
     scoring: Scoring | None
 
-    @property
+    @cached_property
     def answer(self) -> Answer | None:
         """As on the run's own page."""
         return answer(self.scoring, rivals(self.scoring, self.record.scorings)) if self.scoring else None
 
-    @property
+    @cached_property
     def best(self) -> Row | None:
         """The recommended weights, or those with the lowest distance."""
         if self.scoring is None or self.answer is None:
@@ -108,9 +111,11 @@ def runs(compared: Sequence[Run]) -> Table:
 def seeds(compared: Sequence[Run]) -> Table | None:
     """What runs that differ in their training seed alone say together of one step; None for others."""
     scored = [run.scoring for run in compared if run.scoring is not None and run.scoring.raw is not None]
-    if len(scored) < len(compared) or list(differing(list(map(_trained, compared)))) != ["training seed"]:
+    differs = differing(list(map(_trained, compared)))
+    if len(scored) < len(compared) or list(differs) != ["training seed"]:
         return None
-    if differing(list(map(_protocol, scored))) or len({scoring.step for scoring in scored}) > 1:
+    own_seeds = len(set(differs["training seed"])) == len(compared)  # a copy of a run is no further seed
+    if not own_seeds or differing(list(map(_protocol, scored))) or len({scoring.step for scoring in scored}) > 1:
         return None
     from ddpm_ema.metrics.across_runs import across_runs  # loads torch, which no other page needs
     from ddpm_ema.metrics.jackknife import Estimate
@@ -126,7 +131,7 @@ def seeds(compared: Sequence[Run]) -> Table | None:
         gap, size = one.difference, with_error(one.distance.mean, one.distance.stderr)
         verdict = "" if gap is None else verdict_of(gap.mean, bool(one.holds))
         delta = "" if gap is None else with_error(gap.mean, gap.stderr, signed=True)
-        rows.append((name, verdict, delta, size, figure(one.distance.training_std)))
+        rows.append((name, verdict, delta, size, figure(one.distance.training_std, decimals(one.distance.stderr))))
     caption = (
         f"Means over {len(compared)} training seeds, \N{PLUS-MINUS SIGN} one standard error of the mean, which covers other seeds "
         "and other noise. Better and worse hold over seeds (Student's t, corrected for the number of averages by Holm). What a seed "
@@ -180,11 +185,11 @@ def plots(compared: Sequence[Run], looks: Mapping[str, Look]) -> Iterator[Plot |
     if differing([_protocol(run.scoring) for run in compared if run.scoring]):
         return  # on one axis they would be compared
     for run in compared:
-        (name, record, scoring), best = run, run.best
+        name, scoring, best = run.name, run.scoring, run.best
         if scoring is None or best is None:
             continue
         metric = scoring.metric_name
-        points = figures.by_weights((one.step, one.rows) for one in record.scorings if one.comparable(scoring))
+        points = figures.by_weights((one.step, one.rows) for one in run.record.scorings if one.comparable(scoring))
         for weights, dash in {"raw": "2 2", best.name: ""}.items():
             over.append(Series(f"{name} {weights}", looks[name]._replace(dash=dash), points.get(weights, []), "errors"))
         swept = figures.swept(scoring, "std", prefix=f"{name} ")

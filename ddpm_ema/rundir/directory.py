@@ -40,7 +40,6 @@ class RunDir:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
-        self.report_path = self.path / "report.html"
         self.imported_path = self.path / "imported.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.snapshots_path = self.path / "snapshots"

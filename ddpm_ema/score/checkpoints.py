@@ -17,7 +17,9 @@ def checkpoints(config: Config) -> list[Checkpoint | None]:
     if not everything:
         if _needs_no_checkpoint(config):
             return [None]
-        raise UserError(f"{rundir.path}: no checkpoint to score; train first: ddpm-ema train")
+        raise UserError(
+            f"{rundir.path}: no checkpoint to score: train first (ddpm-ema train), or name another run (ddpm-ema score RUN)"
+        )
     if steps == "all":
         found = everything
     elif steps == "last":

@@ -64,6 +64,6 @@ def while_training(
 
     def evaluate(step: int, weights: Weights) -> list[dict[str, Any]]:
         rows, _ = compare([score(name, step, weights(name)) for name in ("raw", *config.averages)])
-        return [{key: value for key, value in row.items() if key != "estimate"} for row in ranked(rows)]
+        return ranked(rows)
 
     return evaluate

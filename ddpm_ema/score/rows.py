@@ -109,7 +109,6 @@ def compare(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of one table with their differences from raw, and the names that may be the best of it.
 
-    Each row has its `estimate`, by which runs of several seeds are read together (`metrics.across_runs`).
     Of the names the ones with the most images come first, and among them the lowest: that is the order in which they are recommended.
     `pair` compares two over the images that both have; `unseen` counts candidates of a search that were not looked at.
     """
@@ -136,9 +135,7 @@ def compare(
                 more.setdefault("measures_vs_raw", {})[key] = _described(verdict)
     if raw is not None:
         found.insert(scores.index(raw), {})
-    rows = [
-        {**score.row, **more, "estimate": score.estimate.to_dict()} for score, more in zip(scores, found, strict=True)
-    ]
+    rows = [{**score.row, **more} for score, more in zip(scores, found, strict=True)]
     for row in rows:
         row.pop("measures", None)
     best.sort(key=lambda score: (-sum(score.estimate.counts), score.estimate.unbiased))

@@ -113,9 +113,10 @@ class Sampled:
             number += 1
         with as_user_error(aside, 0, KEPT):
             aside.mkdir()
-            for path in [path for path in self.path.iterdir() if path.name != ".lock"]:
-                os.replace(path, aside / path.name)
+            # Tables first: a kill leaves no rows beside images that are not theirs.
             for table in self.path.parent.glob(f"{self.path.name}-*"):
                 os.replace(table, table.with_name(table.name.replace(self.path.name, aside.name, 1)))
+            for path in [path for path in self.path.iterdir() if path.name != ".lock"]:
+                os.replace(path, aside / path.name)
         self._stores.clear()
         return aside

@@ -139,10 +139,10 @@ class Scorer:
         return None
 
     def scores(self) -> list[Score]:
-        """Of all weights that were asked for by name, now or earlier, and still are what they were."""
+        """Of all weights that were asked for by name, now or earlier, and still are what they were, each with its estimate."""
         found = [(record, record.score(self.config.evaluation.num_images)) for record in self.folder.records()]
         return [
-            replace(score, row={**score.row, "weights": name})
+            replace(score, row={**score.row, "weights": name, "estimate": score.estimate.to_dict()})
             for record, score in found
             if score is not None
             for name in record.names

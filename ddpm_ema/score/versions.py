@@ -11,6 +11,7 @@ from ddpm_ema.score.driver import Job, Jobs
 from ddpm_ema.score.generate import IMAGES, Made
 from ddpm_ema.score.sampled import Sampled
 from ddpm_ema.score.scorer import Scorer
+from ddpm_ema.score.sweep import summary
 
 
 def check_versions(scorers: Sequence[Scorer]) -> Jobs[None]:
@@ -73,9 +74,7 @@ def _begin_anew(scorers: Sequence[Scorer]) -> None:
     for scorer in scorers:
         if scorer.folder.records():
             scorer.versions = before
-            scorer.write(
-                {key: value for key, value in scorer.folder.results().items() if key.startswith("sweep")}, note
-            )
+            scorer.write(summary(scorer, {}), note)
             scorer.versions = here
             scorer.folder.forget()
     aside = sampled.set_aside()

@@ -124,7 +124,7 @@ class TestDiffusersExample:
         assert sorted(row["weights"] for row in results["rows"]) == ["raw", "unet_ema"]
         assert len(results["sweep"]) == 2
         report.main([str(imported.path)])
-        assert "unet_ema" in imported.report_path.read_text()
+        assert "unet_ema" in (imported.path / "report.html").read_text()
         unet: Any = UNet2DModel.from_pretrained(export.main([str(imported.path), "unet_ema"]) / "unet")
         stored = read_tensors(trained[0] / f"checkpoint-{STEPS}" / "unet_ema" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(tensor, stored[name]) for name, tensor in unet.state_dict().items())

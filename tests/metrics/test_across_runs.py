@@ -112,7 +112,5 @@ def test_an_average_that_is_better_is_called_so() -> None:
 def test_what_the_seed_adds_to_raw_and_average_alike_cancels_in_their_difference() -> None:
     shared = [across_runs(runs)["a"] for runs in simulated(200, gap=-1.0, shared=0.9, runs=12)]
     apart = [across_runs(runs)["a"] for runs in simulated(200, gap=-1.0, shared=0.0, runs=12)]
-    assert np.median([found.shared for found in shared if found.shared is not None]) == pytest.approx(0.9, abs=0.05)
-    assert np.median([found.shared for found in apart if found.shared is not None]) == pytest.approx(0.0, abs=0.15)
     assert np.mean([found.holds for found in shared]) > 0.99
     assert np.mean([found.holds for found in apart]) < 0.85

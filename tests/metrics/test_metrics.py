@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from ddpm_ema import metrics
 from ddpm_ema.errors import UserError
 from ddpm_ema.messages import logger
 from ddpm_ema.metrics import Estimate, FrechetReference, Statistics, statistics_of
+from ddpm_ema.metrics.nearest import nearest
 
 
 def gaussian(n: int, d: int, seed: int = 0, scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -131,6 +134,23 @@ class TestOtherScores:
         expected = (number - 1) * (np.mean(without) - np.array(without))
         assert np.array(found.sides[0].pseudo_values) - found.plain == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
+    def test_no_matrix_of_distances_is_larger_than_is_held_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        features, reference, sizes = gaussian(60, 4, 1), gaussian(90, 4, 2), list[int]()
+
+        def found() -> tuple[tuple[float, float], Tensor]:
+            return precision_recall(features, reference), nearest(features, reference)
+
+        def watched(a: Tensor, b: Tensor, cdist: Callable[[Tensor, Tensor], Tensor] = torch.cdist) -> Tensor:
+            sizes.append(len(a) * len(b))
+            return cdist(a, b)
+
+        (shares, distances) = found()
+        monkeypatch.setattr("ddpm_ema.metrics.nearest.PAIRS", 500)
+        monkeypatch.setattr(torch, "cdist", watched)
+        assert found()[0] == pytest.approx(shares)
+        torch.testing.assert_close(found()[1], distances, rtol=1e-3, atol=1e-5)
+        assert max(sizes) <= 500
+
     def test_the_errors_are_the_spread_over_repeated_draws(self) -> None:
         """Recall's may be too large (by half, in the simulations that the documentation names), and is not too small."""
         reference = gaussian(300, 4, 10_000)
@@ -228,6 +248,16 @@ class TestReference:
         other = CountingExtractor(sha256="b" * 64)
         self.make(tmp_path, other)
         assert other.seen == 41
+
+    def test_features_of_timm_belong_to_its_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings = {"fingerprint": "f0", "split": "train", "resize": "none"}
+
+        def keys() -> list[dict[str, object]]:
+            return [metrics.content_key(extractor={"extractor": name}, **settings) for name in ("timm:m", "classifier")]
+
+        before = keys()
+        monkeypatch.setattr(metrics.reference, "version", lambda name, real=version: name == "timm" or real(name))
+        assert [now == then for now, then in zip(keys(), before, strict=True)] == [False, True]
 
     @pytest.mark.parametrize("damage", ["truncated", "one bit", "foreign"])
     def test_a_damaged_or_foreign_entry_is_made_anew_with_a_note(self, tmp_path: Path, damage: str) -> None:

@@ -179,6 +179,20 @@ def test_seeds_that_were_scored_at_different_steps_are_not_read_together(tmp_pat
     assert "training seeds" not in report.write(runs)[1]
 
 
+def test_a_copy_of_a_run_is_no_further_seed(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / str(i), seed, -3.0 + seed / 10) for i, seed in enumerate((0, 1, 1))]
+    assert "training seeds" not in report.write(runs)[1]
+
+
+def test_what_a_small_distance_owes_to_the_seed_is_shown_to_its_error(tmp_path: Path) -> None:
+    runs = [tmp_path / str(seed) for seed in range(3)]
+    for seed, run in enumerate(runs):
+        rows = [fake_run.row(name, 1e-4, estimate=estimate(1e-4 * (seed + 1))) for name in ("raw", "power_0_10")]
+        fake_run.write_results(run, fake_run.results(rows=rows))
+        (run / "config.yaml").write_text(yaml.safe_dump(fake_run.settings() | {"seed": seed}))
+    assert '<td data-label="What a seed adds">0.000100</td>' in report.write(runs)[0].read_text()
+
+
 def test_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
     text = report.write([fake_run.make_run(tmp_path / str(i)) for i in range(3)])[0].read_text()
     loss = text[text.index("<h3>Training loss</h3>") :].partition("</figure>")[0]

@@ -285,7 +285,7 @@ def test_what_killed_writes_left_is_deleted_by_the_next_run_and_by_the_next_writ
         )
     for name in (f".report.html.{gone}.partial", f".report.html.{os.getpid()}.partial", f".other.{gone}.partial"):
         (run.path / name).write_text("")
-    atomic_write(run.report_path, "page")
+    atomic_write(run.path / "report.html", "page")
     assert {p.name for p in run.path.glob(".*.partial")} == {f".other.{gone}.partial", Path(kept[1]).name}
 
 

@@ -117,7 +117,9 @@ class TestWhatIsMissing:
     def test_no_checkpoint_is_one_message(self, tmp_path):
         run = make_run(tmp_path / "run")
         (run.output_dir / "checkpoints").rename(tmp_path / "gone")
-        with pytest.raises(UserError, match="no checkpoint to score; train first"):
+        with pytest.raises(
+            UserError, match=r"no checkpoint to score: train first \(ddpm-ema train\), or name another run"
+        ):
             score.run(run)
 
     def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_scored(self, tmp_path, capsys):

@@ -151,17 +151,40 @@ class TestVersions:
         self, tmp_path: Path, other: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run = make_run(tmp_path / "run", **SETTINGS)
-        before = results(again(run, evaluation__weights=["raw", "ema_0_9"]))
+        sweep = {"stds": "0.05:0.15:2"}
+        before = results(again(run, evaluation__weights=["raw", "ema_0_9"], evaluation__sweep=sweep))
         self.pretend(run, other_images=other == "images", other_features=other == "features")
         found = results(again(run, evaluation__weights=["power_0_10"]))
         assert names(found) == ["power_0_10"], "never paired with what other versions made"
         aside = self.folder(run).with_name(f"{self.folder(run).name}.1")
         (table,) = aside.parent.glob(f"{aside.name}-*/results.json")
         old = json.loads(table.read_text())
-        assert old["rows"] == before["rows"]
+        assert all(old[key] == before[key] for key in ("rows", "sweep", "may_be_best"))
         assert old["versions"]["torch"] == "0.4.1"
         assert any("torch 0.4.1" in warning for warning in old["warnings"])
         assert capsys.readouterr().err.count(aside.name) == 1
+
+    @pytest.mark.parametrize("moves", [1, 2])
+    def test_a_kill_while_they_are_moved_leaves_no_old_row_beside_new_images(
+        self, tmp_path: Path, moves: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = make_run(tmp_path / "run", **SETTINGS)
+        results(again(run, evaluation__weights=["raw", "ema_0_9"]))
+        self.pretend(run, other_images=True)
+        replace, moved = os.replace, []
+
+        def killed(source: Path, target: Path) -> None:
+            moved.extend([target] if f"{self.folder(run).name}.1" in str(target) else [])
+            if len(moved) > moves:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        alone = again(run, evaluation__weights=["raw"])
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                results(alone)
+        assert names(results(alone)) == ["raw"]
 
     @pytest.mark.parametrize("same", [True, False])
     def test_it_holds_in_the_middle_of_one_sets_images(
