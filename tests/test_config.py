@@ -255,6 +255,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("averages: {a: {kind: " + "x" * 5000 + "}}", r"averages\.a: kind: unknown profile 'x+"),
         ("averages: {a: {kind: constant, decay: [[[[[[1]]]]]]}}", "expected a number with 0 <= decay <= 1"),
         ("x" * 900 + ": 1", "x{80}: unknown setting"),
+        ("'x]': 1", r"x\]: unknown setting"),
         ("".join(f"k{i}: 1\n" for i in range(2000)), r"2000 bad settings"),
         ("1: 2\ntrue: 3", "keys should be strings"),
         ("training:\n", "training: is a section: write its settings below it, or leave it out"),

@@ -208,7 +208,9 @@ def _listed(source: str, lines: list[str]) -> str:
 
 def _explain(problem: Any) -> Iterator[tuple[str, str]]:
     """One pydantic error -> (key path, what was expected and what was given)."""
-    path = [str(part)[:80] for part in problem["loc"] if not str(part).endswith("]")]  # not "[key]", "tuple[...]"
+    path = [
+        str(part)[:80] for part in problem["loc"] if not str(part).startswith(("[key]", "tuple["))
+    ]  # pydantic's own
     key, message, got = ".".join(path), problem["msg"].removeprefix("Value error, "), problem["input"]
     section, _, name = key.rpartition(".")
     if path == [key] and key in SETTINGS and section:

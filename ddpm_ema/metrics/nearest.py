@@ -3,17 +3,24 @@
 The latter is Meehan, Chaudhuri & Dasgupta 2020. Distances are Euclidean, between features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-PAIRS = 2**26  # numbers of a matrix held at once: 256 MiB
+PAIRS = 2**28  # numbers of a matrix held at once: 1 GiB
+COLUMNS = 10_000  # of which distances are computed at once: torch.cdist copies them at each call
 
 
 def in_parts(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
     """The rows `[n, d]` in parts, such that a matrix of one part by all `columns` `[m, d]` is small enough to be held."""
     return rows.split(max(1, min(1024, PAIRS // len(columns))))
+
+
+def distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Euclidean, from part after part of the rows `[n, d]` to all columns `[m, d]`: fp32 `[r, m]`."""
+    for part in in_parts(rows, columns):
+        yield torch.cat([torch.cdist(part, some) for some in columns.split(COLUMNS)], dim=1)
 
 
 def nearest(features: Tensor, reference: Tensor) -> Tensor:
@@ -22,7 +29,7 @@ def nearest(features: Tensor, reference: Tensor) -> Tensor:
     Works on the features' device.
     """
     reference = reference.to(features.device)
-    return torch.cat([torch.cdist(rows, reference).amin(dim=1).cpu() for rows in in_parts(features, reference)])
+    return torch.cat([apart.amin(dim=1).cpu() for apart in distances(features, reference)])
 
 
 def nearest_of(points: Tensor, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,26 +10,24 @@ import torch
 from torch import Tensor
 
 from ddpm_ema.metrics.jackknife import Estimate, group_counts, jackknife
-from ddpm_ema.metrics.nearest import in_parts
+from ddpm_ema.metrics.nearest import distances
 
 NEIGHBOURS = 3
 
 
-def distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-    """Euclidean, from part after part of the rows [n, d] to all columns [m, d]: fp32 [r, m], on the CPU."""
-    for part in in_parts(rows, columns):
-        yield torch.cdist(part, columns).cpu()
+def _on_cpu(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    return (apart.cpu() for apart in distances(rows, columns))
 
 
 def neighbour_radii(features: Tensor) -> Tensor:
     """Distance [n] from each feature [n, d], of more than three, to its third nearest neighbour: fp32, on the CPU."""
     # The nearest is the feature itself.
-    return torch.cat([apart.kthvalue(NEIGHBOURS + 1).values for apart in distances(features, features)])
+    return torch.cat([apart.kthvalue(NEIGHBOURS + 1).values for apart in _on_cpu(features, features)])
 
 
 def inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
     """Whether each point [n, d] lies within the radius [m] of any centre [m, d]: bool [n]."""
-    return torch.cat([(apart <= radii).any(dim=1) for apart in distances(points, centres)])
+    return torch.cat([(apart <= radii).any(dim=1) for apart in _on_cpu(points, centres)])
 
 
 def precision(features: Tensor, membership: Tensor, reference: Tensor, radii: Tensor) -> Estimate:
@@ -48,7 +46,7 @@ def recall(features: Tensor, membership: Tensor, reference: Tensor) -> Estimate:
     """
     radii = _radii_without(features, membership)
     covered = dict.fromkeys(radii, 0)
-    for apart in distances(reference.to(features.device), features):
+    for apart in _on_cpu(reference.to(features.device), features):
         for group, reach in radii.items():
             covered[group] += int((apart <= reach).any(dim=1).sum())
     plain, side = jackknife(lambda g: covered[g] / len(reference), group_counts(membership), corrected=False)
@@ -59,7 +57,7 @@ def _radii_without(features: Tensor, membership: Tensor) -> dict[int | None, Ten
     """Group, or None for none -> radii [n] where it is left out; the balls of the group itself hold nothing."""
     members = {g: (membership == g).nonzero().squeeze(1) for g in membership.unique().tolist()}
     parts: dict[int | None, list[Tensor]] = {None: [], **{g: [] for g in members}}
-    for apart in distances(features, features):
+    for apart in _on_cpu(features, features):
         nearest = {  # of each group: enough for whatever the others lack
             g: apart[:, columns].topk(min(NEIGHBOURS + 1, len(columns)), largest=False).values
             for g, columns in members.items()

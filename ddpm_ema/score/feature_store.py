@@ -83,9 +83,9 @@ class Joined(Generic[B]):
         self._seconds = dict.fromkeys(SECONDS, 0.0)
 
     def add(self, batch: B) -> None:
-        kept = torch.isin(batch.indices, self.indices)
-        part = batch if kept.all() else batch.select(kept)
-        rows = torch.searchsorted(self.indices, part.indices)
+        rows = torch.searchsorted(self.indices, batch.indices).clamp(max=len(self.indices) - 1)
+        kept = self.indices[rows] == batch.indices
+        part, rows = (batch, rows) if kept.all() else (batch.select(kept), rows[kept])
         for name, value in part._per_image().items():
             if name not in self._room:
                 self._room[name] = value.new_empty(len(self.indices), *value.shape[1:])

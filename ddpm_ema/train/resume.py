@@ -61,7 +61,7 @@ def find_checkpoint(config: Config, rundir: RunDir, world_size: int) -> Checkpoi
 def starts_afresh(config: Config, rundir: RunDir) -> bool:
     """Whether to start over. A requeued Slurm job goes on with what an earlier start of it began, if one came so far."""
     path, requeued = rundir.config_path, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    began = requeued and path.is_file() and path.read_text().startswith(_mark(config))
+    began = requeued and path.is_file() and path.read_text(errors="replace").startswith(_mark(config))
     return config.training.resume == "fresh" and not began
 
 

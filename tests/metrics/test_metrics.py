@@ -136,20 +136,24 @@ class TestOtherScores:
 
     def test_no_matrix_of_distances_is_larger_than_is_held_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         features, reference, sizes = gaussian(60, 4, 1), gaussian(90, 4, 2), list[int]()
+        columns: list[int] = []  # torch.cdist copies them
 
         def found() -> tuple[tuple[float, float], Tensor]:
             return precision_recall(features, reference), nearest(features, reference)
 
         def watched(a: Tensor, b: Tensor, cdist: Callable[[Tensor, Tensor], Tensor] = torch.cdist) -> Tensor:
             sizes.append(len(a) * len(b))
+            columns.append(len(b))
             return cdist(a, b)
 
         (shares, distances) = found()
         monkeypatch.setattr("ddpm_ema.metrics.nearest.PAIRS", 500)
+        monkeypatch.setattr("ddpm_ema.metrics.nearest.COLUMNS", 40)
         monkeypatch.setattr(torch, "cdist", watched)
         assert found()[0] == pytest.approx(shares)
         torch.testing.assert_close(found()[1], distances, rtol=1e-3, atol=1e-5)
         assert max(sizes) <= 500
+        assert max(columns) == 40
 
     def test_the_errors_are_the_spread_over_repeated_draws(self) -> None:
         """Recall's may be too large (by half, in the simulations that the documentation names), and is not too small."""
