@@ -88,14 +88,14 @@ def settings_of(
 def tables(run: Config, short: bool) -> Iterator[dict[str, Any]]:
     """results.json per step and classifier: the weights over training, then all of the last step with the sweep."""
     steps = run.training.steps
+    sweep = run.evaluation.sweep.model_copy(update={"stds": STDS})
     if short:
-        yield from score.run(evaluating(run, weights=OVER_TRAINING))
+        yield from score.run(evaluating(run, sweep=sweep))
         return
     for step in range(steps // 5, steps, steps // 5):
         yield from score.run(evaluating(run, steps=(step,), weights=OVER_TRAINING))
-    widths = {"stds": STDS, "decays": DECAYS, "cooldowns": f"{steps // 25}:{2 * steps // 5}:5"}
-    sweep = run.evaluation.sweep.model_copy(update=widths)
-    yield from score.run(evaluating(run, sweep=sweep))
+    widths = {"decays": DECAYS, "cooldowns": f"{steps // 25}:{2 * steps // 5}:5"}
+    yield from score.run(evaluating(run, sweep=sweep.model_copy(update=widths)))
 
 
 def evaluating(run: Config, **changed: Any) -> Config:
@@ -208,7 +208,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15625, help="of 64 images each; a multiple of 125")
     parser.add_argument("--image-size", type=int, default=16, help="pixels; the photographs are read at this size")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile and channels-last")
-    parser.add_argument("--short", action="store_true", help="only four weights at the last step, and no figure")
+    parser.add_argument(
+        "--short", action="store_true", help="only the last step: kept weights and other powers, no figure"
+    )
     parser.add_argument("--num-images", type=int, default=2000, help="sampled from each set of weights")
     parser.add_argument("--output", type=Path, help="default: photographs.json in FOLDER")
     parser.add_argument("--figure", type=Path, help="default: photographs.png in FOLDER")
