@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -302,10 +303,16 @@ class StopFlag:
         return bool(flag.item())
 
 
+# Two remarks of DistributedDataParallel: accelerate knows only the older name of an option, and a 1x1 kernel has two layouts.
+REMARKS = (r"`broadcast_buffers` is deprecated", r"Grad strides do not match bucket view strides")
+
+
 def _accelerator(device: str, timeout: float, trackers: Sequence[str], project_dir: Path | None) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     cpu = device == "cpu" or not torch.cuda.is_available()
+    for quiet in REMARKS:
+        warnings.filterwarnings("ignore", message=quiet)
     handlers = [
         # NCCL's watchdog kills the process without a message, so there the control plane gets to speak first.
         InitProcessGroupKwargs(timeout=timedelta(seconds=timeout if cpu else timeout + 60)),

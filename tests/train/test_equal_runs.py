@@ -113,4 +113,5 @@ def test_every_launcher_gives_two_cpu_processes_that_train_the_same_run(
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "processes    2" in result.stderr
+    assert "Warning" not in result.stderr
     assert_same_run(run, fifty_steps)
