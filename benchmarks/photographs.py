@@ -173,24 +173,27 @@ def gap(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Distance over the training step, and over the width of the average, of the first and the second classifier."""
+    """Distance over the training step, where several are scored, and over the width of the average; a row per classifier."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    for (over_training, over_width), of, which in zip(axes, results["classifiers"], ("first", "second"), strict=True):
-        for name in OVER_TRAINING:
-            rows = sorted((row for row in of["rows"] if row["weights"] == name), key=lambda row: int(row["step"]))
-            _plot(over_training, [row["step"] for row in rows], rows, name)
-        over_training.set(xlabel="training step", ylabel=f"distance, {which} classifier")
+    several = len({row["step"] for row in results["classifiers"][0]["rows"]}) > 1
+    size = {"figsize": (10 if several else 6, 6.4), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(2, 2 if several else 1, **size)
+    for across, of, which in zip(axes, results["classifiers"], ("first", "second"), strict=True):
+        if several:
+            for name in OVER_TRAINING:
+                rows = sorted((row for row in of["rows"] if row["weights"] == name), key=lambda row: int(row["step"]))
+                _plot(across[0], [row["step"] for row in rows], rows, name)
+            across[0].set(xlabel="training step", ylabel=f"distance, {which} classifier")
         rows = [row for row in of["sweep"] if row["sweep"] == "std"]
-        _plot(over_width, [row["std"] for row in rows], rows, "reconstructed power functions")
+        _plot(across[-1], [row["std"] for row in rows], rows, "reconstructed power functions")
         raw = at(of["rows"], "raw", max(row["step"] for row in of["rows"]))
-        over_width.axhline(raw["frechet_distance_unbiased"], color="grey", linestyle="--", label="raw")
-        over_width.set(xlabel="σ_rel, width of the average", ylabel=f"distance, {which} classifier")
-        for axis in (over_training, over_width):
+        across[-1].axhline(raw["frechet_distance_unbiased"], color="grey", linestyle="--", label="raw")
+        across[-1].set(xlabel="σ_rel, width of the average", ylabel=f"distance, {which} classifier")
+        for axis in across:
             axis.axhline(of["floor"]["distance"], color="black", linestyle=":", label="real images of the training set")
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -208,9 +211,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15625, help="of 64 images each; a multiple of 125")
     parser.add_argument("--image-size", type=int, default=16, help="pixels; the photographs are read at this size")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile and channels-last")
-    parser.add_argument(
-        "--short", action="store_true", help="only the last step: kept weights and other powers, no figure"
-    )
+    parser.add_argument("--short", action="store_true", help="score only the last step: kept weights and other powers")
     parser.add_argument("--num-images", type=int, default=2000, help="sampled from each set of weights")
     parser.add_argument("--output", type=Path, help="default: photographs.json in FOLDER")
     parser.add_argument("--figure", type=Path, help="default: photographs.png in FOLDER")
@@ -220,8 +221,7 @@ def main() -> None:
     here = environment("diffusers")
     results = study(settings_of(arguments.images, folder, *size, arguments.eager), folder, arguments.short)
     save(arguments.output or folder / "photographs.json", {"environment": here, **results})
-    if not arguments.short:
-        draw(results, arguments.figure or folder / "photographs.png")
+    draw(results, arguments.figure or folder / "photographs.png")
     print(markdown(results))
 
 
