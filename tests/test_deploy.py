@@ -342,17 +342,19 @@ def test_a_job_that_was_requeued_often_enough_is_not_again(slurm: FakeSlurm):
     assert "scontrol requeue 4242" not in slurm.lines()
 
 
-@pytest.mark.parametrize("named", ["output_dir", "run", "config", "quoted", "output", "images"])
+@pytest.mark.parametrize("named", ["output_dir", "run", "config", "quoted", "plain", "output", "images"])
 def test_a_job_that_stops_four_times_with_nothing_new_saved_stays_out_of_the_queue(slurm: FakeSlurm, named: str):
-    run = slurm.folder / ("runs/images" if named == "images" else "a run")
+    run = slurm.folder / ("runs/images" if named == "images" else "a run #1" if named == "quoted" else "a run")
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (slurm.folder / "a.yaml").write_text(f"seed: 1\noutput_dir: {run}\n")
-    (slurm.folder / "b.yaml").write_text(f'output_dir: "{run}"  # mine\n')
+    (slurm.folder / "b.yaml").write_text(f'output_dir: "{run}"  # "mine"\n')
+    (slurm.folder / "c.yaml").write_text(f"output_dir : {run}\t# mine\r\n", newline="")
     arguments = {
         "output_dir": ["--output-dir", str(run)],
         "run": [str(run)],
         "config": ["--config", str(slurm.folder / "a.yaml")],
         "quoted": ["--config", str(slurm.folder / "b.yaml")],
+        "plain": ["--config", str(slurm.folder / "c.yaml")],
         "output": ["elsewhere", f"--evaluation.output={run}"],
         "images": ["--data.path", f"{slurm.folder}/images/"],
     }
