@@ -203,6 +203,16 @@ def test_a_factory_that_makes_no_such_network_is_one_message(factory: str, messa
         model.build(run_of(tmp_path, model__factory=factory, model__class_conditional=True), 10)
 
 
+def test_a_factory_in_a_folder_called_torch_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "in_torch.py").write_text("def small(**shape):\n    return shape['depth']\n")
+    monkeypatch.syspath_prepend(tmp_path / "torch")
+    with pytest.raises(UserError, match=r"KeyError, 'depth' \(line 2 of .*in_torch.py\)"):
+        model.build(run_of(tmp_path, model__factory="in_torch:small"))
+
+
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nsmall = None\n"
 
 

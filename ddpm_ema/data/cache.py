@@ -123,9 +123,8 @@ def _read(folder: Path, source: Source, conversion: Conversion) -> Cached | None
     if count == 0:
         return Cached(torch.empty(0, *conversion.shape, dtype=torch.uint8), bad, fingerprint)
     mapped = np.memmap(folder / "images.u8", np.uint8, "r", shape=(count, channels, height, width))
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # of what cannot be written to: what could would have to fit into memory
+    # torch warns of what cannot be written to; a mapping that can be would have to fit into memory.
+    with warnings.catch_warnings(action="ignore"):
         images = torch.from_numpy(mapped)
     content = Fingerprint(conversion)
     for pixels in images.split(_HASHED_AT_ONCE):
