@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -81,8 +80,8 @@ def _made(config: Config, num_classes: int | None) -> nn.Module:
     except UserError:
         raise
     except Exception as error:  # its code may do anything
-        inside = torch.__path__[0] + os.sep  # of torch: a user's folder may have that name, too
-        at = [at for at in extract_tb(error.__traceback__) if not at.filename.startswith(inside)][-1]
+        library = torch.__path__[0]
+        at = [at for at in extract_tb(error.__traceback__) if not Path(at.filename).is_relative_to(library)][-1]
         told = f"{type(error).__name__}, {one_line(error)} (line {at.lineno} of {at.filename})"
         raise UserError(f"{where}: {told}; docs/extending.md says how it and its network are called") from error
     got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
