@@ -42,9 +42,10 @@ def settings(overrides: Mapping[str, list[str]]) -> Config:
     output = " ".join(overrides.get("output_dir", [f"runs/{folder.resolve().name}"]))
     if Path(output, "config.yaml").is_file():
         logger.info(f"the settings are those of {output}/config.yaml")
-        was = config.load(Path(output, "config.yaml")).data.path
-        if was is None or was.resolve() != folder.resolve():
-            logger.warning(f"{output} is a run of {was}, not of {folder}; for a new run add --output_dir runs/OTHER")
+        was = config.load(Path(output, "config.yaml")).data
+        if was.path is None or was.path.resolve() != folder.resolve():
+            of = was.path or was.name or was.source
+            logger.warning(f"{output} is a run of {of}, not of {folder}; for a new run add --output_dir runs/OTHER")
         return config.resolve(output, None, overrides)
     on_gpu = overrides.get("machine.device") != ["cpu"] and torch.cuda.is_available()
     source = open_folder(folder, " ".join(overrides.get("data.split", ["train"])))

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from ddpm_ema import cli, config, own_folder
-from ddpm_ema.errors import EXIT_DONE
+from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_DONE
 from ddpm_ema.train.dry_run import length
 
 
@@ -142,3 +142,6 @@ def test_a_run_of_a_folder_keeps_its_settings_and_goes_on_with_them(
     (folder / "shapes").rename(folder / "other" / "shapes")
     assert cli.main(["train", "--data.source", "folder", "--data.path", "other/shapes"]) == EXIT_DONE
     assert "warning: runs/shapes is a run of shapes, not of other/shapes; for a new run" in capsys.readouterr().err
+    (folder / "runs/shapes/config.yaml").write_text("data: {source: digits}\n")
+    assert cli.main(["train", "--data.path", "other/shapes"]) == EXIT_BAD_INPUT
+    assert "warning: runs/shapes is a run of digits, not of other/shapes; for a new run" in capsys.readouterr().err
