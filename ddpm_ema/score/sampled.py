@@ -90,7 +90,7 @@ class Sampled:
         return store.read(torch.tensor(there)).images if there else None
 
     def made_with(self) -> list[dict[str, str]]:
-        """Versions and devices that its images were sampled with, in the order in which they came; `[{}]` if the file is lost."""
+        """Versions and device that its images were sampled with, an entry per extractor, as they came; `[{}]` if the file is lost."""
         try:
             found: list[dict[str, str]] = json.loads((self.path / "made_with.json").read_text())
         except (OSError, ValueError):
@@ -105,6 +105,10 @@ class Sampled:
     def is_empty(self) -> bool:
         """Whether no image was finished here."""
         return not any(self.path.glob("weights/*/*-*.safetensors"))
+
+    def has_features(self, extractor: str) -> bool:
+        """By the extractor with this key, of any weights."""
+        return any(self.path.glob(f"weights/*/features-{extractor}-*.safetensors"))
 
     def set_aside(self) -> Path:
         """Moves all content into a new folder beside this one, which is returned, and the tables with it; the lock stays."""
