@@ -79,8 +79,14 @@ class Driver:
             while (job := self.processes.on_main(lambda: next(each, None))) is not None:
                 if job.weights is not None and job.weights.key != self._loaded:
                     self._load(job.weights)
+                self._end_at_once(False)
                 self.do(job)
+                self._end_at_once(bool(job.split))  # rank 0 may work for hours on what was read of a split
         return returned[0] if returned else None
+
+    def _end_at_once(self, now: bool) -> None:
+        if self.stop is not None:
+            self.stop.nothing_to_save = now
 
     def _load(self, weights: NamedWeights) -> None:
         """Rank 0 reads the weights, one member of an ensemble after another, and sends them to all."""

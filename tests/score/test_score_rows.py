@@ -295,6 +295,22 @@ class TestPixels:
 
 
 class TestPrecisionOfNoise:
+    def test_radii_are_computed_where_precision_is_asked_for_alone_without_reading_the_reference_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+        radii = metrics.neighbour_radii
+        monkeypatch.setattr(metrics.reference, "neighbour_radii", lambda some: calls.append(len(some)) or radii(some))
+        run = make_run(tmp_path / "run", evaluation__weights=["raw"], data__held_out=0.1)
+        without, whole = again(run, **SETTINGS), len(data.load(run.data))
+        assert results(without)["precision_of_noise"] is None
+        assert calls == []
+        monkeypatch.setattr("ddpm_ema.score.reference._features", None)  # reads images
+        assert results(run)["precision_of_noise"] is not None
+        assert {"precision", "recall"} <= results(run)["rows"][0].keys()
+        assert calls == [whole], "once, and of the reference alone"
+        assert results(without)["precision_of_noise"] is None
+
     def test_it_is_the_share_of_noise_images_that_lie_near_real_ones(self, tmp_path: Path) -> None:
         run = make_run(tmp_path / "run", evaluation__weights=["raw"])
         found = results(run)
