@@ -79,14 +79,10 @@ class Driver:
             while (job := self.processes.on_main(lambda: next(each, None))) is not None:
                 if job.weights is not None and job.weights.key != self._loaded:
                     self._load(job.weights)
-                self._end_at_once(False)
                 self.do(job)
-                self._end_at_once(bool(job.split))  # rank 0 may work for hours on what was read of a split
+                if self.stop is not None:
+                    self.stop.nothing_to_save = bool(job.split)  # on which rank 0 may work for hours
         return returned[0] if returned else None
-
-    def _end_at_once(self, now: bool) -> None:
-        if self.stop is not None:
-            self.stop.nothing_to_save = now
 
     def _load(self, weights: NamedWeights) -> None:
         """Rank 0 reads the weights, one member of an ensemble after another, and sends them to all."""
@@ -104,6 +100,8 @@ class Driver:
     def do(self, job: Job) -> None:
         """Makes what a job asks for, with the weights that are loaded; rank 0 takes what was made of each round."""
         rounds, finished = self._shares(job), 0
+        if self.stop is not None:
+            self.stop.nothing_to_save = False
         with messages.bar(job.title, len(job.images), "images", hidden=not self.processes.is_main) as bar:
             for shares in rounds:
                 made = self._round(job, shares, bar)

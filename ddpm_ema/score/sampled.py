@@ -3,11 +3,7 @@
 The digest is of the settings that change the images alone, so any number of scorings (other extractors, another reference, more
 images) share one folder, and none samples an image again that another has.
 
-weights/<first digits of their sha256>/images-*.safetensors      the images, uint8; the first ones alone where they are large
-                                       features-<extractor>-*    one file a round
-made_with.json       versions and devices that the images were sampled with: more than one where they gave the same images
-
-Beside it, `scores/<step>-<digest>-<digest>/` of each scoring has its table: see `folder`.
+docs/scoring.md lists its files. Beside it, `scores/<step>-<digest>-<digest>/` of each scoring has its table: see `folder`.
 """
 
 import json
@@ -105,10 +101,6 @@ class Sampled:
     def is_empty(self) -> bool:
         """Whether no image was finished here."""
         return not any(self.path.glob("weights/*/*-*.safetensors"))
-
-    def has_features(self, extractor: str) -> bool:
-        """By the extractor with this key, of any weights."""
-        return any(self.path.glob(f"weights/*/features-{extractor}-*.safetensors"))
 
     def set_aside(self) -> Path:
         """Moves all content into a new folder beside this one, which is returned, and the tables with it; the lock stays."""

@@ -27,7 +27,8 @@ def check_versions(scorers: Sequence[Scorer]) -> Jobs[None]:
     if sampled.is_empty():
         sampled.keep_made_with(here)
     elif new := [entry for entry in here if entry not in known]:
-        doubtful = tuple(entry["extractor"] for entry in new if sampled.has_features(entry["extractor"]))
+        unknown = [entry["extractor"] for entry in new]
+        doubtful = tuple(key for key in unknown if any(sampled.path.glob(f"weights/*/features-{key}-*.safetensors")))
         if not doubtful and any(versions.items() <= entry.items() for entry in known):
             sampled.keep_made_with([*known, *new])
         else:
