@@ -171,7 +171,7 @@ def metric_parts(count: int, run: config.Config, device: torch.device) -> dict[s
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(10_000, 2048, generator=generator)
     features = torch.rand(count, 2048, generator=generator)
-    reference = metrics.reference_of(real, {"data": "random"})
+    reference = metrics.with_radii(metrics.reference_of(real, {"data": "random"}), real[:256])
     saturated, contrast = pixel_figures(torch.zeros(count, CHANNELS, SIZE, SIZE, dtype=torch.uint8))
     indices = torch.arange(count)
     batch = FeatureBatch(indices=indices, features=features, saturated=saturated, contrast=contrast)

@@ -90,7 +90,8 @@ class Ours:
 
         entry = f"inception-v3-compat={folder / 'random.safetensors'}"
         self.extractor, self.images = open_extractor(entry, folder, torch.device("cpu"), 64), images
-        reference = metrics.reference_of(self.extractor(real), {"data": "random"})
+        features = self.extractor(real)
+        reference = metrics.with_radii(metrics.reference_of(features, {"data": "random"}), features)
         self.builder = RowBuilder(reference, config.Config().evaluation, torch.device("cpu"))
 
     def __call__(self) -> float:

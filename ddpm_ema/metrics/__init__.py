@@ -13,5 +13,6 @@ from ddpm_ema.metrics.reference import (
     load_cached,
     read_published,
     reference_of,
+    with_radii,
 )
 from ddpm_ema.metrics.statistics import Statistics, check_finite, not_finite, statistics_of

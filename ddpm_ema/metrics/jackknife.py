@@ -18,6 +18,7 @@ so what the two share cancels.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,7 +217,7 @@ class _SumPath:
 
     def __init__(self, rows: Callable[[int], Tensor], groups: Sequence[int], reference: FrechetReference) -> None:
         self.rows, self.reference = rows, reference
-        self.count, self.total, self.squares, self.outer = self._sums(groups)
+        self.sums = self._sums(groups)
 
     def _sums(self, groups: Sequence[int]) -> tuple[int, Tensor, float, Tensor]:
         """n, Σ(x−c), Σ|x−c|² and Σ Lᵀ(x−c)(x−c)ᵀL with c the reference's mean."""
@@ -232,12 +233,7 @@ class _SumPath:
 
     def distance(self, leave_out: int | None) -> float:
         less = self._sums([] if leave_out is None else [leave_out])
-        count, total, squares, outer = (
-            self.count - less[0],
-            self.total - less[1],
-            self.squares - less[2],
-            self.outer - less[3],
-        )
+        count, total, squares, outer = map(operator.sub, self.sums, less)
         offset = total / count
         whitened_offset = offset @ self.reference.factor
         sigma = (outer - count * torch.outer(whitened_offset, whitened_offset)) / (count - 1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,25 @@ def installed_version(package: str) -> str:
         return "absent"
 
 
-def reference_of(
-    features: Tensor, key: Mapping[str, Any], saturated: float | None = None, noise: Tensor | None = None
-) -> Reference:
-    """The reference of all images of a set, each once, unflipped: their features, float32 `[n, d]`, and those of pure `noise`.
+def reference_of(features: Tensor, key: Mapping[str, Any], saturated: float | None = None) -> Reference:
+    """The reference of all images of a set, each once, unflipped: their features, float32 `[n, d]`.
 
     `key` is of `content_key`. Raises UserError for fewer than 2 images.
     """
     count, dim = features.shape
     notes = (f"the reference has {count} images for {dim} feature dimensions",) if count <= dim else ()
-    radii = neighbour_radii(features) if count > NEIGHBOURS else None
     statistics = statistics_of(features, name="the reference")
-    near = inside(noise.cpu(), features, radii) if noise is not None and radii is not None else None
-    reached = None if near is None else float(near.double().mean())
-    return Reference(statistics, dict(key), features.contiguous(), radii, notes, saturated, reached)
+    return Reference(statistics, dict(key), features.contiguous(), warnings=notes, saturated=saturated)
+
+
+def with_radii(reference: Reference, noise: Tensor) -> Reference:
+    """With what precision and recall need; `noise` are features of pure noise. Time: the square of the number of images."""
+    features = reference.features
+    if features is None or len(features) <= NEIGHBOURS:
+        return reference
+    radii = neighbour_radii(features)
+    reached = float(inside(noise.cpu(), features, radii).double().mean())
+    return replace(reference, radii=radii, precision_of_noise=reached)
 
 
 def _cache_path(cache_dir: Path, key: Mapping[str, Any]) -> Path:
@@ -103,8 +108,8 @@ def load_cached(cache_dir: Path, key: Mapping[str, Any]) -> Reference | None:
         return None
 
 
-def keep(reference: Reference, cache_dir: Path) -> None:
-    """Writes a cache entry. Where it cannot be written, that is a warning, and scoring goes on."""
+def keep(reference: Reference, cache_dir: Path) -> bool:
+    """Writes a cache entry, and says whether it did. Where it cannot be written, that is a warning, and scoring goes on."""
     path = _cache_path(cache_dir, reference.origin)
     tensors = {"mu": reference.statistics.mu, "sigma": reference.statistics.sigma}
     tensors |= {name: tensor for name in ("features", "radii") if (tensor := getattr(reference, name)) is not None}
@@ -118,10 +123,12 @@ def keep(reference: Reference, cache_dir: Path) -> None:
     }
     try:
         save_tensors(path, tensors, metadata)
+        return True
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         where = f"{path.parent}: {reason} (--data.cache-dir takes another folder)"
         logger.warning(f"reference statistics are not cached and will be computed again next time: {where}")
+        return False
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

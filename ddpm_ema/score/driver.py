@@ -80,6 +80,8 @@ class Driver:
                 if job.weights is not None and job.weights.key != self._loaded:
                     self._load(job.weights)
                 self.do(job)
+                if self.stop is not None:
+                    self.stop.nothing_to_save = bool(job.split)  # on which rank 0 may work for hours
         return returned[0] if returned else None
 
     def _load(self, weights: NamedWeights) -> None:
@@ -98,6 +100,8 @@ class Driver:
     def do(self, job: Job) -> None:
         """Makes what a job asks for, with the weights that are loaded; rank 0 takes what was made of each round."""
         rounds, finished = self._shares(job), 0
+        if self.stop is not None:
+            self.stop.nothing_to_save = False
         with messages.bar(job.title, len(job.images), "images", hidden=not self.processes.is_main) as bar:
             for shares in rounds:
                 made = self._round(job, shares, bar)

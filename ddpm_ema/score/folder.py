@@ -1,10 +1,6 @@
 """The table of one scoring on disk, `scores/<step>-<digest of the samples>-<digest of the scoring>/`.
 
-weights/<first digits of their sha256>.json     rows and estimates of one set of weights
-results.json  grid.png                          written anew from these at every start
-nearest/<the same digits>-<number of images>.png   the training image nearest to each that the grid shows
-
-Images and features lie in `scores/<step>-<digest of the samples>/`: see `sampled`.
+docs/scoring.md lists its files. Images and features lie in `scores/<step>-<digest of the samples>/`: see `sampled`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[st
     resize = f"centre-crop, antialiased, {config.data.image_size} px, {config.data.channels} channels"
     found: dict[str, Reference] = {}
     lacking: dict[str, dict[str, Any]] = {}
+    kept = dict.fromkeys(generator.extractors, True)
     for name, extractor in generator.extractors.items():
         key = metrics.content_key(fingerprint=fingerprint, split=split, resize=resize, extractor=extractor.identity)
         reference = metrics.load_cached(cache, key)
@@ -87,10 +89,16 @@ def open_references(generator: Generator, of: str = "reference") -> Jobs[dict[st
     if lacking:
         features = yield from _features(generator, of, split, tuple(lacking))
         for name, key in lacking.items():
-            noise = generator.extractors[name](noise_images(generator.image_shape))
             saturated = float(features[name].saturated.double().mean())
-            found[name] = metrics.reference_of(features[name].features, key, saturated, noise)
-            metrics.keep(found[name], cache)
+            found[name] = metrics.reference_of(features[name].features, key, saturated)
+            kept[name] = metrics.keep(found[name], cache)
+    for name, reference in found.items():
+        if of == "floor" or not config.evaluation.precision_recall:
+            found[name] = replace(reference, radii=None, precision_of_noise=None)
+        elif reference.radii is None:  # after its features were kept: this may take hours
+            found[name] = metrics.with_radii(reference, generator.extractors[name](noise_images(generator.image_shape)))
+            if kept[name]:  # else that it cannot be was said
+                metrics.keep(found[name], cache)
     return found
 
 

@@ -38,7 +38,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     capabilities.check("evaluation", config.evaluation, config.machine)
     candidates(config.evaluation.sweep)  # an impossible range is an error before anything is read
     processes = Processes.start(config.machine.device, timeout=config.machine.timeout)
-    with StopFlag() as stop, processes.telling_peers(), processes.naming_lost_ranks("scoring"):
+    with StopFlag(nothing_to_save=True) as stop, processes.telling_peers(), processes.naming_lost_ranks("scoring"):
         found = processes.on_main(lambda: checkpoints(config), "reading checkpoints")
         generator = open_generator(config, processes)
         open_beside(generator, processes)

@@ -3,11 +3,7 @@
 The digest is of the settings that change the images alone, so any number of scorings (other extractors, another reference, more
 images) share one folder, and none samples an image again that another has.
 
-weights/<first digits of their sha256>/images-*.safetensors      the images, uint8; the first ones alone where they are large
-                                       features-<extractor>-*    one file a round
-made_with.json       versions and devices that the images were sampled with: more than one where they gave the same images
-
-Beside it, `scores/<step>-<digest>-<digest>/` of each scoring has its table: see `folder`.
+docs/scoring.md lists its files. Beside it, `scores/<step>-<digest>-<digest>/` of each scoring has its table: see `folder`.
 """
 
 import json
@@ -90,7 +86,7 @@ class Sampled:
         return store.read(torch.tensor(there)).images if there else None
 
     def made_with(self) -> list[dict[str, str]]:
-        """Versions and devices that its images were sampled with, in the order in which they came; `[{}]` if the file is lost."""
+        """Versions and device that its images were sampled with, an entry per extractor, as they came; `[{}]` if the file is lost."""
         try:
             found: list[dict[str, str]] = json.loads((self.path / "made_with.json").read_text())
         except (OSError, ValueError):

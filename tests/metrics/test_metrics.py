@@ -216,7 +216,8 @@ class TestReference:
         try:
             if (found := metrics.load_cached(cache, key)) is None:
                 features = torch.cat([extractor(images) for images in image_batches()])
-                found = metrics.reference_of(features, key, saturated=0.25, noise=128 + 40 * gaussian(20, 3, 5))
+                found = metrics.reference_of(features, key, saturated=0.25)
+                found = metrics.with_radii(found, 128 + 40 * gaussian(20, 3, 5))
                 metrics.keep(found, cache)
         finally:
             logger.removeHandler(handler)

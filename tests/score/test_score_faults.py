@@ -1,14 +1,18 @@
 """What goes wrong while scoring, made to happen: signals, kills, images that are not finite, folders that cannot be written."""
 
 import json
+import os
 import signal
+import time
+from functools import partial
 
+import live_runs
 import pytest
 import torch
 from live_runs import wait_until
 from scored import again, make_run, results, start, weights
 
-from ddpm_ema import capabilities, score
+from ddpm_ema import capabilities, data, metrics, score
 from ddpm_ema.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from ddpm_ema.rundir import RunDir
 
@@ -46,6 +50,17 @@ def twice(run):
     score.run(again(run, evaluation__weights=["raw", "ema_0_9"]))
 
 
+def takes_an_hour(place):
+    def waits(*_, **__):
+        os.write(1, b"waiting here\n")
+        time.sleep(3600)
+
+    if place == "images":
+        data.load = waits
+    else:
+        metrics.reference.neighbour_radii = waits
+
+
 class TestStopAndGoOn:
     def test_sigterm_ends_all_ranks_with_75_and_another_number_of_processes_goes_on(self, tmp_path, whole):
         run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw", "ema_0_9"])
@@ -63,6 +78,15 @@ class TestStopAndGoOn:
         assert alone.wait() == [0]
         for name, expected in numbers(whole).items():
             assert numbers(found_results(run))[name] == pytest.approx(expected, rel=CLOSE)
+
+    @pytest.mark.parametrize(("place", "world_size"), [("images", 1), ("radii", 2)])
+    def test_a_stop_is_not_kept_waiting_by_real_images_that_are_read_or_compared(self, tmp_path, place, world_size):
+        run = make_run(tmp_path / "run", evaluation__precision_recall=True)
+        launch = live_runs.start(run, world_size, command=score.run, before=partial(takes_an_hour, place))
+        wait_until(lambda: "waiting here" in launch.output())
+        launch.signal(signal.SIGTERM)
+        assert launch.wait() == [EXIT_STOPPED] * world_size
+        assert "SIGTERM: nothing to save: ending" in launch.output()
 
     def test_sigkill_loses_one_round_at_most(self, tmp_path, whole):
         run = make_run(tmp_path / "run", **LONG, evaluation__weights=["raw", "ema_0_9"])
