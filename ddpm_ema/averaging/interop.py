@@ -54,8 +54,7 @@ def read_diffusers_ema(folder: str | Path) -> ForeignAverage:
         if not path.is_file():
             raise ValueError(f"{path}: is missing; a pickle (.bin) is refused: save it with safe_serialization=True")
         with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                weights[name] = file.get_tensor(name).float().clone()
+            weights |= {name: file.get_tensor(name).float().clone() for name in file.keys()}  # noqa: SIM118
     return _from_diffusers(clean_named(weights.items(), str(folder)), config)
 
 
