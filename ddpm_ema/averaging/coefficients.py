@@ -151,9 +151,8 @@ def posthoc_coefficients(
         Stored(check_count("steps_in", step, 0), as_profile(profile), check_count("every", n), float(u))
         for step, profile, n, u in zip(steps_in, profiles_in, updates, roundoffs, strict=True)
     ]
-    for one in stored:
-        if not 0 <= one.step <= step_out or step_out < 1:
-            raise ValueError(f"steps_in: expected 0 <= step <= step_out = {step_out}, got {one.step}")
+    if not (last := max(one.step for one in stored)) <= step_out or step_out < 1:
+        raise ValueError(f"steps_in: expected 0 <= step <= step_out = {step_out}, got {last}")
     return solve(stored, [Stored(step_out, as_profile(target))], step_variance, white_noise, magnitude)[0]
 
 

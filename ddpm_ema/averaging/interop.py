@@ -171,13 +171,8 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
     notes = [f"One step of this average is one call of update_parameters ({step} so far), however often that was."]
     if decay is not None:
         notes.append("Its first call copied the parameters, so the average began there and holds no initial weights.")
-    return ForeignAverage(
-        weights=_fp32({n: tensors[n] for n in parameters}),
-        step=step,
-        profile=profile,
-        notes=notes,
-        buffers={n: tensors[n].detach().cpu().clone() for n in buffers},
-    )
+    copied = {n: tensors[n].detach().cpu().clone() for n in buffers}
+    return ForeignAverage(_fp32({n: tensors[n] for n in parameters}), step, profile, notes, copied)
 
 
 def averaged_model_state(
