@@ -91,6 +91,7 @@ class AverageBank:
             clean_name(f"{at}.{n}".strip(".")): (m._buffers, n) for at, m in modules for n in m._buffers
         }
 
+    @torch.inference_mode(False)  # tensors made in a validation under inference mode could not be updated after it
     @torch.no_grad()
     def _allocate(self, buffers: str, device: torch.device | None) -> None:
         """Choose the tensors that this process follows, and make its averages of them."""
@@ -332,8 +333,8 @@ class AverageBank:
             state: a whole `state_dict()`, with DTensors or whole tensors; of a split bank, `merge_states` of its processes'.
 
         Raises:
-            ValueError: not the state of a bank, other averages or profiles (each is named), or a tensor is missing, unknown or
-                misshaped (named, with both shapes). Nothing is changed then.
+            ValueError: not the state of a bank, other averages or profiles (each is named), no such step, or a tensor is missing,
+                unknown, misshaped (named, with both shapes) or without values. Nothing is changed then.
         """
         if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
             found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
@@ -343,12 +344,13 @@ class AverageBank:
         if wrong := [n for n in names if here.get(n) != stored.get(n)]:
             differing = "; ".join(f"{n} is {here.get(n)} here and {stored.get(n)} in the state" for n in wrong)
             raise ValueError(f"profiles: {differing}")
+        step = None if state["step"] is None else check_count("step", state["step"], 0)
         for name in self._profiles:
             check_tensors(state["averages"].get(name, {}), _shapes(self._parameters), f"weights of {name!r}")
             check_tensors(state["buffers"].get(name, {}), _shapes(self._buffers), f"buffers of {name!r}")
         for name in self._profiles:
             _fill(self.weights(name) | self.buffers(name), {**state["averages"][name], **state["buffers"][name]})
-        self._step, self._loaded = state["step"], True
+        self._step, self._loaded = step, True
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from ddpm_ema.averaging.checks import check_count, check_positive, check_real
 from ddpm_ema.averaging.profiles import FloatArray, HardCopy, PowerFunction, Profile
 
 StepVariance: TypeAlias = Callable[[float], float] | tuple[Sequence[int], Sequence[float]]
@@ -136,21 +137,22 @@ def posthoc_coefficients(
         magnitude: |theta| / sqrt(sum v), the size of the weights relative to their random walk; rounding is relative to it.
 
     Raises:
-        ValueError: no averages, lengths that differ, a step out of range, one average given twice, a bad width or variance.
+        ValueError: no averages, lengths that differ, a step out of range, one average given twice, a bad width, variance or number.
     """
     num_in = len(steps_in)
     if not num_in or num_in != len(profiles_in):
         raise ValueError(
             f"steps_in, profiles_in: expected equally many, at least one; got {num_in} and {len(profiles_in)}"
         )
-    updates, roundoffs = np.broadcast_to(every, num_in), np.broadcast_to(roundoff, num_in)
+    updates, roundoffs = (np.broadcast_to(value, num_in).tolist() for value in (every, roundoff))
+    check_positive("magnitude", magnitude)
+    check_real("white_noise", white_noise, 0.0, float(np.finfo(np.float64).max), "a finite number of at least 0")
     stored = [
-        Stored(int(step), as_profile(profile), int(n), float(u))
+        Stored(check_count("steps_in", step, 0), as_profile(profile), check_count("every", n), float(u))
         for step, profile, n, u in zip(steps_in, profiles_in, updates, roundoffs, strict=True)
     ]
-    for one in stored:
-        if not 0 <= one.step <= step_out or step_out < 1:
-            raise ValueError(f"steps_in: expected 0 <= step <= step_out = {step_out}, got {one.step}")
+    if not (last := max(one.step for one in stored)) <= step_out or step_out < 1:
+        raise ValueError(f"steps_in: expected 0 <= step <= step_out = {step_out}, got {last}")
     return solve(stored, [Stored(step_out, as_profile(target))], step_variance, white_noise, magnitude)[0]
 
 

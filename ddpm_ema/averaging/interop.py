@@ -54,8 +54,7 @@ def read_diffusers_ema(folder: str | Path) -> ForeignAverage:
         if not path.is_file():
             raise ValueError(f"{path}: is missing; a pickle (.bin) is refused: save it with safe_serialization=True")
         with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                weights[name] = file.get_tensor(name).float().clone()
+            weights |= {name: file.get_tensor(name).float().clone() for name in file.keys()}  # noqa: SIM118
     return _from_diffusers(clean_named(weights.items(), str(folder)), config)
 
 
@@ -172,13 +171,8 @@ def read_averaged_model(state: Mapping[str, Tensor], model: nn.Module, *, decay:
     notes = [f"One step of this average is one call of update_parameters ({step} so far), however often that was."]
     if decay is not None:
         notes.append("Its first call copied the parameters, so the average began there and holds no initial weights.")
-    return ForeignAverage(
-        weights=_fp32({n: tensors[n] for n in parameters}),
-        step=step,
-        profile=profile,
-        notes=notes,
-        buffers={n: tensors[n].detach().cpu().clone() for n in buffers},
-    )
+    copied = {n: tensors[n].detach().cpu().clone() for n in buffers}
+    return ForeignAverage(_fp32({n: tensors[n] for n in parameters}), step, profile, notes, copied)
 
 
 def averaged_model_state(

@@ -64,13 +64,15 @@ def parts(sizes: Mapping[Key, int], limit: int) -> Iterator[list[Key]]:
 def check_tensors(
     given: Mapping[str, torch.Tensor | torch.Size], expected: Mapping[str, torch.Size], what: str
 ) -> None:
-    """Raises ValueError that names every missing, extra and misshaped tensor (or shape), the latter with both shapes."""
+    """Raises ValueError that names every missing, extra, misshaped (with both shapes) or meta tensor (or shape)."""
     here = {name: tuple(getattr(value, "shape", value)) for name, value in given.items()}
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     problems = [f"{name!r} is missing (expected {wanted[name]})" for name in wanted if name not in here]
     problems += [f"{name!r} is not known here ({here[name]})" for name in here if name not in wanted]
     wrong = [name for name in wanted if here.get(name, wanted[name]) != wanted[name]]
     problems += [f"{name!r} has shape {here[name]}, expected {wanted[name]}" for name in wrong]
+    odd = [n for n, value in given.items() if not isinstance(value, tuple) and getattr(value, "is_meta", True)]
+    problems += [f"{name!r} is no tensor with values" for name in odd]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}")

@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,6 @@ def sha256_of(path: Path) -> str:
     return _sha256(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=4096)
+@cache  # with fewer entries than a run has snapshots, a sweep would find none of them
 def _sha256(path: Path, modified: int) -> str:
     return file_sha256(path)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -264,7 +264,7 @@ def _measured(path: Path) -> StepVariance | None:
         raise UserError(f"{path}: has no valid step_variance ({error}); import the run again") from None
 
 
-@lru_cache(maxsize=4096)  # a table asks for the key of each of its rows again and again
+@cache  # a table asks for the key of each of its rows again and again
 def _key_in_checkpoint(snapshot: Path, modified: int) -> str:
     """The key that a snapshot's weights had in the checkpoint, so that images and scores from its time are still theirs."""
     return hashlib.sha256(save(read_tensors(snapshot), {})).hexdigest()

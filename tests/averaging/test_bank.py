@@ -450,6 +450,36 @@ def test_what_is_no_state_is_refused(state) -> None:
         bank.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["buffers"]["x"].update(b=torch.zeros(1, device="meta")), "'b' is no tensor with values"),
+        (lambda state: state["buffers"]["x"].update(b=np.zeros(1)), "'b' is no tensor with values"),
+        (lambda state: state.update(step=1.5), "step: expected a whole number of steps of at least 0, got 1.5"),
+    ],
+)
+def test_a_state_that_cannot_be_loaded_to_its_end_changes_nothing(change, message: str) -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("b", torch.zeros(1))
+    bank = AverageBank(model, {"x": Uniform()})
+    state, before = copy.deepcopy(bank.state_dict()), copy.deepcopy(bank.weights("x"))
+    state["averages"]["x"]["weight"].fill_(9.0)
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        bank.load_state_dict(state)
+    assert equal(bank.weights("x"), before)
+    assert bank.step is None
+
+
+def test_a_bank_made_under_inference_mode_is_updated_in_training() -> None:
+    model = nn.Linear(1, 1)
+    with torch.inference_mode():  # as in Lightning's validation, before training
+        bank = AverageBank(model, {"raw": HardCopy(1)})
+    move(model)
+    bank.update(1)
+    assert torch.equal(bank.weights("raw")["weight"], model.weight)
+
+
 @pytest.mark.parametrize("name", ["", "ema.999", "a b", "ema/1", "é"])
 def test_a_name_that_cannot_be_a_files_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name of an average: expected letters, digits"):

@@ -14,7 +14,7 @@ from ddpm_ema.averaging.files import save_tensors
 from ddpm_ema.config import Config
 from ddpm_ema.errors import UserError
 from ddpm_ema.export import export
-from ddpm_ema.named_weights import WeightResolver, name_of
+from ddpm_ema.named_weights import WeightResolver, folder, name_of
 from ddpm_ema.reconstruction import main as reconstruct_script
 from ddpm_ema.rundir import RunDir, buffers_file, file_sha256, read_tensors
 from ddpm_ema.score.sweep import candidates
@@ -179,3 +179,15 @@ def test_a_name_that_means_nothing_is_refused_with_what_there_is(
 def test_without_a_checkpoint_a_stored_name_says_what_to_do(run: Config) -> None:
     with pytest.raises(UserError, match="no checkpoint to take 'raw' from; train first"):
         resolver_of(run, step=None).named("raw")
+
+
+def test_a_sweep_reads_each_of_many_snapshots_for_its_key_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / str(i) for i in range(4200)]
+    for path in paths:
+        path.touch()
+    read: list[Path] = []
+    monkeypatch.setattr(folder, "file_sha256", read.append)
+    for _ in range(2):
+        for path in paths:
+            folder.sha256_of(path)
+    assert read == paths
