@@ -336,9 +336,10 @@ class AverageBank:
             ValueError: not the state of a bank, other averages or profiles (each is named), no such step, or a tensor is missing,
                 unknown, misshaped (named, with both shapes) or without values. Nothing is changed then.
         """
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state: expected the state of a bank, version {STATE_VERSION}, got {found!r}")
+        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+        if found != STATE_VERSION or (lacking := {"step", "profiles", "averages", "buffers"} - state.keys()):
+            what = repr(found) if found != STATE_VERSION else f"one without {', '.join(sorted(lacking))}"
+            raise ValueError(f"state: expected the state of a bank, version {STATE_VERSION}, got {what}")
         here = {name: profile_to_dict(profile) for name, profile in self._profiles.items()}
         names, stored = {**here, **state["profiles"]}, state["profiles"]
         if wrong := [n for n in names if here.get(n) != stored.get(n)]:

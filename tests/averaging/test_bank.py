@@ -424,6 +424,15 @@ def test_a_missing_extra_or_misshaped_tensor_is_named_and_nothing_is_changed() -
     state["averages"] = {"ema": bad}
     with pytest.raises(ValueError, match="is missing"):
         bank.load_state_dict(state)
+    state["averages"] = {
+        "ema": {name: torch.ones_like(tensor) for name, tensor in before.items()} | {"1.bias": [1.0] * 8}
+    }
+    with pytest.raises(ValueError, match=r"'1\.bias' is no tensor with values"):
+        bank.load_state_dict(state)
+    state["averages"]["ema"]["1.bias"] = torch.ones(8)
+    del state["step"]
+    with pytest.raises(ValueError, match="got one without step"):
+        bank.load_state_dict(state)
     assert equal(bank.weights("ema"), before)
 
 
