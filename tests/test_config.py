@@ -318,6 +318,13 @@ def test_one_value_for_a_setting_that_takes_several_is_a_list_of_one() -> None:
     ("arguments", "expected"),
     [
         (["runs/x", "5"], "'5': not a setting; write RUN, --config FILE"),
+        (
+            ["-training.steps=5", "--config", "configs/digits.yaml"],
+            "'-training.steps=5': a setting begins with two hyphens",
+        ),
+        (["\N{EN DASH}training.steps", "5"], "a setting begins with two hyphens"),
+        (["--training.seed", "1"], r"training\.seed: unknown setting; did you mean 'seed'\?"),
+        (["--evaluation.steps", "lsat"], r"evaluation\.steps: input should be 'last' or 'all'"),
         (["--config"], "--config: takes one file"),
         (["--config", "a", "-training.steps"], "--config: takes one file, not a -training.steps"),
         (["--config", "nowhere.yaml"], r"--config nowhere\.yaml: no such file$"),

@@ -55,6 +55,8 @@ def split(arguments: Sequence[str]) -> tuple[str | None, str | None, dict[str, l
             current = overrides[key] = [value] if equals else []
         else:
             current.append(argument)
+    if words and words[0].startswith(("-", "\N{EN DASH}", "\N{EM DASH}")):
+        raise UserError(f"{words[0]!r}: a setting begins with two hyphens, --section.setting; see --help")
     if len(words) > 1:
         raise UserError(f"{words[1]!r}: not a setting; write RUN, --config FILE or --section.setting value; see --help")
     paths = overrides.pop("config", None)

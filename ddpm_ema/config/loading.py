@@ -208,9 +208,8 @@ def _listed(source: str, lines: list[str]) -> str:
 
 def _explain(problem: Any) -> Iterator[tuple[str, str]]:
     """One pydantic error -> (key path, what was expected and what was given)."""
-    path = [
-        str(part)[:80] for part in problem["loc"] if not str(part).startswith(("[key]", "tuple["))
-    ]  # pydantic's own
+    ours = [str(part)[:80] for part in problem["loc"]]
+    path = [part for part in ours if not part.startswith(("[key]", "tuple[", "literal["))]  # these are pydantic's own
     key, message, got = ".".join(path), problem["msg"].removeprefix("Value error, "), problem["input"]
     section, _, name = key.rpartition(".")
     if path == [key] and key in SETTINGS and section:
@@ -231,7 +230,7 @@ def _explain(problem: Any) -> Iterator[tuple[str, str]]:
 
 def _siblings(path: list[str]) -> list[str]:
     """Names that are allowed where `path` ends; or, if other sections have a setting of that name, its key paths there."""
-    elsewhere = [key for key in SETTINGS if key.endswith(f".{path[-1]}")]
+    elsewhere = [key for key in SETTINGS if f".{key}".endswith(f".{path[-1]}")]
     start = "".join(f"{name}." for name in path[:-1])
     return elsewhere or list(
         dict.fromkeys(key[len(start) :].split(".")[0] for key in SETTINGS if key.startswith(start))
