@@ -195,7 +195,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         across[-1].set(xlabel="σ_rel, width of the average", ylabel=f"distance, {which} classifier")
         for axis in across:
             axis.axhline(of["floor"]["distance"], color="black", linestyle=":", label="real images of the training set")
-            axis.legend(fontsize=8)
+            axis.legend(
+                fontsize=8, **({} if several else {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3})
+            )
     figure.savefig(path, dpi=110)
 
 
