@@ -60,7 +60,8 @@ run_directory() {
         echo "$2"
     elif [[ -f $config ]]; then
         # YAML may quote the name, and a comment may follow it.
-        found=$(sed -nE "s/^output_dir: *//p" "$config" | sed -E "s/ +#.*//; s/ *\$//; s/^(['\"])(.*)\\1\$/\\2/")
+        found=$(sed -nE "s/^output_dir[[:space:]]*:[[:space:]]*//p" "$config" |
+            sed -E -e "s/^\"([^\"]*)\".*/\\1/" -e t -e "s/^'([^']*)'.*/\\1/" -e t -e "s/[[:space:]]+#.*//; s/[[:space:]]*\$//")
         echo "${found:-runs/ddpm}"
     elif [[ -n $data ]]; then
         echo "runs/$(basename "$(realpath -m "$data")")"

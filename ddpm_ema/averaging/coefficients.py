@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ddpm_ema.averaging.checks import check_count, check_positive, check_real
+from ddpm_ema.averaging.checks import check_count, check_real
 from ddpm_ema.averaging.profiles import FloatArray, HardCopy, PowerFunction, Profile
 
 StepVariance: TypeAlias = Callable[[float], float] | tuple[Sequence[int], Sequence[float]]
@@ -145,8 +145,8 @@ def posthoc_coefficients(
             f"steps_in, profiles_in: expected equally many, at least one; got {num_in} and {len(profiles_in)}"
         )
     updates, roundoffs = (np.broadcast_to(value, num_in).tolist() for value in (every, roundoff))
-    check_positive("magnitude", magnitude)
-    check_real("white_noise", white_noise, 0.0, float(np.finfo(np.float64).max), "a finite number of at least 0")
+    for name, value in (("magnitude", magnitude), ("white_noise", white_noise)):
+        check_real(name, value, 0.0, float(np.finfo(np.float64).max), "a finite number of at least 0")
     stored = [
         Stored(check_count("steps_in", step, 0), as_profile(profile), check_count("every", n), float(u))
         for step, profile, n, u in zip(steps_in, profiles_in, updates, roundoffs, strict=True)

@@ -291,7 +291,7 @@ def test_more_averages_than_steps_are_solved() -> None:
         ([99.5], [0.05], 100, 0.1, {}, "steps_in: expected a whole number .* got 99.5"),
         ([100], [0.05], 100, 0.1, {"every": 0}, "every: expected a whole number .* got 0"),
         ([100], [0.05], 100, 0.1, {"white_noise": -1.0}, "white_noise: expected a finite number of at least 0"),
-        ([100], [0.05], 100, 0.1, {"magnitude": float("nan")}, "magnitude: expected a finite number above 0"),
+        ([100], [0.05], 100, 0.1, {"magnitude": float("nan")}, "magnitude: expected a finite number of at least 0"),
         ([], [], 100, 0.1, {}, "expected equally many, at least one; got 0 and 0"),
         ([100], [0.05, 0.1], 100, 0.1, {}, "got 1 and 2"),
         ([100, 200], [0.05, 0.1], 150, 0.1, {}, "0 <= step <= step_out = 150, got 200"),
