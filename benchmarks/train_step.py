@@ -92,7 +92,6 @@ class Ours:
 
     def __init__(self, run: config.Config, processes: Processes) -> None:
         self.trainer = train.build(run, processes, RunDir(run.output_dir))
-        self.trainer.metrics_log.close()
         self.positions = torch.arange(BATCH)
 
     def __call__(self) -> None:
