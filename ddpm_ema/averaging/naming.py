@@ -65,7 +65,8 @@ def check_tensors(
     given: Mapping[str, torch.Tensor | torch.Size], expected: Mapping[str, torch.Size], what: str
 ) -> None:
     """Raises ValueError that names every missing, extra, misshaped (with both shapes) or meta tensor (or shape)."""
-    here = {name: tuple(getattr(value, "shape", value)) for name, value in given.items() if hasattr(value, "__len__")}
+    shaped = {name: value for name, value in given.items() if isinstance(value, (torch.Tensor, tuple))}
+    here = {name: tuple(getattr(value, "shape", value)) for name, value in shaped.items()}
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     problems = [f"{name!r} is missing (expected {wanted[name]})" for name in wanted if name not in given]
     problems += [f"{name!r} is not known here ({here[name]})" for name in here if name not in wanted]
