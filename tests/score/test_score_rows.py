@@ -180,6 +180,16 @@ class TestVersions:
         assert names(found) == (["ema_0_9", "raw"] if same else ["ema_0_9"])
         assert sampled[:16] == list(range(16))
 
+    def test_a_folder_whose_versions_are_of_all_extractors_together_is_not_sampled_again_under_them(
+        self, tmp_path: Path, sampled: list[int]
+    ) -> None:
+        run = make_run(tmp_path / "run", **SETTINGS, evaluation__weights=["raw"])
+        before = results(run)
+        (self.folder(run) / "made_with.json").write_text(json.dumps([before["versions"]]))
+        sampled.clear()
+        assert results(run)["rows"] == before["rows"]
+        assert sampled == []
+
     @pytest.mark.parametrize("moves", [1, 2])
     def test_a_kill_while_they_are_moved_leaves_no_old_row_beside_new_images(
         self, tmp_path: Path, moves: int, monkeypatch: pytest.MonkeyPatch
